@@ -1,0 +1,1 @@
+"""Benchmarks of opd_fast against the published algorithm, both in one process."""
