@@ -6,10 +6,10 @@ object is asked for every sample's index), its own guidance and its own losses, 
 1. rollout: the student samples all N steps without gradient, the states are stored;
 2. teachers: each task's teacher is switched on and evaluated at the stored states, its step means are stored;
 3. training: the student is evaluated again at each stored state, this time with gradient; one micro-batch is one step
-   of one task's samples; the Kullback-Leibler divergence to the teacher's mean is propagated back and the gradients add up.
+   of one task's samples; the Kullback-Leibler divergence to the teacher's mean is propagated back, gradients add up.
 
-DiffusionOPD, arXiv 2605.15055. Left out, which can only help the reference: text encoding, image decoding, reward models
-and the log-probabilities that the released rollout computes and never uses.
+DiffusionOPD, arXiv 2605.15055. Left out, which can only help the reference: text encoding, image decoding, reward
+models and the log-probabilities that the released rollout computes and never uses.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class Reference:
     """The published round over a student and its teachers; gradients accumulate in the student's parameters.
 
     scheduler: a diffusers `FlowMatchEulerDiscreteScheduler`; `set_timesteps(steps)` is called here.
-    autocast: dtype of the forwards, over weights that stay as they are (float32 in the released code); None: no autocast.
+    autocast: dtype of the forwards, over weights that stay as they are (float32 as released); None: no autocast.
     objective: "kl" (closed form under an SDE, half the squared distance of the means under an ODE), "l2" (the latter
     always) or "velocity" (the squared distance of the velocities). variance: "exact" divides by the variance of the
     sampled noise, "published" by what the released code takes for it. reduction: over a sample's elements.
@@ -294,7 +294,8 @@ class Reference:
         count = len(batch.scale[rows])
         device = batch.text.sequence.device
         x = torch.randn(count, *batch.shape, device=device) if batch.x is None else batch.x[rows]
-        states, predictions = [x], []
+        states: list[Tensor] = [x]
+        predictions: list[Tensor] = []
         network = self.student.activate()
         for j, t in enumerate(self.scheduler.timesteps):
             timestep = t.expand(count)
@@ -354,7 +355,7 @@ class Trajectory:
 def guided_velocity(
     network: nn.Module, x: Tensor, timestep: Tensor, batch: Batch, rows: slice, guidance: float
 ) -> Tensor:
-    """Velocity (B, C, H, W) with classifier-free guidance, both branches in one forward; one branch if guidance <= 1."""
+    """Velocity (B, C, H, W) with classifier-free guidance, both branches in one forward; one branch up to guidance 1."""
     sequence, pooled = batch.text.sequence[rows], batch.text.pooled[rows]
     if guidance > 1:
         if batch.negative is None:
