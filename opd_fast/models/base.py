@@ -1,0 +1,123 @@
+"""What a model family provides: its frozen parts, its noise levels, and its velocity as a function of (x, sigma, text)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class TextEmbeds:
+    """Text conditioning, one row per prompt: ``sequence`` (B, L, D) and ``pooled`` (B, P), of one dtype and device."""
+
+    sequence: Tensor
+    pooled: Tensor
+
+    def __len__(self) -> int:
+        return self.sequence.shape[0]
+
+    def index(self, idx: Tensor | Sequence[int] | slice) -> TextEmbeds:
+        """The chosen rows: a view for a slice, a gather for indices (a list, or an int64 tensor on any device)."""
+        if isinstance(idx, slice):
+            return TextEmbeds(self.sequence[idx], self.pooled[idx])
+        rows = torch.as_tensor(idx, dtype=torch.int64).to(self.sequence.device)
+        return TextEmbeds(self.sequence.index_select(0, rows), self.pooled.index_select(0, rows))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeds:
+        return TextEmbeds(self.sequence.to(device=device, dtype=dtype), self.pooled.to(device=device, dtype=dtype))
+
+    def expand(self, n: int) -> TextEmbeds:
+        """A single row seen as ``n`` rows, without copying."""
+        if len(self) != 1:
+            raise ValueError(f"only a single row can be expanded, this has {len(self)}")
+        return TextEmbeds(self.sequence.expand(n, -1, -1), self.pooled.expand(n, -1))
+
+    @staticmethod
+    def cat(parts: Sequence[TextEmbeds]) -> TextEmbeds:
+        return TextEmbeds(torch.cat([p.sequence for p in parts]), torch.cat([p.pooled for p in parts]))
+
+
+class DiffusionModel(ABC):
+    """One model family's frozen components.  Subclasses are listed in ``opd_fast.models.FAMILIES``."""
+
+    name: ClassVar[str]
+    pipeline_class: ClassVar[str]  # diffusers' pipeline class, as model_index.json names it
+    lora_targets: ClassVar[dict[str, list[str]]]  # named sets of LoRA target modules (suffixes of module names)
+    guidance_kind: ClassVar[Literal["cfg", "embedded", "none"]]
+
+    path: str  # what the user named
+    transformer: nn.Module  # the base, in eval mode, requires_grad False
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls, path: str | Path, *, device: torch.device | str, dtype: torch.dtype, max_sequence_length: int | None = None
+    ) -> Self:
+        """Load the frozen components from a diffusers pipeline folder (or a hub id)."""
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> TextEmbeds:
+        """Embed the prompts in one call, without gradient; the caller chooses the batch."""
+
+    @abstractmethod
+    def release_text_encoders(self) -> None:
+        """Free the text encoders; ``encode`` raises from then on."""
+
+    @abstractmethod
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, H, W) of a square image of ``resolution`` pixels.  Raises ValueError if it does not divide."""
+
+    @abstractmethod
+    def sigmas(self, steps: int, resolution: int) -> Tensor:
+        """The model's own noise levels, (steps+1,) float64 on the CPU, from its scheduler's configuration."""
+
+    @abstractmethod
+    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbeds) -> Tensor:
+        """v(x, sigma, text) by ``transformer`` (the base, a student, a teacher).
+
+        x (B, C, H, W) float32; sigma (B,) or 0-dim, float32, on x's device; text B rows.
+        Returns (B, C, H, W) in the model's dtype.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) to images (B, 3, H', W') float32 in [0, 1], without gradient."""
+
+    @abstractmethod
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        """The repeated blocks of ``transformer``, the unit to compile and to shard."""
+
+    def targets(self, name: str | Sequence[str]) -> list[str]:
+        """LoRA target modules by the name of a set, or the given list itself.  Raises ValueError for an unknown set."""
+        if not isinstance(name, str):
+            return list(name)
+        if name not in self.lora_targets:
+            raise ValueError(
+                f"unknown LoRA targets {name!r} for family {self.name!r}; choose one of "
+                f"{', '.join(self.lora_targets)}, or list module names such as {next(iter(self.lora_targets.values()))[0]}"
+            )
+        return list(self.lora_targets[name])
+
+    def save_lora(
+        self,
+        directory: str | Path,
+        tensors: dict[str, tuple[Tensor, Tensor]],
+        *,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+    ) -> None:
+        """Write a LoRA of this model for PEFT and for diffusers; see ``opd_fast.lora.save_lora``."""
+        from opd_fast.lora import save_lora
+
+        save_lora(directory, tensors, rank=rank, alpha=alpha, targets=targets, base_model=self.path)

@@ -1,0 +1,116 @@
+"""Diffusers pipeline folders: finding them, and loading their components with errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_fast.models.base import ASSETS
+
+# Weights are read from safetensors only: the other formats can run code when they are opened.
+_NOT_NEEDED = ["*.bin", "*.msgpack", "*.onnx*", "*.ckpt", "*.pt", "*.gguf", "*.fp16.*", "*.non_ema.*"]
+
+
+def resolve_pipeline(path: str | Path, components: Sequence[str] = ()) -> Path:
+    """The pipeline folder that ``path`` names: a folder, "bundled", or a hub id (fetched, or found in the hub's cache).
+
+    ``components`` limits what is fetched from the hub (folder names; empty: model_index.json alone).
+    Raises ValueError when there is no such folder.
+    """
+    if str(path) == "bundled":
+        folder = ASSETS / "pipeline"
+        if not folder.is_dir():
+            raise ValueError(f"the bundled pipeline is not at {folder}; build it with: python -m opd_fast.worlds.build")
+        return folder
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"model path {folder} is a file; give the pipeline's folder (the one with model_index.json)")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
+        return _from_hub(str(path), components)
+    raise ValueError(
+        f"model path {path} does not exist; give a diffusers pipeline folder, a hub id (owner/name), or bundled"
+    )
+
+
+def _from_hub(repo: str, components: Sequence[str]) -> Path:
+    from huggingface_hub import constants, snapshot_download
+
+    patterns = ["model_index.json", *(f"{name}/*" for name in components)]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
+    except (OSError, ValueError, RuntimeError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ValueError(
+                f"model {repo} is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE forbids fetching it; "
+                f"unset HF_HUB_OFFLINE, or run `hf download {repo}` where there is a network"
+            ) from None
+        raise ValueError(
+            f"model {repo} is not a folder and could not be fetched from the hub ({_first_line(error)}); check the "
+            f"name, the network, and whether the model needs `hf auth login`"
+        ) from None
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of model_index.json, with at least ``_class_name``.  Raises ValueError if missing or damaged."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} is no diffusers pipeline: it has no model_index.json; give the pipeline's top folder"
+        )
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+            raise ValueError("it names no _class_name")
+    except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{file} is damaged ({_first_line(error)}); fetch the pipeline again") from None
+    return index
+
+
+def has_component(index: dict[str, Any], name: str) -> bool:
+    """Whether model_index.json lists ``name`` with a class ([null, null] stands for an absent optional component)."""
+    entry = index.get(name)
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def load_component(cls: Any, folder: Path, name: str, **options: Any) -> Any:
+    """``cls.from_pretrained(folder/name)``: the component, or ValueError naming the folder and the remedy.
+
+    Classes with weights must find every one of them: diffusers and transformers fill a missing weight with random
+    numbers and go on, which would distil noise.
+    """
+    where = folder / name
+    if not where.is_dir() or not any(where.iterdir()):
+        raise ValueError(
+            f"pipeline {folder} lacks its component {name!r} (no folder {where}); fetch the pipeline again"
+        )
+    weighted = hasattr(cls, "forward")
+    if weighted:
+        options = {"output_loading_info": True, "use_safetensors": True, **options}
+    try:
+        loaded = cls.from_pretrained(where, local_files_only=True, **options)
+    except Exception as error:  # safetensors, json, size mismatches, OSError: whatever it is, the folder is the cause
+        raise ValueError(
+            f"component {name!r} in {where} cannot be loaded ({type(error).__name__}: {_first_line(error)}); the files "
+            f"are damaged or of another model: fetch the pipeline again"
+        ) from None
+    if not weighted:
+        return loaded
+    component, report = loaded
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report.get(kind):
+            keys = [str(key) for key in report[kind]]
+            raise ValueError(
+                f"component {name!r} in {where} has {len(keys)} {kind.replace('_', ' ')}, e.g. {min(keys)}; its weights "
+                f"and its config.json do not belong together: fetch the pipeline again"
+            )
+    return component.eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__

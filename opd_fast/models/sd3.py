@@ -1,0 +1,210 @@
+"""Stable Diffusion 3 and 3.5 (MMDiT, https://arxiv.org/abs/2403.03206), from a diffusers pipeline folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.folder import has_component, load_component, read_index, resolve_pipeline
+from opd_fast.solvers import sd3_sigmas
+
+_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+_FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+_TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+_T5_PARTS = ("text_encoder_3", "tokenizer_3")
+# Schedulers whose noise levels are not those of sd3_sigmas.
+_OTHER_SCHEDULES = (
+    "use_dynamic_shifting",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "shift_terminal",
+    "stochastic_sampling",
+)
+_DECODE_PIXELS = (
+    2**22
+)  # pixels decoded at once: 64 images at 256, 16 at 512; the VAE's float32 activations set the limit
+_DECODE_IMAGES = 64
+
+
+class SD3(DiffusionModel):
+    """SD3 / SD3.5: two CLIP encoders, an optional T5 encoder, MMDiT transformer, 8x VAE, classifier-free guidance."""
+
+    name: ClassVar[str] = "sd3"
+    pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
+    guidance_kind: ClassVar[Literal["cfg", "embedded", "none"]] = "cfg"
+    # "attention": the published set of joint-attention projections; attn2 of the dual-attention blocks is not in it.
+    lora_targets: ClassVar[dict[str, list[str]]] = {
+        "attention": [f"attn.{name}" for name in _ATTENTION],
+        "all": [f"attn.{name}" for name in _ATTENTION] + _FEED_FORWARD,
+    }
+
+    def __init__(self, path: str, pipeline: Any, max_sequence_length: int, device: torch.device, dtype: torch.dtype):
+        """``pipeline``: an assembled StableDiffusion3Pipeline whose components already sit on ``device``."""
+        self.path = path
+        self.device = device
+        self.dtype = dtype
+        self.max_sequence_length = max_sequence_length
+        self.transformer: nn.Module = pipeline.transformer
+        self.vae: Any = pipeline.vae
+        self._pipeline: Any = pipeline
+        self._config: Any = pipeline.transformer.config
+        self._timesteps = int(pipeline.scheduler.config.num_train_timesteps)
+        self._shift = float(pipeline.scheduler.config.shift)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, device: torch.device | str, dtype: torch.dtype, max_sequence_length: int | None = None
+    ) -> Self:
+        """Load the components of a StableDiffusion3Pipeline folder.
+
+        ``max_sequence_length``: T5 tokens, 0 to 512; None takes 128 (the published setting) with a T5 encoder and 0
+        without one.  0 leaves T5 out altogether.  Raises ValueError naming what is missing or damaged.
+        """
+        if max_sequence_length is not None and not 0 <= max_sequence_length <= 512:
+            raise ValueError(f"max_sequence_length is {max_sequence_length}; T5 takes 0 (left out) to 512 tokens")
+        index_folder = resolve_pipeline(path)
+        index = read_index(index_folder)
+        if index["_class_name"] != cls.pipeline_class:
+            raise ValueError(
+                f"{index_folder} holds a {index['_class_name']!r} pipeline, family 'sd3' needs {cls.pipeline_class}; "
+                f"use family auto, or name another folder"
+            )
+        use_t5 = has_component(index, "text_encoder_3") and max_sequence_length != 0
+        names = ["transformer", "vae", "scheduler", *_TEXT_PARTS, *(_T5_PARTS if use_t5 else ())]
+        for name in names:
+            if not has_component(index, name):
+                raise ValueError(f"{index_folder}/model_index.json lists no {name!r}, which SD3 needs; fetch it again")
+        folder = resolve_pipeline(path, names)
+
+        device = torch.device(device)
+        parts = _load_parts(folder, use_t5, device, dtype)
+        _check_scheduler(folder, parts["scheduler"].config)
+        if max_sequence_length is None:
+            max_sequence_length = 128 if use_t5 else 0
+
+        from diffusers import StableDiffusion3Pipeline
+
+        return cls(str(path), StableDiffusion3Pipeline(**parts), max_sequence_length, device, dtype)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> TextEmbeds:
+        """The pipeline's own embeddings: sequence (B, 77 + max_sequence_length, D), pooled (B, P), in the model's dtype.
+
+        Raises ValueError for an empty list, RuntimeError after ``release_text_encoders``.
+        """
+        if self._pipeline is None:
+            raise RuntimeError("the text encoders were released; encode every prompt before release_text_encoders()")
+        if not prompts:
+            raise ValueError("encode() needs at least one prompt")
+        sequence, _, pooled, _ = self._pipeline.encode_prompt(
+            prompt=list(prompts),
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return TextEmbeds(sequence.to(self.dtype), pooled.to(self.dtype))
+
+    def release_text_encoders(self) -> None:
+        """Free the text encoders (for SD3.5 with T5, about 10 GiB in bfloat16)."""
+        self._pipeline = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        patch = int(self._config.patch_size)
+        if resolution <= 0 or resolution % (factor * patch):
+            below = max(resolution // (factor * patch), 1) * factor * patch
+            raise ValueError(
+                f"resolution {resolution} is not a multiple of {factor * patch} (VAE factor {factor} x patch {patch}); "
+                f"try {below} or {below + factor * patch}"
+            )
+        size = resolution // factor
+        limit = self._config.pos_embed_max_size
+        if limit is not None and size // patch > limit:
+            raise ValueError(
+                f"resolution {resolution} needs {size // patch} patches a side, the model's position table has {limit}; "
+                f"use at most {limit * patch * factor}"
+            )
+        return int(self._config.in_channels), size, size
+
+    def sigmas(self, steps: int, resolution: int) -> Tensor:
+        """SD3's levels do not depend on the resolution."""
+        return sd3_sigmas(steps, self._shift, num_train_timesteps=self._timesteps)
+
+    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbeds) -> Tensor:
+        # The timestep stays a float32 number: truncating it to an integer, or rounding it to bfloat16, moves the level.
+        timestep = (sigma.to(torch.float32) * self._timesteps).expand(x.shape[0])
+        dtype = self._input_dtype(transformer)
+        text = text.to(dtype=dtype)
+        return transformer(
+            hidden_states=x.to(dtype),
+            timestep=timestep,
+            encoder_hidden_states=text.sequence,
+            pooled_projections=text.pooled,
+            return_dict=False,
+        )[0]
+
+    def _input_dtype(self, transformer: nn.Module) -> torch.dtype:
+        # The dtype the patch embedding computes in; a wrapper that hides it (DDP, say) gets the model's.
+        weight = getattr(getattr(getattr(transformer, "pos_embed", None), "proj", None), "weight", None)
+        return weight.dtype if isinstance(weight, Tensor) else self.dtype
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """z / scaling_factor + shift_factor through the float32 VAE, in chunks that bound its memory."""
+        config = self.vae.config
+        z = latents.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        pixels = z.shape[-2] * z.shape[-1] * factor**2
+        chunk = max(1, min(_DECODE_IMAGES, _DECODE_PIXELS // pixels))
+        images = [self.vae.decode(part, return_dict=False)[0] for part in z.split(chunk)]
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        return list(transformer.transformer_blocks)  # type: ignore[arg-type]
+
+
+def _load_parts(folder: Path, use_t5: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of StableDiffusion3Pipeline, networks on ``device``; T5 parts are None without T5."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    def network(cls: Any, name: str, **options: Any) -> Any:
+        return load_component(cls, folder, name, **options).to(device)
+
+    parts: dict[str, Any] = {
+        "scheduler": load_component(FlowMatchEulerDiscreteScheduler, folder, "scheduler"),
+        "tokenizer": load_component(CLIPTokenizer, folder, "tokenizer"),
+        "tokenizer_2": load_component(CLIPTokenizer, folder, "tokenizer_2"),
+        "transformer": network(SD3Transformer2DModel, "transformer", torch_dtype=dtype),
+        "vae": network(AutoencoderKL, "vae", torch_dtype=torch.float32),
+        "text_encoder": network(CLIPTextModelWithProjection, "text_encoder", dtype=dtype),
+        "text_encoder_2": network(CLIPTextModelWithProjection, "text_encoder_2", dtype=dtype),
+        "text_encoder_3": None,
+        "tokenizer_3": None,
+    }
+    if use_t5:
+        from transformers import T5EncoderModel, T5TokenizerFast
+
+        parts["tokenizer_3"] = load_component(T5TokenizerFast, folder, "tokenizer_3")
+        parts["text_encoder_3"] = network(T5EncoderModel, "text_encoder_3", dtype=dtype)
+    return parts
+
+
+def _check_scheduler(folder: Path, config: Any) -> None:
+    for option in _OTHER_SCHEDULES:
+        if config.get(option):
+            raise ValueError(
+                f"{folder}/scheduler sets {option}={config.get(option)}, which SD3's published schedule does not; "
+                f"switch it off in scheduler_config.json"
+            )
