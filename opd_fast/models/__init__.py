@@ -36,7 +36,8 @@ def load_model(
         known = {model.pipeline_class: model for model in FAMILIES.values()}
         if found not in known:
             raise ValueError(
-                f"{folder} holds a {found!r} pipeline; supported are {', '.join(known)} (families {', '.join(FAMILIES)})"
+                f"{folder} holds a {found!r} pipeline; supported are "
+                f"{', '.join(known)} (families {', '.join(FAMILIES)})"
             )
         model = known[found]
     elif family in FAMILIES:

@@ -1,4 +1,4 @@
-"""What a model family provides: its frozen parts, its noise levels, and its velocity as a function of (x, sigma, text)."""
+"""What a model family provides: its frozen parts, its noise levels, and its velocity v(x, sigma, text)."""
 
 from __future__ import annotations
 
@@ -102,9 +102,10 @@ class DiffusionModel(ABC):
         if not isinstance(name, str):
             return list(name)
         if name not in self.lora_targets:
+            example = next(iter(self.lora_targets.values()))[0]
             raise ValueError(
                 f"unknown LoRA targets {name!r} for family {self.name!r}; choose one of "
-                f"{', '.join(self.lora_targets)}, or list module names such as {next(iter(self.lora_targets.values()))[0]}"
+                f"{', '.join(self.lora_targets)}, or list module names such as {example}"
             )
         return list(self.lora_targets[name])
 

@@ -105,8 +105,8 @@ def load_component(cls: Any, folder: Path, name: str, **options: Any) -> Any:
         if report.get(kind):
             keys = [str(key) for key in report[kind]]
             raise ValueError(
-                f"component {name!r} in {where} has {len(keys)} {kind.replace('_', ' ')}, e.g. {min(keys)}; its weights "
-                f"and its config.json do not belong together: fetch the pipeline again"
+                f"component {name!r} in {where} has {len(keys)} {kind.replace('_', ' ')}, e.g. {min(keys)}; its "
+                f"weights and its config.json do not belong together: fetch the pipeline again"
             )
     return component.eval().requires_grad_(False)
 

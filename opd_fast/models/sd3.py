@@ -94,7 +94,7 @@ class SD3(DiffusionModel):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextEmbeds:
-        """The pipeline's own embeddings: sequence (B, 77 + max_sequence_length, D), pooled (B, P), in the model's dtype.
+        """The pipeline's own embeddings: sequence (B, 77 + max_sequence_length, D), pooled (B, P), model dtype.
 
         Raises ValueError for an empty list, RuntimeError after ``release_text_encoders``.
         """
@@ -132,8 +132,8 @@ class SD3(DiffusionModel):
         limit = self._config.pos_embed_max_size
         if limit is not None and size // patch > limit:
             raise ValueError(
-                f"resolution {resolution} needs {size // patch} patches a side, the model's position table has {limit}; "
-                f"use at most {limit * patch * factor}"
+                f"resolution {resolution} needs {size // patch} patches a side, the model's position table has "
+                f"{limit}; use at most {limit * patch * factor}"
             )
         return int(self._config.in_channels), size, size
 
