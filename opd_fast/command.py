@@ -1,0 +1,353 @@
+"""The command line of a training run: recipe, overrides, run directory.
+
+    python -m opd_fast.train [RECIPE_OR_YAML] [--section.key VALUE ...] [--run-dir DIR] [--resume RUN_DIR] [--dry-run]
+
+`parse` returns the checked settings; `check_paths` and `prepare_run_dir` look at the disk. None of it imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import re
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from opd_fast.config import (
+    Config,
+    check_known,
+    describe,
+    from_dict,
+    leaves,
+    package_file,
+    refuse_unsafe_changes,
+    sections,
+    teacher_leaves,
+    to_yaml,
+)
+from opd_fast.errors import UserError, did_you_mean, one_line
+
+Hints = dict[str, tuple[Any, Any]]  # key to its type and default
+SWITCHES = ("--help", "--run-dir", "--resume", "--dry-run", "--seed", "--teachers")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line.
+
+    Attributes:
+        config: the checked settings.
+        run_dir: where the run writes; not made yet.
+        resume: whether `run_dir` holds a run that goes on.
+        dry_run: print the plan and stop.
+        recipe: the recipe or YAML file named, for titles.
+    """
+
+    config: Config
+    run_dir: Path
+    resume: bool
+    dry_run: bool
+    recipe: str
+
+
+def recipes() -> dict[str, Path]:
+    """Recipe name to its YAML file."""
+    return {path.stem: path for path in sorted(package_file("recipes").glob("*.yaml"))}
+
+
+def build_parser() -> Any:
+    """The jsonargparse parser: one typed argument for each setting, explained by its field."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m opd_fast.train",
+        description="Distil frozen diffusion teachers into one student along the student's own rollouts.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        type=str,
+        help=f"a recipe ({', '.join(recipes())}) or a YAML file laid over the defaults; bundled when not given",
+    )
+    parser.add_argument("--run-dir", type=str, help="where the run writes; runs/RECIPE-TIME when not given")
+    parser.add_argument("--resume", type=str, help="run directory whose run goes on from its newest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and the plan, then stop")
+    parser.add_argument("--seed", type=int | None, help="short for --train.seed")
+    fields = ", ".join(f"{name} ({help})" for name, (_, _, help) in teacher_leaves().items())
+    parser.add_argument("--teachers", type=list[dict], default=[], help=f"list of teachers, as YAML or JSON: {fields}")
+    groups = {name: parser.add_argument_group(name, (kind.__doc__ or "").strip()) for name, kind in sections().items()}
+    for key, (hint, default, help) in leaves().items():
+        groups[key.split(".")[0]].add_argument(f"--{key}", type=hint, default=default, help=help)
+    return parser
+
+
+def parse(argv: list[str]) -> Command:
+    """Read the command line into a `Command`.
+
+    Raises:
+        UserError: unknown keys, wrong types, impossible values, a recipe or run that does not exist.
+        SystemExit: with status 0 after `--help`.
+    """
+    parser = build_parser()
+    _check_options(argv)
+    first = _strict(lambda: parser.parse_args(argv))
+    if first.resume is not None:
+        return _resumed(parser, argv, first)
+    recipe = first.recipe or "bundled"
+    base = read_yaml(_recipe_file(recipe))
+    config = _overlaid(parser, argv, base, source=recipe)
+    config.validate()
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = Path(first.run_dir or f"runs/{Path(recipe).stem}-{stamp}").expanduser()
+    return Command(config, run_dir, resume=False, dry_run=first.dry_run, recipe=recipe)
+
+
+def _resumed(parser: Any, argv: list[str], first: Any) -> Command:
+    run_dir = Path(first.resume).expanduser()
+    if first.recipe is not None:
+        raise UserError(
+            "RECIPE", f"{first.recipe!r} beside --resume", "a resumed run reads its own config.yaml; drop it"
+        )
+    if first.run_dir is not None and Path(first.run_dir).expanduser() != run_dir:
+        raise UserError("--run-dir", "differs from --resume", "drop it: a resumed run writes where it wrote before")
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError("--resume", f"no config.yaml in {run_dir}", "name the directory of an earlier run")
+    base = read_yaml(run_dir / "config.yaml")
+    before = _overlaid(parser, [], base, source=str(run_dir / "config.yaml"))
+    after = _overlaid(parser, argv, base, source=str(run_dir / "config.yaml"))
+    refuse_unsafe_changes(before, after)
+    after.validate()
+    return Command(after, run_dir, resume=True, dry_run=first.dry_run, recipe=run_dir.name)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping (or nothing)."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"cannot be read ({one_line(error)})", "name a readable YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(str(path), f"is not valid YAML ({one_line(error)})", "mend the file") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(str(path), "holds no sections", "write settings as section: {key: value}")
+    return data
+
+
+def read_config(path: Path) -> Config:
+    """The settings in a YAML file laid over the defaults, checked and validated."""
+    config = _overlaid(build_parser(), [], read_yaml(path), source=str(path))
+    config.validate()
+    return config
+
+
+def _recipe_file(recipe: str) -> Path:
+    known = recipes()
+    if recipe in known:
+        return known[recipe]
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or os.sep in recipe:
+        raise UserError("RECIPE", f"no such file: {recipe}", f"recipes in the package: {', '.join(known)}")
+    raise UserError("RECIPE", f"no recipe or YAML file {recipe!r}", did_you_mean(recipe, known))
+
+
+def _overlaid(parser: Any, argv: list[str], base: dict[str, Any], source: str) -> Config:
+    """Defaults, then `base`, then `argv`."""
+    check_known(base, source)
+    typed = _strict(lambda: parser.parse_object(base, defaults=False), source).as_dict()
+    flat = {f"{s}.{k}": v for s, values in typed.items() if isinstance(values, dict) for k, v in values.items()}
+    fresh = build_parser()
+    fresh.set_defaults({**flat, "teachers": typed.get("teachers") or []})
+    found = _strict(lambda: fresh.parse_args(argv)).as_dict()
+    data = {name: found[name] for name in (*sections(), "teachers")}
+    check_known(data)
+    data["teachers"] = [_typed_teacher(i, teacher, source) for i, teacher in enumerate(data["teachers"])]
+    if found["seed"] is not None:
+        data["train"]["seed"] = found["seed"]
+    return from_dict(data)
+
+
+def _typed_teacher(index: int, teacher: dict[str, Any], source: str) -> dict[str, Any]:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    for name, (hint, default, _) in teacher_leaves().items():
+        parser.add_argument(f"--{name}", type=hint, **({} if default is MISSING else {"default": default}))
+    hints = {f"teachers[{index}].{name}": (hint, default) for name, (hint, default, _) in teacher_leaves().items()}
+    found = _strict(lambda: parser.parse_object(teacher), source, f"teachers[{index}].", hints)
+    result: dict[str, Any] = found.as_dict()
+    return result
+
+
+def _check_options(argv: list[str]) -> None:
+    """Refuse unknown options by name, before jsonargparse lists them without one."""
+    known = [*SWITCHES, *(f"--{key}" for key in leaves())]
+    for token in argv:
+        if not token.startswith("--") or token == "--":
+            continue
+        name = token.split("=")[0]
+        plain = name.removesuffix("+")
+        if plain in known:
+            continue
+        if plain.removeprefix("--") in sections():
+            first = next(key for key in known if key.startswith(plain + "."))
+            raise UserError(plain, "is a section", f"set its keys one by one, as in {first} VALUE")
+        near = did_you_mean(plain, known) if _near(plain, known) else "python -m opd_fast.train --help lists all"
+        raise UserError(plain.removeprefix("--"), "unknown key", near)
+
+
+def _near(word: str, known: list[str]) -> bool:
+    return did_you_mean(word, known).startswith("did you mean")
+
+
+def _strict(run: Any, source: str = "", prefix: str = "", hints: Hints | None = None) -> Any:
+    """Run a jsonargparse call; its error becomes one line with the key, the type it wants and a remedy."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return run()
+    except ArgumentError as error:
+        hints = hints or {**{key: (hint, default) for key, (hint, default, _) in leaves().items()}, "seed": (int, 0)}
+        raise _readable(str(error), source, prefix, hints) from None
+
+
+def _readable(message: str, source: str, prefix: str, hints: Hints) -> UserError:
+    where = f" in {source}" if source and source not in recipes() else ""
+    found = re.search(r'[Pp]arser key "([^"]+)"', message)
+    key = prefix + found.group(1) if found else ""
+    value = re.search(r"(?:Got value|Given value): (.*)", message)
+    shown = value.group(1).strip() if value else "something else"
+    if key in hints:
+        hint, default = hints[key]
+        choices = [str(choice) for choice in get_args(hint)] if getattr(hint, "__origin__", None) is Literal else []
+        remedy = did_you_mean(shown, choices) if choices and _near(shown, choices) else _example(key, default)
+        return UserError(key, f"{shown!r} is not {describe(hint)}{where}", remedy)
+    if key == "teachers":
+        return UserError(key, f"{shown!r} is no list of teachers{where}", "give [{name: N, weights: W, prompts: P}]")
+    alone = re.search(r"argument (\S+): expected one argument", message)
+    if alone:
+        return UserError(alone.group(1).lstrip("-"), "has no value", f"write {alone.group(1)} VALUE")
+    extra = re.search(r"unrecognized arguments: (.*)", message)
+    if extra:
+        return UserError(extra.group(1), "is no option", "one recipe or YAML file, then --section.key VALUE")
+    return UserError(key or "command line", one_line(ValueError(message)), "python -m opd_fast.train --help")
+
+
+def _example(key: str, default: Any) -> str:
+    if default is MISSING:
+        return f"mend {key}"
+    shown = json.dumps(default) if not isinstance(default, str) else default
+    return f"the default is {shown}"
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def looks_like_hub_id(text: str) -> bool:
+    """Whether `text` reads as `organisation/name` and not as a path of this machine."""
+    head, _, tail = text.partition("/")
+    shape = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
+    return shape and not Path(head).exists() and Path(tail).suffix not in (".safetensors", ".bin", ".pt", ".json")
+
+
+def check_paths(config: Config) -> None:
+    """Raise `UserError` for weights or prompt files that are not there, or hold nothing.
+
+    A name of the form `org/name` that is no local path is taken for a hub id, and is looked up when it is loaded.
+    """
+    _check_weights("model.path", config.model.path, "pipeline")
+    if config.student.start is not None:
+        _check_weights("student.start", config.student.start, "teachers")
+    for i, teacher in enumerate(config.teachers):
+        _check_weights(f"teachers[{i}].weights", teacher.weights, "teachers", f" of teacher {teacher.name!r}")
+        _check_prompts(f"teachers[{i}].prompts", teacher.prompts, "train")
+        if teacher.eval_prompts is not None and config.evaluation.every > 0:
+            _check_prompts(f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")
+    _check_resolution(config)
+
+
+def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
+    if path == "bundled" or path.startswith("bundled/"):
+        folder = package_file("assets", kind)
+        target = folder if path == "bundled" else folder / path.removeprefix("bundled/")
+        if not target.exists() or (path == "bundled" and kind != "pipeline"):
+            known = [f"bundled/{p.name}" for p in sorted(folder.glob("*")) if p.is_dir()] or ["nothing is bundled"]
+            raise UserError(key, f"{path}{of} is not in the package", did_you_mean(path, known))
+        return
+    target = Path(path).expanduser()
+    if target.exists():
+        if target.is_dir() and not any(target.iterdir()):
+            raise UserError(key, f"{path}{of} is an empty folder", "name the folder that holds the weights")
+        return
+    if not looks_like_hub_id(path):
+        raise UserError(key, f"{path}{of} does not exist", "give a path that does, a hub id org/name or bundled/NAME")
+
+
+def _check_prompts(key: str, source: str, split: str) -> None:
+    if source.startswith("bundled/"):
+        folder = package_file("assets", "prompts", source.removeprefix("bundled/"))
+        files = sorted(folder.glob(f"{split}*"))
+        if not files:
+            known = [f"bundled/{p.name}" for p in sorted(package_file("assets", "prompts").glob("*"))]
+            raise UserError(
+                key, f"{source} is not in the package", did_you_mean(source, known or ["nothing is bundled"])
+            )
+        path = files[0]
+    else:
+        path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(key, f"{source} is no file", "give a .txt or GenEval .jsonl file, or bundled/NAME")
+    try:
+        with path.open(encoding="utf-8") as lines:
+            if not any(line.strip() for line in lines):
+                raise UserError(key, f"{source} holds no prompt", "write one prompt on each line")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(key, f"{source} cannot be read ({one_line(error)})", "give a UTF-8 text file") from error
+
+
+def _check_resolution(config: Config) -> None:
+    """Latents must be whole patches: pixels divide by (VAE factor * patch size)."""
+    root = (
+        package_file("assets", "pipeline") if config.model.path == "bundled" else Path(config.model.path).expanduser()
+    )
+    with contextlib.suppress(OSError, KeyError, TypeError, json.JSONDecodeError):  # a broken folder: the loader says so
+        vae = json.loads((root / "vae" / "config.json").read_text())
+        transformer = json.loads((root / "transformer" / "config.json").read_text())
+        unit = 2 ** (len(vae["block_out_channels"]) - 1) * int(transformer["patch_size"])
+        most = int(transformer.get("pos_embed_max_size") or 0) * unit
+        size = config.model.resolution
+        if size % unit:
+            raise UserError(
+                "model.resolution", f"{size} is no multiple of {unit}", f"give {max(size // unit, 1) * unit}"
+            )
+        if most and size > most:
+            raise UserError("model.resolution", f"{size} is above the model's {most}", f"give {most} or less")
+
+
+def prepare_run_dir(command: Command) -> None:
+    """Make the run directory and write config.yaml into it.
+
+    Raises:
+        UserError: the directory cannot be made or written, or holds a run while `command.resume` is false.
+    """
+    run_dir = command.run_dir
+    key = "--resume" if command.resume else "--run-dir"
+    if not command.resume and run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(key, f"{run_dir} is not empty", f"give another, or go on with --resume {run_dir}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(command.config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            key, f"{run_dir} cannot be written ({error.strerror or error})", "give a directory you may write"
+        ) from error

@@ -1,0 +1,469 @@
+"""The settings of a run: typed, strict, and complete before anything heavy is imported.
+
+A run is described by `Config`. It is read from the defaults, then a recipe or YAML file, then the command line, later
+ones winning. Whatever is unknown, of the wrong type or impossible raises `UserError` at once. Nothing here imports
+torch, so a mistake is reported in well under a second.
+"""
+
+# ruff: noqa: RUF009 - `option` is `dataclasses.field` with its explanation
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from opd_fast.errors import UserError, did_you_mean
+
+Solver = Literal["ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm1", "dpm2"]
+DETERMINISTIC: tuple[str, ...] = ("ode", "dpm1", "dpm2")
+# What may change when a run is resumed: how long it goes on and what it writes down, never what it learns from.
+RESUMABLE = ("train.rounds", "logging.", "evaluation.", "checkpoint.")
+
+
+def option(help: str, default: Any = MISSING) -> Any:
+    """A dataclass field with the explanation that `--help` prints. Lists and tuples are copied per instance."""
+    metadata = {"help": help}
+    if default is MISSING:
+        return field(metadata=metadata)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The frozen pipeline that student and teachers share."""
+
+    path: str = option("diffusers pipeline folder or hub id; bundled: the small pipeline in the package", "bundled")
+    family: str = option("model family (sd3); auto reads it from the pipeline", "auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "of the frozen weights and of every forward; auto: bfloat16 on a GPU that has it, float32 elsewhere", "auto"
+    )
+    resolution: int = option("height and width of the images, in pixels", 32)
+    max_sequence_length: int | None = option(
+        "T5 tokens a prompt is padded or cut to; null: 128 where the pipeline has a T5 encoder, else none", None
+    )
+
+
+@dataclass(kw_only=True)
+class StudentConfig:
+    """What is trained."""
+
+    kind: Literal["lora", "full"] = option("lora: low-rank adapters on the frozen base; full: every weight", "lora")
+    rank: int = option("LoRA rank", 32)
+    alpha: float = option("LoRA alpha; the adapter is scaled by alpha / rank", 64.0)
+    targets: str | list[str] = option(
+        "LoRA targets: attention, all, or a list of module name endings such as [attn.to_q]", "attention"
+    )
+    start: str | None = option("weights to start from, in any form a teacher can have; null: the base", None)
+    guidance: float = option("classifier-free guidance of the student while it trains; 1 makes no negative pass", 1.0)
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """One frozen teacher and the task it teaches."""
+
+    name: str = option("name in tables, files and logs")
+    weights: str = option("PEFT folder, diffusers LoRA file, transformer or pipeline folder, hub id, or bundled/NAME")
+    prompts: str = option("training prompts: a .txt or GenEval .jsonl file, or bundled/NAME")
+    guidance: float = option("classifier-free guidance of the teacher; 1 makes no negative pass", 1.0)
+    weight: float = option("factor on this task's loss", 1.0)
+    eval_prompts: str | None = option("held-out prompts; null: the held-out part of bundled/NAME, else no reward", None)
+    reward: str | None = option("reward that judges this task in evaluations; null: none", None)
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """The rollout's solver."""
+
+    solver: Solver = option("ode, dpm1 and dpm2 are deterministic, the others add noise", "flow_sde")
+    steps: int = option("solver steps in a rollout", 10)
+    eta: float = option("noise level of the stochastic solvers; the deterministic ones have none", 0.7)
+    train_last: bool = option("also train the last step (sigma to 0), which the published method leaves out", False)
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """The loss of a step: w_j * (v_student - v_teacher)^2."""
+
+    kind: Literal["kl", "l2", "velocity"] = option(
+        "kl: closed-form KL of the step (L2 of the means where the solver adds no noise); l2: half the squared gap of "
+        "the means; velocity: plain squared gap of the velocities",
+        "kl",
+    )
+    variance: Literal["exact", "published"] = option(
+        "variance the KL divides by; exact: that of the step's noise; published: the released code's", "exact"
+    )
+    reduction: Literal["mean", "sum"] = option("over the elements of a sample", "mean")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The optimizer and the length of the run. One round is one optimizer step."""
+
+    method: Literal["opd"] = option("opd: on-policy distillation", "opd")
+    rounds: int = option("optimizer steps", 80)
+    samples_per_task: int = option("rollouts of each task in a round", 8)
+    micro_batch: int | None = option("samples in one student forward; null: all of the round", None)
+    lr: float = option("peak learning rate of AdamW", 1e-3)
+    schedule: Literal["constant", "cosine", "linear"] = option("of the learning rate after the warm-up", "constant")
+    warmup: int = option("rounds over which the learning rate rises from 0", 0)
+    weight_decay: float = option("of AdamW", 1e-4)
+    betas: tuple[float, float] = option("of AdamW", (0.9, 0.999))
+    eps: float = option("of AdamW", 1e-8)
+    clip: float = option("largest gradient norm", 1.0)
+    ema: float = option("decay of the exponential average that is evaluated and exported; 0 follows the weights", 0.9)
+    seed: int = option("of prompts, noise and adapters; --seed is short for it", 0)
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """What --resume starts from."""
+
+    every: int = option("rounds between checkpoints; one is written at the end too; 0: only at the end", 20)
+    keep: int = option("newest checkpoints that are kept", 3)
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Rewards on held-out prompts, with the averaged weights."""
+
+    every: int = option("rounds between evaluations; base, teachers and student are judged at both ends; 0: never", 20)
+    prompts: int = option("held-out prompts of each task", 64)
+    steps: int = option("ODE steps of an evaluation's images", 20)
+    guidance: float | None = option("classifier-free guidance of every model judged; null: student.guidance", None)
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Several devices."""
+
+    strategy: Literal["auto", "single"] = option("auto: what the launch asks for; single: one device", "auto")
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """How the same numbers are reached faster."""
+
+    placement: Literal["merged", "shared"] = option(
+        "merged: each teacher is a merged copy of the transformer; shared: teachers are adapters on one base", "merged"
+    )
+    compile: Literal["auto", "on", "off"] = option("torch.compile of the blocks; auto: on a GPU", "auto")
+    graphs: Literal["auto", "off"] = option("CUDA graphs; auto: where there is a GPU", "auto")
+    attention: Literal["auto", "sdpa"] = option("attention backend", "auto")
+    precision: Literal["auto", "float32", "tf32"] = option(
+        "auto: as model.dtype says; float32: everything in float32; tf32: float32 weights, TF32 products (GPU)", "auto"
+    )
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = option("write TensorBoard events to RUN_DIR/tensorboard", True)
+    wandb: bool = option("log to Weights & Biases (offline or online as its own settings say)", False)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything that decides a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teachers: list[TeacherConfig] = field(default_factory=list)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def validate(self) -> None:
+        """Raise `UserError` for a value out of range or a combination that cannot work. Looks at no file."""
+        for key, value in flatten(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(key, f"{value} is not a finite number", "give a finite one")
+        _check_ranges(self)
+        _check_sampler(self)
+        _check_teachers(self)
+        _check_engine(self)
+
+
+def _check_ranges(config: Config) -> None:
+    t = config.train
+    at_least: list[tuple[str, float | None, float]] = [
+        ("model.resolution", config.model.resolution, 1),
+        ("model.max_sequence_length", config.model.max_sequence_length, 1),
+        ("student.rank", config.student.rank, 1),
+        ("student.guidance", config.student.guidance, 0),
+        ("sampler.eta", config.sampler.eta, 0),
+        ("train.rounds", t.rounds, 1),
+        ("train.samples_per_task", t.samples_per_task, 1),
+        ("train.micro_batch", t.micro_batch, 1),
+        ("train.warmup", t.warmup, 0),
+        ("train.weight_decay", t.weight_decay, 0),
+        ("train.ema", t.ema, 0),
+        ("train.seed", t.seed, 0),
+        ("checkpoint.every", config.checkpoint.every, 0),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("evaluation.every", config.evaluation.every, 0),
+        ("evaluation.prompts", config.evaluation.prompts, 1),
+        ("evaluation.steps", config.evaluation.steps, 1),
+        ("evaluation.guidance", config.evaluation.guidance, 0),
+    ]
+    for key, value, least in at_least:
+        if value is not None and value < least:
+            raise UserError(key, f"{value} is below {least:g}", f"give {least:g} or more")
+    for key, positive in (
+        ("student.alpha", config.student.alpha),
+        ("train.lr", t.lr),
+        ("train.clip", t.clip),
+        ("train.eps", t.eps),
+    ):
+        if positive <= 0:
+            raise UserError(key, f"{positive} is not above 0", "give a positive number")
+    for key, share in (("train.ema", t.ema), ("train.betas[0]", t.betas[0]), ("train.betas[1]", t.betas[1])):
+        if not 0 <= share < 1:
+            raise UserError(key, f"{share} is not in [0, 1)", "give a decay below 1")
+    if t.warmup >= t.rounds:
+        raise UserError("train.warmup", f"{t.warmup} is not below train.rounds = {t.rounds}", "shorten the warm-up")
+
+
+def _check_sampler(config: Config) -> None:
+    s = config.sampler
+    if s.solver not in DETERMINISTIC and s.eta == 0:
+        raise UserError(
+            "sampler.eta", f"{s.solver} with eta 0 adds no noise, so its KL is undefined", "give eta > 0 or solver ode"
+        )
+    # DDIM draws sqrt of 1 - (...) and CPS turns by eta * pi / 2: both end at eta = 1.
+    if s.solver in ("ddim", "cps") and s.eta > 1:
+        raise UserError("sampler.eta", f"{s.eta} is above 1, the most {s.solver} can add", "give eta in (0, 1]")
+    least = 1 if s.train_last else 2
+    if s.steps < least:
+        why = "" if s.train_last else " while the last step is not trained"
+        raise UserError("sampler.steps", f"{s.steps} is below {least}{why}", f"give {least} or more")
+
+
+def _check_teachers(config: Config) -> None:
+    if not config.teachers:
+        raise UserError(
+            "teachers", "none is given", "list at least one as {name, weights, prompts}, or start from a recipe"
+        )
+    seen: set[str] = set()
+    for i, teacher in enumerate(config.teachers):
+        if not teacher.name or not all(c.isalnum() or c in "-_." for c in teacher.name):
+            raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is no name", "use letters, digits, - _ .")
+        if teacher.name in seen:
+            raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is used twice", "give each teacher its own name")
+        seen.add(teacher.name)
+        if teacher.guidance < 0:
+            raise UserError(f"teachers[{i}].guidance", f"{teacher.guidance} is below 0", "give 0 or more")
+        if teacher.weight <= 0:
+            raise UserError(
+                f"teachers[{i}].weight", f"{teacher.weight} is not above 0", "give a positive one or drop the teacher"
+            )
+
+
+def _check_engine(config: Config) -> None:
+    precision, dtype = config.engine.precision, config.model.dtype
+    if precision != "auto" and dtype not in ("auto", "float32"):
+        raise UserError(
+            "engine.precision", f"{precision} contradicts model.dtype = {dtype}", "set model.dtype to auto or float32"
+        )
+    if config.engine.placement == "shared" and config.student.kind == "full":
+        raise UserError(
+            "engine.placement",
+            "shared teachers are adapters on the base, which student.kind = full trains",
+            "set engine.placement to merged",
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise UserError(
+            "parallel.strategy",
+            f"{config.parallel.strategy} trains on one device but {world} processes were started",
+            "start it with python -m opd_fast.train instead of torchrun",
+        )
+    for name, wanted, extra in (
+        ("wandb", config.logging.wandb, "opd_fast[wandb]"),
+        ("tensorboard", config.logging.tensorboard, "tensorboard"),
+    ):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"logging.{name}", f"{name} is not installed", f"pip install '{extra}' or --logging.{name} false"
+            )
+
+
+# --- dictionaries, YAML, hashes ---------------------------------------------------------------------------------------
+
+
+def sections() -> dict[str, type]:
+    """Section name to dataclass, without `teachers`, in the order of `Config`."""
+    hints = get_type_hints(Config)
+    return {f.name: hints[f.name] for f in fields(Config) if f.name != "teachers"}
+
+
+def leaves() -> dict[str, tuple[Any, Any, str]]:
+    """Dotted key to (type, default, help) for everything outside `teachers`."""
+    found: dict[str, tuple[Any, Any, str]] = {}
+    for section, kind in sections().items():
+        for name, hint, default, help in _fields(kind):
+            found[f"{section}.{name}"] = (hint, default, help)
+    return found
+
+
+def teacher_leaves() -> dict[str, tuple[Any, Any, str]]:
+    """Field to (type, default, help) of one teacher; the default of a required one is `dataclasses.MISSING`."""
+    return {name: (hint, default, help) for name, hint, default, help in _fields(TeacherConfig)}
+
+
+def _fields(kind: type) -> Iterator[tuple[str, Any, Any, str]]:
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        yield f.name, hints[f.name], default, f.metadata["help"]
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain data that JSON and YAML can hold; `from_dict` is the inverse."""
+    data: dict[str, Any] = json.loads(json.dumps(asdict(config)))  # tuples become lists
+    return data
+
+
+def from_dict(data: dict[str, Any]) -> Config:
+    """`Config` from checked plain data; keys that are absent keep their defaults."""
+    made: dict[str, Any] = {}
+    for name, kind in sections().items():
+        values = dict(data.get(name) or {})
+        for key, hint in get_type_hints(kind).items():
+            if getattr(hint, "__origin__", None) is tuple and key in values:
+                values[key] = tuple(values[key])
+        made[name] = kind(**values)
+    made["teachers"] = [TeacherConfig(**teacher) for teacher in data.get("teachers") or []]
+    return Config(**made)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key to value: `train.lr`, `teachers[0].name`, `train.betas[0]`."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        elif isinstance(value, (list, tuple)):
+            for i, inner in enumerate(value):
+                walk(f"{prefix}[{i}]", inner)
+        else:
+            flat[prefix] = value
+
+    walk("", asdict(config))
+    return flat
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML; parsing it again gives an equal `Config`."""
+    import yaml
+
+    text: str = yaml.dump(to_dict(config), Dumper=_dumper(), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _dumper() -> Any:
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def number(dumper: Any, value: float) -> Any:
+        # YAML 1.1 reads 1e-05 as a string: a mantissa needs its point.
+        text = repr(value)
+        if "e" in text and "." not in text:
+            text = text.replace("e", ".0e")
+        return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+    Dumper.add_representer(float, number)
+    return Dumper
+
+
+def config_hash(config: Config) -> str:
+    """Twelve hexadecimal digits over everything but `logging` and `checkpoint`, which change no number of a run."""
+    data = {key: value for key, value in to_dict(config).items() if key not in ("logging", "checkpoint")}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def changed(before: Config, after: Config) -> list[str]:
+    """Dotted keys whose values differ."""
+    old, new = flatten(before), flatten(after)
+    return [key for key in {**old, **new} if old.get(key, MISSING) != new.get(key, MISSING)]
+
+
+def refuse_unsafe_changes(before: Config, after: Config) -> None:
+    """Raise unless `after` continues the run that `before` describes (see `RESUMABLE`)."""
+    for key in changed(before, after):
+        if not key.startswith(RESUMABLE):
+            raise UserError(
+                key,
+                f"a resumed run keeps its value ({flatten(before).get(key, 'unset')})",
+                "drop the option, or start a new run; " + ", ".join(k.rstrip(".") for k in RESUMABLE) + " may change",
+            )
+
+
+def describe(hint: Any) -> str:
+    """A type in words: "a whole number or null"."""
+    if getattr(hint, "__origin__", None) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if hint in words:
+        return words[hint]
+    origin, args = getattr(hint, "__origin__", None), get_args(hint)
+    if origin is tuple:
+        return f"a list of {len(args)} numbers"
+    if origin is list:
+        return "a list of " + {"text": "texts"}.get(describe(args[0]), describe(args[0]))
+    return " or ".join(describe(arg) for arg in args)
+
+
+def check_known(data: dict[str, Any], source: str = "") -> None:
+    """Raise for keys of nested plain data that name no setting. `source` (a file name) goes into the message."""
+    where = f" in {source}" if source else ""
+    known = [*sections(), "teachers"]
+    for section, values in data.items():
+        if section not in known:
+            raise UserError(str(section), f"unknown key{where}", did_you_mean(str(section), known))
+        if section == "teachers":
+            _check_teacher_list(values, where)
+            continue
+        names = [f.name for f in fields(sections()[section])]
+        if not isinstance(values, dict):
+            raise UserError(section, f"holds settings{where}, got {values!r}", f"write {section}: {{{names[0]}: ...}}")
+        for key in values:
+            if key not in names:
+                near = did_you_mean(str(key), names)
+                raise UserError(f"{section}.{key}", f"unknown key{where}", near)
+
+
+def _check_teacher_list(values: Any, where: str) -> None:
+    if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
+        raise UserError("teachers", f"is a list of teachers{where}, got {values!r}", "write [{name, weights, prompts}]")
+    names = [f.name for f in fields(TeacherConfig)]
+    for i, teacher in enumerate(values):
+        for key in teacher:
+            if key not in names:
+                raise UserError(f"teachers[{i}].{key}", f"unknown key{where}", did_you_mean(str(key), names))
+        for f in fields(TeacherConfig):
+            if f.default is MISSING and f.name not in teacher:
+                raise UserError(f"teachers[{i}].{f.name}", f"is missing{where}", f"add it: {f.metadata['help']}")
+
+
+def package_file(*parts: str) -> Path:
+    """A path inside the installed package."""
+    return Path(__file__).resolve().parent.joinpath(*parts)

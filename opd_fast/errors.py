@@ -1,0 +1,74 @@
+"""What a user sees when a run cannot go on: one line that names the setting, what is wrong and what to do."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+
+PACKAGES = ("opd_fast", "opd_kernels")
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave.
+
+    Args:
+        key: the configuration key, option or file at fault, as the user would write it.
+        problem: what is wrong with it.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, key: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{key}: {problem}; {remedy}")
+        self.key, self.problem, self.remedy = key, problem, remedy
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        return type(self), (self.key, self.problem, self.remedy)  # the default would call it with the joined message
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The remedy for a misspelt word: the nearest known one, or the list when nothing is near."""
+    known = list(known)
+    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_ours(trace: TracebackType | None) -> bool:
+    """Whether an exception was raised by a file of this project rather than in a library beneath it."""
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return bool(set(Path(trace.tb_frame.f_code.co_filename).parts) & set(PACKAGES))
+
+
+def main_guard(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    """Wrap a command line's `main(argv) -> exit status`: a user's mistake becomes one line on stderr and status 2.
+
+    A `UserError`, and any other `ValueError` that this project raises, is a mistake with its remedy in the message. A
+    `ValueError` from inside a library is a defect and keeps its traceback. Ctrl-C outside the training loop (which
+    handles its own) ends with status 130.
+    """
+
+    @functools.wraps(main)
+    def guarded(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except ValueError as error:
+            if not isinstance(error, UserError) and not is_ours(error.__traceback__):
+                raise
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return guarded

@@ -1,0 +1,225 @@
+"""What a run says while it runs: a progress bar, metrics.jsonl, TensorBoard, Weights & Biases, NVTX ranges.
+
+`metrics.jsonl` is the record. One line a round: `{"round": index from 0, "time": seconds since the start, **metrics}`.
+One line an evaluation: `{"round": rounds done, "time": ..., "evaluation": {task: {reward: mean}}}`. The rest shows the
+same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from opd_fast.config import LoggingConfig
+from opd_fast.errors import UserError
+
+PLAIN_SECONDS = 5.0  # between lines where there is no terminal
+
+
+class Telemetry:
+    """Context manager around the rounds of a run.
+
+    Args:
+        run_dir: where `metrics.jsonl` and `tensorboard/` lie.
+        config: which of the optional loggers run.
+        rounds: rounds in the whole run.
+        start_round: rounds done before. Lines about later rounds are dropped from the file, so that a resumed run's
+            record reads as if it had never stopped; the evaluation after exactly `start_round` rounds stays.
+    """
+
+    def __init__(self, run_dir: Path, config: LoggingConfig, *, rounds: int, start_round: int = 0) -> None:
+        self.run_dir, self.config, self.rounds, self.start_round = Path(run_dir), config, rounds, start_round
+        self._time_before = 0.0
+        self._metrics: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._bar: _Bar | _Lines | None = None
+
+    def __enter__(self) -> Telemetry:
+        path = self.run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["round"] < self.start_round + ("evaluation" in line)]
+        if self.start_round == 0:
+            kept = []
+        self._time_before = kept[-1]["time"] if kept else 0.0
+        temporary = path.with_suffix(".part")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._metrics = path.open("a", encoding="utf-8")
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.start_round or None)
+        if self.config.wandb:
+            self._wandb = _start_wandb(self.run_dir)
+        live = sys.stderr.isatty()
+        self._bar = _Bar(self.rounds, self.start_round) if live else _Lines(self.rounds, self.start_round)
+        self._start = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run's start, the time before a resumption included."""
+        return self._time_before + time.monotonic() - self._start
+
+    def round(self, index: int, metrics: dict[str, float]) -> None:
+        """Record round `index` (0-based). `loss` and `samples_per_second` also go to the bar when present."""
+        self._write({"round": index, "time": round(self.seconds, 3), **{k: float(v) for k, v in metrics.items()}})
+        self._scalars(index, metrics)
+        if self._bar is not None:
+            self._bar.round(index, metrics)
+
+    def evaluation(self, index: int, rewards: dict[str, dict[str, float]]) -> None:
+        """Record mean rewards `{task: {reward: value}}`, measured after `index` rounds."""
+        self._write({"round": index, "time": round(self.seconds, 3), "evaluation": rewards})
+        flat = {f"evaluation/{task}/{name}": value for task, means in rewards.items() for name, value in means.items()}
+        self._scalars(index, flat)
+        means = "  ".join(f"{task} {name} {value:.3f}" for task, row in rewards.items() for name, value in row.items())
+        self.message(f"round {index}: {means}")
+
+    def message(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._bar.message(text)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._metrics is None:
+            raise RuntimeError("Telemetry is a context manager: use it inside its `with` block")
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+
+    def _scalars(self, index: int, values: dict[str, float]) -> None:
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, index)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=index)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a crash cut short is left out. No file: no lines."""
+    lines: list[dict[str, Any]] = []
+    if not path.is_file():
+        return lines
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class _Bar:
+    """A live bar on a terminal."""
+
+    def __init__(self, rounds: int, start: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("[bold]round"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}"),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            refresh_per_second=4,
+        )
+        self._task = self._progress.add_task("train", total=rounds, completed=start, status="")
+        self._progress.start()
+
+    def round(self, index: int, metrics: dict[str, float]) -> None:
+        self._progress.update(self._task, completed=index + 1, status=_status(metrics))
+
+    def message(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _Lines:
+    """Plain lines where there is no terminal: the first and the last round, and one every few seconds between."""
+
+    def __init__(self, rounds: int, start: int) -> None:
+        self._rounds, self._done = rounds, start
+        self._first, self._began, self._said = start, time.monotonic(), -PLAIN_SECONDS
+
+    def round(self, index: int, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        self._done = index + 1
+        if now - self._said < PLAIN_SECONDS and self._done < self._rounds:
+            return
+        self._said = now
+        # The first round warms up caches and compilers, but it is all there is to go by at first.
+        left = (now - self._began) / max(self._done - self._first, 1) * (self._rounds - self._done)
+        print(
+            f"round {self._done}/{self._rounds}  {_status(metrics)}  left {_clock(left)}", file=sys.stderr, flush=True
+        )
+
+    def message(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _status(metrics: dict[str, float]) -> str:
+    parts = []
+    if "loss" in metrics:
+        parts.append(f"loss {metrics['loss']:.3e}")
+    if "samples_per_second" in metrics:
+        parts.append(f"{metrics['samples_per_second']:.1f} samples/s")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _start_wandb(run_dir: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "logging.wandb", "wandb is not installed", "pip install 'opd_fast[wandb]' or --logging.wandb false"
+        ) from error
+    return wandb.init(project="opd_fast", name=run_dir.name, dir=str(run_dir), id=run_dir.name, resume="allow")
+
+
+@contextlib.contextmanager
+def annotate(name: str) -> Iterator[None]:
+    """An NVTX range around the block, for a profiler's timeline. Does nothing without a CUDA device."""
+    if not _cuda():
+        yield
+        return
+    import nvtx
+
+    with nvtx.annotate(name, domain="opd_fast"):
+        yield
+
+
+def _cuda() -> bool:
+    torch = sys.modules.get("torch")  # whoever has not imported torch has no device to profile
+    return torch is not None and bool(torch.cuda.is_available())
