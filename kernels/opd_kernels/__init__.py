@@ -1,0 +1,7 @@
+"""Triton kernels for on-policy distillation, each with a twin in plain torch. Needs torch (and triton on CUDA) only."""
+
+from .philox import philox_normal
+from .step import ROW, StepOutput, fused_step
+from .step_ref import fused_step_reference
+
+__all__ = ["ROW", "StepOutput", "fused_step", "fused_step_reference", "philox_normal"]

@@ -1,0 +1,248 @@
+"""The fused step: guidance, solver mean, noise, next state, loss and its gradients in one pass over the tensors.
+
+Formulas and the CPU path: `step_ref.py`. The CUDA kernel: `step_triton.py`. Here: the operator as PyTorch sees it (custom
+op, fake, autograd) and the checks of its arguments. On CUDA nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .step_ref import ROW, Reduction, StepOutput, fused_step_reference
+
+__all__ = ["ROW", "StepOutput", "fused_step"]
+
+_VELOCITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.library.custom_op("opd_kernels::fused_step", mutates_args=())
+def _fused_step(
+    x: Tensor,
+    cond_s: Tensor,
+    uncond_s: Tensor | None,
+    cond_t: Tensor,
+    uncond_t: Tensor | None,
+    guidance_s: Tensor,
+    guidance_t: Tensor,
+    table: Tensor,
+    step: int,
+    step_tensor: Tensor | None,
+    scale: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    history: Tensor | None,
+    want_x0: bool,
+    return_means: bool,
+    sum_elements: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """StepOutput as seven tensors; an absent output is an empty one (an operator cannot return None)."""
+    if x.is_cuda:
+        from .step_triton import launch_step as run
+    else:
+        run = fused_step_reference
+    out = run(
+        x,
+        cond_s,
+        uncond_s,
+        cond_t,
+        uncond_t,
+        guidance_s,
+        guidance_t,
+        table,
+        step if step_tensor is None else step_tensor,
+        scale,
+        noise=noise,
+        keys=keys,
+        history=history,
+        want_x0=want_x0,
+        return_means=return_means,
+        reduction="sum" if sum_elements else "mean",
+    )
+    present = [x.new_empty(0) if t is None else t for t in out]
+    return tuple(present)  # type: ignore[return-value]
+
+
+@_fused_step.register_fake
+def _(
+    x: Tensor,
+    cond_s: Tensor,
+    uncond_s: Tensor | None,
+    cond_t: Tensor,
+    uncond_t: Tensor | None,
+    guidance_s: Tensor,
+    guidance_t: Tensor,
+    table: Tensor,
+    step: int,
+    step_tensor: Tensor | None,
+    scale: Tensor,
+    noise: Tensor | None,
+    keys: Tensor | None,
+    history: Tensor | None,
+    want_x0: bool,
+    return_means: bool,
+    sum_elements: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def state(wanted: bool) -> Tensor:
+        return x.new_empty(x.shape if wanted else (0,))
+
+    return (
+        state(True),
+        x.new_empty(x.shape[:1]),
+        cond_s.new_empty(x.shape),
+        x.new_empty(0) if uncond_s is None else uncond_s.new_empty(x.shape),
+        state(want_x0 or history is not None),
+        state(return_means),
+        state(return_means),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.guided = inputs[2] is not None
+    ctx.save_for_backward(output[2], output[3])
+    ctx.mark_non_differentiable(output[0], *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, _x: Any, grad_loss: Tensor | None, *_rest: Any) -> tuple[Tensor | None, ...]:
+    none: list[Tensor | None] = [None] * 17
+    if grad_loss is not None:
+        grad_cond, grad_uncond = ctx.saved_tensors
+        upstream = grad_loss.view(-1, *[1] * (grad_cond.dim() - 1))
+        none[1] = (grad_cond * upstream).to(grad_cond.dtype)
+        if ctx.guided:
+            none[2] = (grad_uncond * upstream).to(grad_uncond.dtype)
+    return tuple(none)
+
+
+_fused_step.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check(name: str, t: Tensor, like: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if t.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}; x has shape {tuple(like.shape)}"
+        )
+    if t.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{name} must be {wanted}, got {t.dtype}; convert it with {name}.to({dtypes[0]})")
+    if t.device != like.device:
+        raise ValueError(f"{name} is on {t.device} but x is on {like.device}; move it with {name}.to(x.device)")
+
+
+def fused_step(
+    x: Tensor,
+    cond_s: Tensor,
+    uncond_s: Tensor | None,
+    cond_t: Tensor,
+    uncond_t: Tensor | None,
+    guidance_s: Tensor,
+    guidance_t: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    scale: Tensor,
+    *,
+    noise: Tensor | None = None,
+    keys: Tensor | None = None,
+    history: Tensor | None = None,
+    want_x0: bool = False,
+    return_means: bool = False,
+    reduction: Reduction = "mean",
+) -> StepOutput:
+    """One solver step of student and teacher from the state `x`, with the distillation loss and its gradients.
+
+    Args:
+        x: (B, C, H, W) float32, the state at row `step`.
+        cond_s, uncond_s: (B, C, H, W) float32, bfloat16 or float16, the student's velocities with and without the
+            prompt; uncond_s may be None. Rows whose guidance is 1 never read it. Any batch stride is read in place.
+        cond_t, uncond_t: the teacher's, likewise.
+        guidance_s, guidance_t: (B,) float32; v = u + g*(c - u).
+        table: (N, 6) float32, columns `ROW`.
+        step: row of the table, an int or a 0-dim int64 tensor on x's device (read there; a row outside the table gives
+            NaN on CUDA and IndexError on the CPU). Also the noise counter.
+        scale: (B,) float32, weight of each sample's loss.
+        noise: (B, C, H, W) float32; or `keys`: (B,) int64, noise from `philox_normal(keys, (C, H, W), step)`. At most one;
+            neither for rows with std = 0 only (with std != 0 the mean is returned: the caller's duty).
+        history: (B, C, H, W) float32, x0 of the previous step, for rows with h != 0.
+        want_x0: return x0 even without history.
+        return_means: return both means.
+        reduction: "mean" or "sum" over the elements of a sample.
+
+    Returns:
+        StepOutput. Only `loss` carries autograd: `loss.sum().backward()` reaches cond_s and uncond_s. A training loop
+        that needs no upstream gradient passes `grad_cond`, `grad_uncond` to `torch.autograd.backward` itself.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range.
+
+    Source: DiffusionOPD (arXiv 2605.15055); the folding of means, guidance and KL is derived in `step_ref.py`.
+    """
+    if x.dim() < 2 or x.dtype != torch.float32:
+        raise ValueError(f"x must be (B, C, H, W) float32, got {tuple(x.shape)} {x.dtype}; the state stays in float32")
+    count = math.prod(x.shape[1:])
+    if not 0 < count < 2**31:
+        raise ValueError(f"x must have between 1 and 2^31 - 1 elements a sample, got shape {tuple(x.shape)}")
+    shape, batch = x.shape, x.shape[:1]
+    _check("cond_s", cond_s, x, shape, _VELOCITY_DTYPES)
+    _check("cond_t", cond_t, x, shape, _VELOCITY_DTYPES)
+    if uncond_s is not None:
+        _check("uncond_s", uncond_s, x, shape, _VELOCITY_DTYPES)
+    if uncond_t is not None:
+        _check("uncond_t", uncond_t, x, shape, _VELOCITY_DTYPES)
+    _check("guidance_s", guidance_s, x, batch, (torch.float32,))
+    _check("guidance_t", guidance_t, x, batch, (torch.float32,))
+    _check("scale", scale, x, batch, (torch.float32,))
+    if noise is not None and keys is not None:
+        raise ValueError("noise and keys are both given; pass the noise tensor, or the keys to draw it from")
+    if noise is not None:
+        _check("noise", noise, x, shape, (torch.float32,))
+    if keys is not None:
+        _check("keys", keys, x, batch, (torch.int64,))
+    if history is not None:
+        _check("history", history, x, shape, (torch.float32,))
+    if table.dim() != 2 or table.shape[1] != len(ROW):
+        raise ValueError(f"table must be (N, {len(ROW)}) with columns {ROW}, got {tuple(table.shape)}; use .rows()")
+    _check("table", table, x, table.shape, (torch.float32,))
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+    if isinstance(step, Tensor):
+        if step.dim() != 0 or step.dtype != torch.int64 or step.device != x.device:
+            raise ValueError(
+                f"step must be an int or a 0-dim int64 tensor on {x.device}, got {step.dtype} {step.device}"
+            )
+        index, tensor = 0, step
+    else:
+        if not 0 <= step < table.shape[0]:
+            raise ValueError(f"step must lie in [0, {table.shape[0]}), the rows of table, got {step}")
+        index, tensor = step, None
+    x_next, loss, grad_cond, grad_uncond, x0, mean_s, mean_t = _fused_step(
+        x,
+        cond_s,
+        uncond_s,
+        cond_t,
+        uncond_t,
+        guidance_s,
+        guidance_t,
+        table,
+        index,
+        tensor,
+        scale,
+        noise,
+        keys,
+        history,
+        want_x0,
+        return_means,
+        reduction == "sum",
+    )
+    return StepOutput(
+        x_next,
+        loss,
+        grad_cond,
+        None if uncond_s is None else grad_uncond,
+        x0 if want_x0 or history is not None else None,
+        mean_s if return_means else None,
+        mean_t if return_means else None,
+    )

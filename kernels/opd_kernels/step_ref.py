@@ -1,0 +1,125 @@
+"""The fused step in plain torch: the specification of the kernel in `step_triton.py`, and the CPU path.
+
+With row (a, b, h, std, weight, sigma) = table[step], D = C*H*W (reduction "mean") or 1 ("sum"), for sample i:
+
+    v      = u + g_i * (c - u)                 guidance, for student and teacher alike; v = c where g_i = 1 or u is None
+    x_next = a*x + b*v_S + h*history + std*noise
+    loss_i = scale_i * weight * sum_CHW (v_S - v_T)^2 / D
+    dloss_i/dc_S = scale_i * weight * 2 (v_S - v_T) / D * g_i          dloss_i/du_S: (1 - g_i) in place of g_i
+    x0     = x - sigma * v_S                   mean_S, mean_T: x_next without the noise, for either velocity
+
+Why the loss is a weighted velocity gap: student and teacher share the row, so mu_S - mu_T = b*(v_S - v_T), and the KL of
+two Gaussians of equal covariance is |mu_S - mu_T|^2 / (2 std^2) (DiffusionOPD, arXiv 2605.15055). `weight` carries
+b^2/(2 std^2), or b^2/2 for a deterministic step.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .philox import philox_normal
+
+__all__ = ["ROW", "StepOutput", "fused_step_reference"]
+
+ROW = ("a", "b", "h", "std", "weight", "sigma")
+"""Columns of the table that the step reads."""
+
+Reduction = Literal["mean", "sum"]
+
+
+class StepOutput(NamedTuple):
+    """What one step gives; B samples of shape (C, H, W)."""
+
+    x_next: Tensor
+    """(B, C, H, W) float32, the next state."""
+    loss: Tensor
+    """(B,) float32. From `fused_step`: differentiable with respect to cond_s and uncond_s."""
+    grad_cond: Tensor
+    """d loss_i / d cond_s, shape and dtype of cond_s."""
+    grad_uncond: Tensor | None
+    """d loss_i / d uncond_s, shape and dtype of uncond_s; None without uncond_s."""
+    x0: Tensor | None
+    """(B, C, H, W) float32, the student's estimate x - sigma*v_S; with `history` or `want_x0`."""
+    mean_s: Tensor | None
+    """(B, C, H, W) float32, the student's mean; with `return_means`."""
+    mean_t: Tensor | None
+    """(B, C, H, W) float32, the teacher's mean; with `return_means`."""
+
+
+def _velocity(cond: Tensor, uncond: Tensor | None, guidance: list[float], dtype: torch.dtype) -> Tensor:
+    """Guided velocity in `dtype`; may be `cond` itself. Rows with guidance 1 do not look at `uncond`."""
+    c = cond.to(dtype)
+    if uncond is None or all(g == 1.0 for g in guidance):
+        return c
+    if guidance.count(guidance[0]) == len(guidance):
+        return torch.lerp(uncond.to(dtype), c, guidance[0])
+    weight = torch.tensor(guidance, dtype=dtype, device=c.device).view(-1, *[1] * (c.dim() - 1))
+    v = torch.lerp(uncond.to(dtype), c, weight)
+    for i, g in enumerate(guidance):
+        if g == 1.0:
+            v[i] = c[i]
+    return v
+
+
+def fused_step_reference(
+    x: Tensor,
+    cond_s: Tensor,
+    uncond_s: Tensor | None,
+    cond_t: Tensor,
+    uncond_t: Tensor | None,
+    guidance_s: Tensor,
+    guidance_t: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    scale: Tensor,
+    *,
+    noise: Tensor | None = None,
+    keys: Tensor | None = None,
+    history: Tensor | None = None,
+    want_x0: bool = False,
+    return_means: bool = False,
+    reduction: Reduction = "mean",
+) -> StepOutput:
+    """One solver step with its distillation loss and gradients; formulas above, arguments as in `fused_step`.
+
+    Any device and dtype; computes in the dtype of `x` (float32, or float64 as a reference). Reads the row and the
+    guidance on the host. Nothing is attached to the autograd graph: gradients are outputs.
+    """
+    row = int(step)
+    a, b, h, std, weight, sigma = table[row].tolist()
+    g_s: list[float] = guidance_s.tolist()
+    dtype, batch = x.dtype, x.shape[0]
+    with torch.no_grad():
+        x = x.contiguous()
+        v_s = _velocity(cond_s, uncond_s, g_s, dtype)
+        v_t = _velocity(cond_t, uncond_t, guidance_t.tolist(), dtype)
+
+        def mean(v: Tensor) -> Tensor:
+            m = torch.mul(x, a).add_(v, alpha=b)
+            return m if history is None or h == 0.0 else m.add_(history, alpha=h)
+
+        x_next = mean(v_s)
+        mean_s = x_next.clone() if return_means else None
+        mean_t = mean(v_t) if return_means else None
+        if std != 0.0:
+            if noise is None and keys is not None:
+                noise = philox_normal(keys, x.shape[1:], row)
+            if noise is not None:
+                x_next.add_(noise, alpha=std)
+        x0 = torch.sub(x, v_s, alpha=sigma) if want_x0 or history is not None else None
+
+        gap = torch.sub(v_s, v_t, out=torch.empty_like(x))
+        flat = gap.view(batch, -1)
+        inverse = 1.0 / flat.shape[1] if reduction == "mean" else 1.0
+        loss = torch.linalg.vector_norm(flat, dim=1).square_().mul_(weight * inverse).mul_(scale)
+        slope = torch.mul(scale, 2.0 * weight * inverse).to(dtype)
+        grad_uncond = None
+        if uncond_s is not None:
+            g = guidance_s.to(dtype)
+            grad_uncond = torch.mul(flat, (slope * (1.0 - g)).unsqueeze(1)).view_as(x).to(uncond_s.dtype)
+            slope.mul_(g)
+        flat.mul_(slope.unsqueeze(1))
+        return StepOutput(x_next, loss, gap.to(cond_s.dtype), grad_uncond, x0, mean_s, mean_t)
