@@ -330,7 +330,8 @@ class Reference:
             distance = (step.mean - target) ** 2 / 2
             std = step.published_std if self.variance == "published" else step.std
             if self.objective == "kl" and self.solver in STOCHASTIC and bool((std > 0).all()):
-                distance = distance / (std**2).clamp(min=VARIANCE_FLOOR)
+                variance = (std**2).clamp(min=VARIANCE_FLOOR) if self.variance == "published" else std**2
+                distance = distance / variance
         flat = distance.flatten(1)
         return flat.mean(1) if self.reduction == "mean" else flat.sum(1)
 
@@ -355,7 +356,7 @@ class Trajectory:
 def guided_velocity(
     network: nn.Module, x: Tensor, timestep: Tensor, batch: Batch, rows: slice, guidance: float
 ) -> Tensor:
-    """Velocity (B, C, H, W) with classifier-free guidance, both branches in one forward; one branch up to guidance 1."""
+    """Velocity (B, C, H, W), both branches of classifier-free guidance in one forward; one branch up to guidance 1."""
     sequence, pooled = batch.text.sequence[rows], batch.text.pooled[rows]
     if guidance > 1:
         if batch.negative is None:

@@ -1,0 +1,223 @@
+"""Results files and the page made from them.
+
+`rows_of` turns a pytest-benchmark session into the rows of a results file; `python -m benchmarks.report` renders
+`benchmarks/README.md` from every file in `benchmarks/results`. Nothing on that page comes from anywhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+README = HERE / "README.md"
+
+# Keys of `extra_info` that say what a benchmark is; the others are copied into its row.
+_IDENTITY = ("name", "variant")
+_VARIANTS = ("engine", "eager", "compiled")
+_ORDER = (
+    "name",
+    "seconds",
+    "ratio_vs_reference",
+    "ratio_vs_compiled",
+    "share_of_floor",
+    "share_of_bandwidth",
+    "peak_bytes",
+    "exact",
+    "gradient_error",
+)
+
+_INTRODUCTION = """# Benchmarks
+
+Every figure on this page is rendered from a file in `benchmarks/results`, which the suite wrote itself.
+
+- **Round**: one optimizer step of on-policy distillation over all tasks, engine against the published loop
+  (`reference.py`: eager, three passes, adapters unmerged and switched), measured in one process in turn, one round of
+  each, so that a drift of the machine meets both; the ratio is the median over those pairs. Same prompts, steps,
+  guidance and samples; no text encoding, image decoding or reward in either. *Compiled* is the same three passes with
+  bfloat16 weights and compiled blocks.
+- **Step**: the fused step (on a CPU its torch twin) against the eager step of the published loop, and against
+  `torch.compile` of the same maths.
+- **Share of the limit**: of the floor for a round (the forwards and backwards that the algorithm cannot do without, at
+  the matrix rate measured in the same run), of the measured copy bandwidth for a step.
+- **Gradient error**: relative, over all parameters, against the reference in float32 on the same prompts and noise.
+- **Peak**: bytes at a round's peak, weights included.
+
+Run: `pytest benchmarks --benchmark-only`; with `--save-results` it also writes the results file and this page.
+"""
+
+
+def rows_of(benchmarks: Iterable[Any]) -> list[dict[str, Any]]:
+    """Rows of a results file from the benchmarks of one pytest-benchmark session.
+
+    A benchmark's `extra_info` names its row (`name`) and its `variant`: "engine" (the default) is the row itself,
+    "eager" and "compiled" only enter its ratios, as medians over medians. An engine benchmark that measured its own
+    ratios in pairs gives them in `extra_info`, and they stand. Benchmarks without a name are left out.
+    Raises ValueError for an unknown variant or a variant measured twice.
+    """
+    variants: dict[str, dict[str, Any]] = {}
+    for benchmark in benchmarks:
+        name = benchmark.extra_info.get("name")
+        if not name or benchmark.has_error or not benchmark.stats.data:
+            continue
+        variant = benchmark.extra_info.get("variant", "engine")
+        if variant not in _VARIANTS:
+            raise ValueError(f"benchmark {name} has variant {variant!r}; known are {', '.join(_VARIANTS)}")
+        if variant in variants.setdefault(name, {}):
+            raise ValueError(f"benchmark {name} has two variants {variant!r}; name the rows apart")
+        variants[name][variant] = benchmark
+
+    rows = []
+    for name, found in variants.items():
+        if "engine" not in found:
+            continue
+        engine = found["engine"]
+        seconds = quantiles(engine.stats.data)
+        row: dict[str, Any] = {"name": name, "seconds": seconds}
+        for variant, key in (("eager", "ratio_vs_reference"), ("compiled", "ratio_vs_compiled")):
+            if variant in found:
+                row[key] = quantiles(found[variant].stats.data)["p50"] / seconds["p50"]
+        row |= {key: value for key, value in engine.extra_info.items() if key not in _IDENTITY and value is not None}
+        rows.append(_rounded(row))
+    return sorted((_ordered(row) for row in rows), key=lambda row: row["name"])
+
+
+def quantiles(data: Sequence[float]) -> dict[str, float]:
+    """20th, 50th and 80th percentile, linearly interpolated."""
+    values = sorted(data)
+    if len(values) == 1:
+        return {"p20": values[0], "p50": values[0], "p80": values[0]}
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
+
+
+def results_path(environment: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """`DEVICE-DATE.json` in `folder`."""
+    device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    return folder / f"{device}-{environment['date']}.json"
+
+
+def write_results(environment: dict[str, Any], rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Write one results file and return its path. Rows of a file of the same device, date and commit are kept unless
+    measured again, so that a suite may be run in parts."""
+    path = results_path(environment, folder)
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = all(before["environment"].get(key) == environment.get(key) for key in ("commit", "dirty", "torch"))
+        if same and not environment.get("dirty"):
+            measured = {row["name"] for row in rows}
+            kept = [row for row in before["rows"] if row["name"] not in measured]
+    everything = {"environment": environment, "rows": sorted([*kept, *rows], key=lambda row: row["name"])}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def load_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Every results file by its name."""
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def render(results: dict[str, dict[str, Any]]) -> str:
+    """The page, newest results first. The same files give the same bytes."""
+    parts = [_INTRODUCTION]
+    if not results:
+        parts.append("No results are stored yet.\n")
+    newest_first = sorted(results.items(), key=lambda item: (item[1]["environment"]["date"], item[0]), reverse=True)
+    parts += [_section(name, content) for name, content in newest_first]
+    return "\n".join(parts)
+
+
+def _section(name: str, content: dict[str, Any]) -> str:
+    env = content["environment"]
+    peaks = env["peaks"]
+    commit = (env["commit"] or "unknown")[:10] + (" with local changes" if env["dirty"] else "")
+    facts = [
+        f"commit {commit}",
+        f"{env['threads']} threads" if env.get("threads") else None,
+        f"power limit {env['power_limit_w']:.0f} W" if env.get("power_limit_w") else None,
+        f"driver {env['driver']}" if env.get("driver") else None,
+        *(f"{package} {env[package]}" for package in ("torch", "triton", "diffusers", "peft") if env.get(package)),
+        f"copy {peaks['copy_gbps']:.4g} GB/s",
+        f"matrix product {peaks['matmul_tflops']:.3g} TFLOP/s in {peaks['matmul_dtype']}",
+    ]
+    table = [
+        "| row | median | 20 % to 80 % | vs published | vs compiled | of the limit | peak | gradient error |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_table_row(row) for row in content["rows"]),
+    ]
+    return "\n".join(
+        [
+            f"## {env['device']}, {env['date']}",
+            "",
+            "; ".join(fact for fact in facts if fact) + ".",
+            "",
+            *table,
+            "",
+            f"`{env['command']}`, [{name}](results/{name})",
+            "",
+        ]
+    )
+
+
+def _table_row(row: dict[str, Any]) -> str:
+    seconds = row["seconds"]
+    limit = row.get("share_of_floor", row.get("share_of_bandwidth"))
+    kind = " floor" if "share_of_floor" in row else " bandwidth" if "share_of_bandwidth" in row else ""
+    exact = "" if row.get("exact", True) else " (not exact)"
+    cells = [
+        f"`{row['name']}`{exact}",
+        _time(seconds["p50"]),
+        f"{_time(seconds['p20'])} to {_time(seconds['p80'])}",
+        _ratio(row.get("ratio_vs_reference")),
+        _ratio(row.get("ratio_vs_compiled")),
+        "" if limit is None else f"{100 * limit:.0f} %{kind}",
+        "" if row.get("peak_bytes") is None else _size(row["peak_bytes"]),
+        "" if row.get("gradient_error") is None else f"{row['gradient_error']:.1e}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _ordered(row: dict[str, Any]) -> dict[str, Any]:
+    first = {key: row[key] for key in _ORDER if key in row}
+    return first | {key: row[key] for key in sorted(row) if key not in first}
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits are more than a timing carries, and keep the files readable."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return value
+
+
+def main() -> None:
+    """Render the page."""
+    README.write_text(render(load_results()), encoding="utf-8")
+    print(f"{README} rendered from {len(load_results())} results files")
+
+
+if __name__ == "__main__":
+    main()

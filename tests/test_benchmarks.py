@@ -1,0 +1,182 @@
+"""The benchmark suite's own arithmetic: rows, files, the page, and the yardstick it measures against."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from benchmarks import report
+from benchmarks.environment import environment
+from benchmarks.reference import DETERMINISTIC, STOCHASTIC, Reference, WeightsPolicy, solver_step
+
+# Flow-SDE at eta 0.7 with ten steps: a, b and std of DiffusionOPD's sampler, computed apart in float64.
+FLOW_SDE = {
+    0: (0.75500, -0.03987, 0.70000),
+    1: (0.71254, -0.05824, 0.74296),
+    5: (0.91201, -0.13088, 0.35280),
+    8: (0.90867, -0.33505, 0.22536),
+    9: (0.99779, -0.01112, 0.00628),
+}
+
+
+def scheduler(steps: int) -> Any:
+    made = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    made.set_timesteps(steps)
+    return made
+
+
+def coefficients(made: Any, solver: str, eta: float, j: int) -> tuple[float, float, float]:
+    one, nil = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    t = made.timesteps[j : j + 1]
+    of_x = solver_step(made, solver, eta, nil, t, one)
+    of_v = solver_step(made, solver, eta, one, t, nil)
+    return of_x.mean.item(), of_v.mean.item(), of_x.std.item()
+
+
+@pytest.mark.parametrize("j", FLOW_SDE)
+def test_reference_flow_sde_steps_have_the_published_coefficients(j: int) -> None:
+    assert coefficients(scheduler(10), "flow_sde", 0.7, j) == pytest.approx(FLOW_SDE[j], abs=6e-6)
+
+
+@pytest.mark.parametrize("solver", STOCHASTIC + DETERMINISTIC)
+def test_reference_step_lands_on_the_marginal_of_a_known_image(solver: str) -> None:
+    """With the exact velocity of one image, the next state is (1 - n) x0 + n eps, some of eps replaced by fresh noise.
+
+    Flow-SDE and Dance-SDE keep that marginal only in the limit of small steps; for them the prediction is checked.
+    """
+    made = scheduler(10)
+    torch.manual_seed(0)
+    image, eps = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    for j in range(1, 10):
+        s, n = made.sigmas[j], made.sigmas[j + 1]
+        x = (1 - s) * image + s * eps
+        step = solver_step(made, solver, 0.7, eps - image, made.timesteps[j : j + 1], x, image)
+        torch.testing.assert_close(step.x0, image, rtol=0, atol=1e-5)
+        if solver not in ("flow_sde", "dance_sde"):
+            fresh = float((n**2 - step.std**2).clamp(min=0).sqrt())
+            torch.testing.assert_close(step.mean, (1 - n) * image + fresh * eps, rtol=0, atol=2e-5)
+
+
+def test_reference_refuses_an_unknown_solver() -> None:
+    student = WeightsPolicy(torch.nn.Identity())
+    with pytest.raises(ValueError, match="solver 'heun' is unknown"):
+        Reference(scheduler(4), student, [], solver="heun", steps=4, eta=0.0)
+
+
+def fake(name: str, data: list[float], has_error: bool = False, **extra: Any) -> SimpleNamespace:
+    info = {"name": name, **extra} if name else extra
+    return SimpleNamespace(extra_info=info, stats=SimpleNamespace(data=data), has_error=has_error)
+
+
+def test_rows_join_the_variants_of_a_name() -> None:
+    rows = report.rows_of(
+        [
+            fake("step/tiny", [3.0, 1.0, 2.0], exact=True, gradient_error=1e-7),
+            fake("step/tiny", [30.0], variant="eager"),
+            fake("step/tiny", [5.0, 4.0], variant="compiled"),
+            fake("round/tiny", [4.0], ratio_vs_reference=1.75, share_of_floor=None),
+            fake("", [1.0]),
+            fake("step/broken", [1.0], has_error=True),
+            fake("step/only-eager", [1.0], variant="eager"),
+        ]
+    )
+    assert [row["name"] for row in rows] == ["round/tiny", "step/tiny"]
+    assert rows[0]["ratio_vs_reference"] == 1.75
+    assert "share_of_floor" not in rows[0]
+    assert rows[1] == {
+        "name": "step/tiny",
+        "seconds": {"p20": 1.4, "p50": 2.0, "p80": 2.6},
+        "ratio_vs_reference": 15.0,
+        "ratio_vs_compiled": 2.25,
+        "exact": True,
+        "gradient_error": 1e-7,
+    }
+
+
+def test_rows_refuse_what_they_cannot_tell_apart() -> None:
+    with pytest.raises(ValueError, match="variant 'fast'"):
+        report.rows_of([fake("a", [1.0], variant="fast")])
+    with pytest.raises(ValueError, match="two variants 'eager'"):
+        report.rows_of([fake("a", [1.0], variant="eager"), fake("a", [1.0], variant="eager")])
+
+
+ENVIRONMENT: dict[str, Any] = {
+    "date": "2030-01-02",
+    "commit": "0123456789abcdef",
+    "dirty": False,
+    "device": "Some CPU @ 2.0GHz, 2 cores",
+    "threads": 2,
+    "power_limit_w": None,
+    "driver": None,
+    "python": "3.12.0",
+    "torch": "2.11.0",
+    "triton": None,
+    "diffusers": "0.42.1",
+    "peft": "0.21.2",
+    "command": "pytest benchmarks --benchmark-only",
+    "peaks": {"copy_gbps": 12.5, "matmul_tflops": 0.2, "matmul_dtype": "float32"},
+}
+
+
+def row(name: str, p50: float) -> dict[str, Any]:
+    return {"name": name, "seconds": {"p20": p50 / 2, "p50": p50, "p80": p50 * 2}}
+
+
+def test_results_of_one_commit_are_kept_together(tmp_path: Path) -> None:
+    path = report.write_results(ENVIRONMENT, [row("a", 1.0), row("b", 1.0)], tmp_path)
+    assert path.name == "some-cpu-2-0ghz-2-cores-2030-01-02.json"
+    report.write_results(ENVIRONMENT, [row("b", 2.0)], tmp_path)
+    assert json.loads(path.read_text())["rows"] == [row("a", 1.0), row("b", 2.0)]
+    report.write_results({**ENVIRONMENT, "commit": "other"}, [row("b", 3.0)], tmp_path)
+    assert json.loads(path.read_text())["rows"] == [row("b", 3.0)]
+    report.write_results({**ENVIRONMENT, "commit": "other", "dirty": True}, [row("c", 4.0)], tmp_path)
+    assert json.loads(path.read_text())["rows"] == [row("c", 4.0)]
+
+
+def test_page_shows_newest_first_with_its_figures(tmp_path: Path) -> None:
+    full = row("round/tiny", 0.0125) | {
+        "ratio_vs_reference": 1.756,
+        "share_of_floor": 0.5,
+        "peak_bytes": 3 * 2**20,
+        "exact": False,
+        "gradient_error": 1.5e-6,
+    }
+    older = {"environment": {**ENVIRONMENT, "date": "2029-12-31", "dirty": True}, "rows": [row("step/tiny", 2.0)]}
+    page = report.render({"z.json": older, "a.json": {"environment": ENVIRONMENT, "rows": [full]}})
+    line = "| `round/tiny` (not exact) | 12.5 ms | 6.25 ms to 25 ms | 1.76x |  | 50 % floor | 3.0 MiB | 1.5e-06 |"
+    assert line in page
+    assert page.index("2030-01-02") < page.index("2029-12-31")
+    assert "commit 0123456789 with local changes" in page
+    assert "`pytest benchmarks --benchmark-only`, [a.json](results/a.json)" in page
+    assert "No results" not in page
+    assert "No results" in report.render({})
+
+
+def test_stored_page_is_rendered_from_the_stored_files() -> None:
+    assert report.README.read_text(encoding="utf-8") == report.render(report.load_results()), (
+        "benchmarks/README.md is not what the results say; run: python -m benchmarks.report"
+    )
+
+
+def test_stored_files_are_complete() -> None:
+    for name, content in report.load_results().items():
+        assert content["environment"].keys() >= ENVIRONMENT.keys(), name
+        for stored in content["rows"]:
+            assert stored["seconds"].keys() == {"p20", "p50", "p80"}, name
+            assert {"ratio_vs_reference", "exact", "gradient_error"} <= stored.keys(), (name, stored["name"])
+
+
+def test_environment_says_where_and_how_fast() -> None:
+    found = environment(torch.device("cpu"), "pytest benchmarks")
+    assert found.keys() == ENVIRONMENT.keys()
+    assert found["command"] == "pytest benchmarks"
+    assert found["torch"] == torch.__version__
+    assert found["peaks"]["copy_gbps"] > 0
+    assert found["peaks"]["matmul_tflops"] > 0
+    json.dumps(found)
