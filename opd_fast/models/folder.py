@@ -31,26 +31,29 @@ def resolve_pipeline(path: str | Path, components: Sequence[str] = ()) -> Path:
     if folder.exists():
         raise ValueError(f"model path {folder} is a file; give the pipeline's folder (the one with model_index.json)")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
-        return _from_hub(str(path), components)
+        return fetch(str(path), ["model_index.json", *(f"{name}/*" for name in components)])
     raise ValueError(
         f"model path {path} does not exist; give a diffusers pipeline folder, a hub id (owner/name), or bundled"
     )
 
 
-def _from_hub(repo: str, components: Sequence[str]) -> Path:
+def fetch(repo: str, patterns: Sequence[str]) -> Path:
+    """The local folder of hub repository ``repo``, holding the files that match ``patterns``.
+
+    Fetched if a network is allowed, else taken from the hub's cache.  Raises ValueError if neither has it.
+    """
     from huggingface_hub import constants, snapshot_download
 
-    patterns = ["model_index.json", *(f"{name}/*" for name in components)]
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
+        return Path(snapshot_download(repo, allow_patterns=list(patterns), ignore_patterns=_NOT_NEEDED))
     except (OSError, ValueError, RuntimeError) as error:
         if constants.HF_HUB_OFFLINE:
             raise ValueError(
-                f"model {repo} is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE forbids fetching it; "
+                f"{repo} is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE forbids fetching it; "
                 f"unset HF_HUB_OFFLINE, or run `hf download {repo}` where there is a network"
             ) from None
         raise ValueError(
-            f"model {repo} is not a folder and could not be fetched from the hub ({_first_line(error)}); check the "
+            f"{repo} is not a folder and could not be fetched from the hub ({_first_line(error)}); check the "
             f"name, the network, and whether the model needs `hf auth login`"
         ) from None
 
