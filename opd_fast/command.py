@@ -95,7 +95,7 @@ def parse(argv: list[str]) -> Command:
     """
     parser = build_parser()
     _check_options(argv)
-    first = _strict(lambda: parser.parse_args(argv))
+    first = strict(lambda: parser.parse_args(argv))
     if first.resume is not None:
         return _resumed(parser, argv, first)
     recipe = first.recipe or "bundled"
@@ -164,11 +164,11 @@ def _recipe_file(recipe: str) -> Path:
 def _overlaid(parser: Any, argv: list[str], base: dict[str, Any], source: str) -> Config:
     """Defaults, then `base`, then `argv`."""
     check_known(base, source)
-    typed = _strict(lambda: parser.parse_object(base, defaults=False), source).as_dict()
+    typed = strict(lambda: parser.parse_object(base, defaults=False), source).as_dict()
     flat = {f"{s}.{k}": v for s, values in typed.items() if isinstance(values, dict) for k, v in values.items()}
     fresh = build_parser()
     fresh.set_defaults({**flat, "teachers": typed.get("teachers") or []})
-    found = _strict(lambda: fresh.parse_args(argv)).as_dict()
+    found = strict(lambda: fresh.parse_args(argv)).as_dict()
     data = {name: found[name] for name in (*sections(), "teachers")}
     check_known(data)
     data["teachers"] = [_typed_teacher(i, teacher, source) for i, teacher in enumerate(data["teachers"])]
@@ -184,7 +184,7 @@ def _typed_teacher(index: int, teacher: dict[str, Any], source: str) -> dict[str
     for name, (hint, default, _) in teacher_leaves().items():
         parser.add_argument(f"--{name}", type=hint, **({} if default is MISSING else {"default": default}))
     hints = {f"teachers[{index}].{name}": (hint, default) for name, (hint, default, _) in teacher_leaves().items()}
-    found = _strict(lambda: parser.parse_object(teacher), source, f"teachers[{index}].", hints)
+    found = strict(lambda: parser.parse_object(teacher), source, f"teachers[{index}].", hints)
     result: dict[str, Any] = found.as_dict()
     return result
 
@@ -210,7 +210,7 @@ def _near(word: str, known: list[str]) -> bool:
     return did_you_mean(word, known).startswith("did you mean")
 
 
-def _strict(run: Any, source: str = "", prefix: str = "", hints: Hints | None = None) -> Any:
+def strict(run: Any, source: str = "", prefix: str = "", hints: Hints | None = None) -> Any:
     """Run a jsonargparse call; its error becomes one line with the key, the type it wants and a remedy."""
     from jsonargparse import ArgumentError
 
@@ -254,9 +254,9 @@ def _example(key: str, default: Any) -> str:
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Whether `text` reads as `organisation/name` and not as a path of this machine."""
+    """Whether `text` reads as `organisation/name` (or a folder in it) and not as a path of this machine."""
     head, _, tail = text.partition("/")
-    shape = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
+    shape = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)+", text) is not None
     return shape and not Path(head).exists() and Path(tail).suffix not in (".safetensors", ".bin", ".pt", ".json")
 
 
@@ -294,19 +294,20 @@ def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
 
 
 def _check_prompts(key: str, source: str, split: str) -> None:
+    remedy = "give a .txt or GenEval .jsonl file, a folder with one for each split, or bundled/NAME"
+    path = Path(source).expanduser()
     if source.startswith("bundled/"):
-        folder = package_file("assets", "prompts", source.removeprefix("bundled/"))
-        files = sorted(folder.glob(f"{split}*"))
+        path = package_file("assets", "prompts", source.removeprefix("bundled/"))
+        if not path.is_dir():
+            known = [f"bundled/{p.name}" for p in sorted(path.parent.glob("*"))] or ["nothing is bundled"]
+            raise UserError(key, f"{source} is not in the package", did_you_mean(source, known))
+    if path.is_dir():
+        files = [p for p in sorted(path.glob(f"{split}*")) if p.suffix in (".jsonl", ".txt")]
         if not files:
-            known = [f"bundled/{p.name}" for p in sorted(package_file("assets", "prompts").glob("*"))]
-            raise UserError(
-                key, f"{source} is not in the package", did_you_mean(source, known or ["nothing is bundled"])
-            )
+            raise UserError(key, f"{source} has no {split}*.jsonl or {split}*.txt", remedy)
         path = files[0]
-    else:
-        path = Path(source).expanduser()
     if not path.is_file():
-        raise UserError(key, f"{source} is no file", "give a .txt or GenEval .jsonl file, or bundled/NAME")
+        raise UserError(key, f"{source} does not exist", remedy)
     try:
         with path.open(encoding="utf-8") as lines:
             if not any(line.strip() for line in lines):

@@ -48,7 +48,7 @@ class ModelConfig:
     )
     resolution: int = option("height and width of the images, in pixels", 32)
     max_sequence_length: int | None = option(
-        "T5 tokens a prompt is padded or cut to; null: 128 where the pipeline has a T5 encoder, else none", None
+        "T5 tokens of a prompt, at most 512; 0 leaves T5 out; null: 128 where the pipeline has a T5 encoder", None
     )
 
 
@@ -202,7 +202,7 @@ def _check_ranges(config: Config) -> None:
     t = config.train
     at_least: list[tuple[str, float | None, float]] = [
         ("model.resolution", config.model.resolution, 1),
-        ("model.max_sequence_length", config.model.max_sequence_length, 1),
+        ("model.max_sequence_length", config.model.max_sequence_length, 0),
         ("student.rank", config.student.rank, 1),
         ("student.guidance", config.student.guidance, 0),
         ("sampler.eta", config.sampler.eta, 0),
@@ -223,6 +223,8 @@ def _check_ranges(config: Config) -> None:
     for key, value, least in at_least:
         if value is not None and value < least:
             raise UserError(key, f"{value} is below {least:g}", f"give {least:g} or more")
+    if (config.model.max_sequence_length or 0) > 512:
+        raise UserError("model.max_sequence_length", "T5 takes at most 512 tokens", "give 0 (left out) to 512")
     for key, positive in (
         ("student.alpha", config.student.alpha),
         ("train.lr", t.lr),
