@@ -31,7 +31,7 @@ from opd_fast.config import (
 from opd_fast.errors import UserError, did_you_mean, one_line
 
 Hints = dict[str, tuple[Any, Any]]  # key to its type and default
-SWITCHES = ("--help", "--run-dir", "--resume", "--dry-run", "--seed", "--teachers")
+SWITCHES = ("--run-dir", "--resume", "--dry-run", "--seed", "--teachers")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def parse(argv: list[str]) -> Command:
         SystemExit: with status 0 after `--help`.
     """
     parser = build_parser()
-    _check_options(argv)
+    check_options(argv, [*SWITCHES, *(f"--{key}" for key in leaves())], "python -m opd_fast.train --help lists all")
     first = strict(lambda: parser.parse_args(argv))
     if first.resume is not None:
         return _resumed(parser, argv, first)
@@ -189,21 +189,19 @@ def _typed_teacher(index: int, teacher: dict[str, Any], source: str) -> dict[str
     return result
 
 
-def _check_options(argv: list[str]) -> None:
-    """Refuse unknown options by name, before jsonargparse lists them without one."""
-    known = [*SWITCHES, *(f"--{key}" for key in leaves())]
+def check_options(argv: list[str], known: list[str], help: str) -> None:
+    """Refuse options that are not in `known`, by name, before jsonargparse refuses them without one."""
     for token in argv:
         if not token.startswith("--") or token == "--":
             continue
-        name = token.split("=")[0]
-        plain = name.removesuffix("+")
-        if plain in known:
+        plain = token.split("=")[0].removesuffix("+")
+        if plain in known or plain == "--help":
             continue
-        if plain.removeprefix("--") in sections():
-            first = next(key for key in known if key.startswith(plain + "."))
-            raise UserError(plain, "is a section", f"set its keys one by one, as in {first} VALUE")
-        near = did_you_mean(plain, known) if _near(plain, known) else "python -m opd_fast.train --help lists all"
-        raise UserError(plain.removeprefix("--"), "unknown key", near)
+        inside = [key for key in known if key.startswith(plain + ".")]
+        if inside:
+            raise UserError(plain, "is a section", f"set its keys one by one, as in {inside[0]} VALUE")
+        remedy = did_you_mean(plain, known) if _near(plain, known) else help
+        raise UserError(plain.removeprefix("--"), "unknown key", remedy)
 
 
 def _near(word: str, known: list[str]) -> bool:

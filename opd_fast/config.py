@@ -281,12 +281,6 @@ def _check_engine(config: Config) -> None:
         raise UserError(
             "engine.precision", f"{precision} contradicts model.dtype = {dtype}", "set model.dtype to auto or float32"
         )
-    if config.engine.placement == "shared" and config.student.kind == "full":
-        raise UserError(
-            "engine.placement",
-            "shared teachers are adapters on the base, which student.kind = full trains",
-            "set engine.placement to merged",
-        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         raise UserError(

@@ -23,9 +23,7 @@ def draw(results: dict[str, Any], history: list[dict[str, Any]]) -> list[dict[st
     found = []
     rewards = reward_series(history)
     if any(len(points) > 1 for points in rewards.values()):
-        caption = (
-            "Held-out prompts, averaged weights. Dashed: the task's teacher. Dotted: the base that the student starts from."
-        )
+        caption = "Held-out prompts, averaged weights. Dashed: the task's teacher. Dotted: the base."
         found.append(_twice("Rewards over rounds", caption, lambda theme: _rewards(rewards, results, theme)))
     steps, tasks = step_series(history), _matching(history, _TASK)
     if steps:
@@ -42,7 +40,8 @@ def draw(results: dict[str, Any], history: list[dict[str, Any]]) -> list[dict[st
 
 
 def reward_series(history: list[dict[str, Any]]) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """(task, reward) to (rounds done, mean) from the evaluation lines; a round evaluated twice keeps the later value."""
+    """(task, reward) to (rounds done, mean) from the evaluation lines;
+    a round evaluated twice keeps the later value."""
     series: dict[tuple[str, str], dict[int, float]] = {}
     for line in history:
         for task, means in line.get("evaluation", {}).items():
@@ -160,7 +159,9 @@ def _losses(series: Series, theme: dict[str, Any]) -> Any:
     styles = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 3))]
     for i, (name, points) in enumerate(series.items()):
         rounds, values = zip(*points, strict=True)
-        ax.plot(rounds, values, color=colours[i % 5], linestyle=styles[i % 5], linewidth=1.8 if i == 0 else 1.3, label=name)
+        ax.plot(
+            rounds, values, color=colours[i % 5], linestyle=styles[i % 5], linewidth=1.8 if i == 0 else 1.3, label=name
+        )
     _log(ax, series)
     if len(series) > 1:
         legend = ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)

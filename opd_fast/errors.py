@@ -50,7 +50,7 @@ def is_ours(trace: TracebackType | None) -> bool:
     return bool(set(Path(trace.tb_frame.f_code.co_filename).parts) & set(PACKAGES))
 
 
-def main_guard(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+def main_guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     """Wrap a command line's `main(argv) -> exit status`: a user's mistake becomes one line on stderr and status 2.
 
     A `UserError`, and any other `ValueError` that this project raises, is a mistake with its remedy in the message. A
@@ -59,7 +59,7 @@ def main_guard(main: Callable[[list[str] | None], int]) -> Callable[[list[str] |
     """
 
     @functools.wraps(main)
-    def guarded(argv: list[str] | None = None) -> int:
+    def guarded(argv: list[str]) -> int:
         try:
             return main(argv)
         except ValueError as error:

@@ -1,8 +1,8 @@
 """What a run leaves for its reader: results.json, the table, image grids, and one self-contained report.html.
 
 `results` everywhere is the content of results.json:
-`{"rows": {"base": {REWARD: x}, "teacher:NAME": {...}, "student": {...}}, "recovered": {TASK: share or None}, "rounds": n,
-"seconds": {"train": s, "total": s}, "seed": n, "commit": ..., "config_hash": ...}`.
+`{"rows": {"base": {REWARD: x}, "teacher:NAME": {...}, "student": {...}}, "recovered": {TASK: share or None},
+"rounds": n, "seconds": {"train": s, "total": s}, "seed": n, "commit": ..., "config_hash": ...}`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,337 @@
+"""Rewards of a model on held-out prompts.
+
+`evaluate` is what the training loop calls. The command line judges one model, with or without a LoRA:
+
+    python -m opd_fast.evaluate --model PATH [--lora PATH] --prompts SRC[,SRC] --rewards NAME[+NAME][,NAME]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from opd_fast.config import DETERMINISTIC, Solver
+from opd_fast.errors import UserError, main_guard
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from opd_fast.models.base import DiffusionModel
+    from opd_fast.prompts import EmbeddingCache, Prompt
+    from opd_fast.solvers import SolverTable
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """Prompts and the names of the rewards that judge their images."""
+
+    name: str
+    prompts: list[Prompt]
+    rewards: list[str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over each task's prompts.
+
+    Attributes:
+        rewards: task to reward to mean.
+        images: task to its first `keep_images` images (n, 3, H, W), float32 in [0, 1], on the CPU.
+    """
+
+    rewards: dict[str, dict[str, float]]
+    images: dict[str, Tensor]
+
+
+def task_keys(seed: int, task: str, count: int) -> Tensor:
+    """(count,) int64 noise keys that depend on (seed, task's name, prompt index) alone, so that every model judged
+    under a seed sees the same noise, in any batch and beside any other task."""
+    from opd_fast.seeds import noise_keys
+
+    name = int.from_bytes(hashlib.blake2b(task.encode(), digest_size=7).digest(), "little")
+    return noise_keys(seed, name, samples=count)
+
+
+def evaluate(
+    model: DiffusionModel,
+    transformer: nn.Module,
+    tasks: Sequence[EvalTask],
+    table: SolverTable,
+    *,
+    shape: tuple[int, int, int],
+    guidance: float,
+    seed: int,
+    text: EmbeddingCache,
+    batch: int = 64,
+    keep_images: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Draw an image for every prompt of every task and average its rewards.
+
+    Args:
+        model: the frozen parts; `transformer` is the base, a teacher or a student of its architecture.
+        table: the solver's rows; a stochastic one draws its noise from the same keys as the initial state.
+        shape: (C, H, W) of a latent.
+        guidance: classifier-free guidance; 1 makes no negative pass.
+        text: holds every prompt of every task.
+        batch: images drawn at once. It changes no result beyond rounding.
+        keep_images: images of each task that are returned.
+        progress: called with (images done, images in all).
+
+    Raises:
+        ValueError: a task without prompts, an unknown reward, or a model that yields NaN or infinite numbers.
+    """
+    import torch
+
+    from opd_fast.rewards import get_reward
+
+    means: dict[str, dict[str, float]] = {}
+    kept: dict[str, Tensor] = {}
+    done, total = 0, sum(len(task.prompts) for task in tasks)
+    for task in tasks:
+        if not task.prompts:
+            raise ValueError(f"evaluation task {task.name!r} has no prompts; give it some or leave it out")
+        judges = {name: get_reward(name) for name in task.rewards}
+        keys = task_keys(seed, task.name, len(task.prompts))
+        scores: dict[str, list[Tensor]] = {name: [] for name in judges}
+        images_kept: list[Tensor] = []
+        for start in range(0, len(task.prompts), batch):
+            prompts = task.prompts[start : start + batch]
+            images = _draw(model, transformer, prompts, keys[start : start + batch], table, shape, guidance, text)
+            if not bool(images.isfinite().all()):
+                raise ValueError(
+                    f"task {task.name!r}: the model's images hold NaN or infinite numbers; look at its weights, or set "
+                    "model.dtype to float32"
+                )
+            for name, judge in judges.items():
+                scores[name].append(judge(images, prompts).detach().double().cpu())
+            if start < keep_images:
+                images_kept.append(images[: keep_images - start].float().cpu())
+            done += len(prompts)
+            if progress is not None:
+                progress(done, total)
+        means[task.name] = {name: float(torch.cat(parts).mean()) for name, parts in scores.items()}
+        if images_kept:
+            kept[task.name] = torch.cat(images_kept)
+    return Evaluation(means, kept)
+
+
+def _draw(
+    model: DiffusionModel,
+    transformer: nn.Module,
+    prompts: Sequence[Prompt],
+    keys: Tensor,
+    table: SolverTable,
+    shape: tuple[int, int, int],
+    guidance: float,
+    text: EmbeddingCache,
+) -> Tensor:
+    """Images (B, 3, H, W) of the prompts."""
+    from opd_fast.rollout import sample
+
+    rows = text.rows([prompt.text for prompt in prompts])
+    negative = None if guidance == 1 else text.negative
+    keys = keys.to(model.device)
+    latents = sample(model, transformer, rows, negative, guidance, table, shape=shape, keys=keys)
+    # The VAE clamps to [0, 1], which would hide an infinity: look before.
+    return model.decode(latents) if bool(latents.isfinite().all()) else latents.new_full((1,), float("nan"))
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Any:
+    """The jsonargparse parser of the command line."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m opd_fast.evaluate",
+        description="Judge a model, with or without a LoRA, on prompt files.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", type=str, default="bundled", help="diffusers pipeline folder, hub id or bundled")
+    add(
+        "--lora", type=str | None, default=None, help="LoRA, or whatever form a teacher may have; null: the model alone"
+    )
+    add("--prompts", type=str, required=True, help="prompt files or bundled/NAME, joined by commas; held-out parts")
+    add("--rewards", type=str, required=True, help="for each prompt file one reward, or several joined by +")
+    add("--steps", type=int, default=20, help="solver steps")
+    add("--solver", type=Solver, default="ode", help="solver")
+    add("--eta", type=float, default=0.7, help="noise level of a stochastic solver")
+    add("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 makes no negative pass")
+    add("--resolution", type=int | None, default=None, help="pixels; null: what the pipeline was made for")
+    add("--limit", type=int | None, default=None, help="prompts taken from the start of each file; null: all")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--batch", type=int, default=64, help="images drawn at once")
+    add("--dtype", type=Literal["auto", "float32", "bfloat16", "float16"], default="auto", help="of the weights")
+    add("--grid", type=int, default=8, help="images of each file in the image grid; 0: no grid")
+    add("--out", type=str | None, default=None, help="folder for results.json and grids; null: runs/evaluate-TIME")
+    return parser
+
+
+def _settings(argv: list[str]) -> Any:
+    from opd_fast.command import check_options, strict
+
+    parser = build_parser()
+    hints = {
+        action.dest: (getattr(action, "_typehint", None) or action.type, action.default)
+        for action in parser._actions
+        if action.dest != "help"
+    }
+    check_options(argv, [f"--{dest}" for dest in hints], "python -m opd_fast.evaluate --help lists all")
+    found = strict(lambda: parser.parse_args(argv), hints=hints)
+    for name, least in (("steps", 1), ("limit", 1), ("batch", 1), ("seed", 0), ("guidance", 0), ("grid", 0)):
+        value = getattr(found, name)
+        if value is not None and not value >= least:
+            raise UserError(name, f"{value} is below {least}", f"give {least} or more")
+    if found.solver not in DETERMINISTIC and not found.eta > 0:
+        raise UserError("eta", f"{found.eta} with solver {found.solver}", "give eta > 0 or solver ode")
+    return found
+
+
+def _pair(prompts: str, rewards: str) -> list[tuple[str, list[str]]]:
+    """Prompt sources with the rewards that judge each."""
+    sources = [s for s in (part.strip() for part in prompts.split(",")) if s]
+    names = [[n.strip() for n in part.split("+") if n.strip()] for part in rewards.split(",") if part.strip()]
+    if len(sources) == 1 and len(names) > 1:
+        names = [[name for group in names for name in group]]
+    if not sources or len(sources) != len(names):
+        raise UserError(
+            "rewards", f"{len(names)} for {len(sources)} prompt files", "give one for each file, several joined by +"
+        )
+    return list(zip(sources, names, strict=True))
+
+
+@main_guard
+def main(argv: list[str]) -> int:
+    """Run the command line; returns the exit status."""
+    settings = _settings(argv)
+    pairs = _pair(settings.prompts, settings.rewards)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = Path(settings.out or f"runs/evaluate-{stamp}").expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("out", f"{out} cannot be made ({error.strerror})", "give a folder you may write") from error
+
+    from opd_fast.prompts import load_prompts
+    from opd_fast.rewards import get_reward
+
+    tasks: list[EvalTask] = []
+    for source, rewards in pairs:
+        for name in rewards:
+            get_reward(name)
+        tasks.append(EvalTask(_task_name(source, tasks), load_prompts(source, "test")[: settings.limit], rewards))
+    began = time.monotonic()
+    found = _judge(settings, tasks)
+    results = {
+        "model": settings.model,
+        "lora": settings.lora,
+        "rewards": found.rewards,
+        "prompts": {task.name: len(task.prompts) for task in tasks},
+        "settings": {k: getattr(settings, k) for k in ("solver", "eta", "steps", "guidance", "resolution", "seed")},
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    _show(settings, tasks, found, out)
+    return 0
+
+
+def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
+    name = source.removeprefix("bundled/") if source.startswith("bundled/") else Path(source).stem
+    taken = {task.name for task in tasks}
+    return name if name not in taken else f"{name}-{len(tasks)}"
+
+
+def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
+    from opd_fast.models import load_model
+    from opd_fast.plan import pick_device, pick_dtype
+    from opd_fast.prompts import EmbeddingCache
+    from opd_fast.solvers import solver_table
+    from opd_fast.weights import load_transformer
+
+    device = pick_device()
+    model = load_model(settings.model, device=device, dtype=pick_dtype(settings.dtype, "auto", device))
+    resolution = settings.resolution
+    shape = _own_shape(model) if resolution is None else model.latent_shape(resolution)
+    transformer = model.transformer
+    if settings.lora is not None:
+        transformer = load_transformer(model, settings.lora, what="lora")
+    text = EmbeddingCache.build(model, [prompt.text for task in tasks for prompt in task.prompts])
+    model.release_text_encoders()
+    table = solver_table(settings.solver, model.sigmas(settings.steps, resolution or 0), settings.eta)
+    with _progress() as advance:
+        return evaluate(
+            model,
+            transformer,
+            tasks,
+            table,
+            shape=shape,
+            guidance=settings.guidance,
+            seed=settings.seed,
+            text=text,
+            batch=settings.batch,
+            keep_images=settings.grid,
+            progress=advance,
+        )
+
+
+def _own_shape(model: DiffusionModel) -> tuple[int, int, int]:
+    """The latent shape the pipeline's transformer is configured for."""
+    config = getattr(model.transformer, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if not isinstance(channels, int) or not isinstance(size, int):
+        raise UserError("resolution", "the pipeline does not say its own", "give --resolution PIXELS")
+    return channels, size, size
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar of images on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) -> None:
+    """Print the table and write an image grid for each task."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from opd_fast.report import image_grid
+
+    title = settings.model if settings.lora is None else f"{settings.model} + {settings.lora}"
+    table = Table(title=title, title_justify="left")
+    for heading in ("prompts", "images", "reward", "mean"):
+        table.add_column(heading, justify="left" if heading in ("prompts", "reward") else "right")
+    for task in tasks:
+        for name, value in found.rewards[task.name].items():
+            table.add_row(task.name, str(len(task.prompts)), name.replace("_", " "), f"{value:.3f}")
+    Console().print(table)
+    for task in tasks:
+        if task.name in found.images:
+            images = found.images[task.name]
+            captions = [prompt.text for prompt in task.prompts[: len(images)]]
+            # Small images are enlarged to be seen, large ones are kept.
+            scale = max(1, 128 // images.shape[-1])
+            image_grid({"with LoRA" if settings.lora else "model": images}, captions, out / f"{task.name}.png", scale)
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,357 @@
+"""What a run would do, worked out from configuration files alone: `--dry-run`, and the choices behind `auto`.
+
+The transformer is built on the meta device, so nothing is loaded and a model of any size is planned in a second or two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd_fast.config import Config, config_hash, to_yaml
+from opd_fast.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from opd_fast.solvers import SolverTable
+
+CLIP_TOKENS = 77
+SAVED_PER_BLOCK = {"lora": 18, "full": 24}
+"""Values that autograd keeps for each token, unit of width and MMDiT block: modulated norms, q, k, v, what attention and
+the feed-forward read again. Upper ends of measurements on SD3's blocks; tests/test_plan.py measures them again."""
+
+
+# --- what auto means --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The engine's choices where the configuration says auto."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    graphs: bool
+    tf32: bool
+
+
+def pick_device() -> torch.device:
+    """The CUDA device of this process where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(dtype: str, precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights and forwards: `model.dtype`, where auto stands for bfloat16 on a GPU that computes in it, and
+    for float32 elsewhere and wherever `engine.precision` asks for float32 or TF32."""
+    import torch
+
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+        assert isinstance(chosen, torch.dtype)
+        return chosen
+    if precision == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        return torch.bfloat16
+    return torch.float32
+
+
+def resolve(config: Config) -> Resolved:
+    """Device, dtype and switches of a run.
+
+    Raises:
+        UserError: a setting that this machine cannot honour.
+    """
+    device = pick_device()
+    on_gpu = device.type == "cuda"
+    if config.engine.precision == "tf32" and not on_gpu:
+        raise UserError("engine.precision", "tf32 needs a CUDA device", "use auto or float32")
+    return Resolved(
+        device=device,
+        dtype=pick_dtype(config.model.dtype, config.engine.precision, device),
+        compile=config.engine.compile == "on" or (config.engine.compile == "auto" and on_gpu),
+        graphs=config.engine.graphs == "auto" and on_gpu,
+        tf32=config.engine.precision == "tf32",
+    )
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of one run. Rows count guidance's branches: a guided sample is two rows of a forward."""
+
+    resolved: Resolved
+    samples: int
+    student_rows: int
+    teacher_rows: dict[str, int]
+    forwards_per_step: int
+    trained_steps: int
+    latent: tuple[int, int, int]
+    image_tokens: int
+    text_tokens: int
+    table: SolverTable
+    weight: list[float]
+    parameters: int
+    trainable: int
+    lora_modules: int | None
+    bytes: dict[str, int]
+    evaluations: int
+    evaluation_rows: int
+
+    @property
+    def round_rows(self) -> dict[str, int]:
+        """Transformer rows of a round: student forward, student backward, teacher forward."""
+        student = self.student_rows * self.trained_steps
+        return {
+            "student forward": student,
+            "student backward": student,
+            "teacher forward": sum(self.teacher_rows.values()) * self.trained_steps,
+        }
+
+
+def make_plan(config: Config) -> Plan:
+    """Work out a run from the model's configuration files.
+
+    Raises:
+        ValueError: the model's folder is missing or damaged, or does not fit the settings.
+    """
+    from opd_fast.models.folder import has_component, read_index
+    from opd_fast.objectives import step_weights
+    from opd_fast.solvers import sd3_sigmas, solver_table
+
+    resolved = resolve(config)
+    folder = _config_folder(config.model.path)
+    index = read_index(folder)
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    vae = _json(folder / "vae" / "config.json")
+    transformer = meta_transformer(folder)
+    shape: Any = transformer.config
+    patch = int(shape.patch_size)
+    size = config.model.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    s = config.sampler
+    sigmas = sd3_sigmas(
+        s.steps, float(scheduler["shift"]), num_train_timesteps=int(scheduler.get("num_train_timesteps", 1000))
+    )
+    table = solver_table(s.solver, sigmas, s.eta, variance=config.objective.variance)
+
+    per_task = config.train.samples_per_task
+    samples = per_task * len(config.teachers)
+    text_tokens = CLIP_TOKENS
+    if has_component(index, "text_encoder_3"):
+        text_tokens += 128 if config.model.max_sequence_length is None else config.model.max_sequence_length
+    targets = _targets(config, index)
+    modules = None if config.student.kind == "full" else lora_modules(transformer, targets)
+    parameters = sum(p.numel() for p in transformer.parameters())
+    trainable = parameters
+    if modules is not None:
+        trainable = sum(config.student.rank * (i + o) for i, o in modules.values())
+    image_tokens = (size // patch) ** 2
+    evaluations, evaluation_rows = _evaluation(config)
+    return Plan(
+        resolved=resolved,
+        samples=samples,
+        student_rows=samples * _branches(config.student.guidance),
+        teacher_rows={t.name: per_task * _branches(t.guidance) for t in config.teachers},
+        forwards_per_step=math.ceil(samples / (config.train.micro_batch or samples)),
+        trained_steps=s.steps if s.train_last else s.steps - 1,
+        latent=(int(shape.in_channels), size, size),
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        table=table,
+        weight=step_weights(table, config.objective.kind).tolist(),
+        parameters=parameters,
+        trainable=trainable,
+        lora_modules=None if modules is None else len(modules),
+        bytes=_memory(config, resolved, transformer, trainable, samples, image_tokens + text_tokens),
+        evaluations=evaluations,
+        evaluation_rows=evaluation_rows,
+    )
+
+
+def _branches(guidance: float) -> int:
+    return 1 if guidance == 1 else 2
+
+
+def _config_folder(path: str) -> Path:
+    """The pipeline's folder with its configuration files; of a hub model nothing else is fetched."""
+    from opd_fast.command import looks_like_hub_id
+    from opd_fast.models.folder import fetch, resolve_pipeline
+
+    if path != "bundled" and not Path(path).expanduser().exists() and looks_like_hub_id(path):
+        return fetch(path, ["model_index.json", "*/config.json", "scheduler/*"])
+    return resolve_pipeline(path)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError("model.path", f"{path} cannot be read ({error})", "give a whole diffusers pipeline") from error
+    return data
+
+
+def meta_transformer(folder: Path) -> nn.Module:
+    """The pipeline's transformer without weights: shapes and names only."""
+    import diffusers
+    import torch
+
+    config = _json(folder / "transformer" / "config.json")
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if kind is None:
+        name = config.get("_class_name")
+        raise UserError("model.path", f"transformer/config.json names the class {name}", "give a diffusers pipeline")
+    with torch.device("meta"):
+        transformer: nn.Module = kind.from_config(config)
+    return transformer
+
+
+def _targets(config: Config, index: dict[str, Any]) -> list[str]:
+    from opd_fast.models import FAMILIES
+
+    families = {model.pipeline_class: model for model in FAMILIES.values()}
+    if config.model.family != "auto" and config.model.family not in FAMILIES:
+        raise UserError("model.family", f"unknown family {config.model.family!r}", f"use auto or {', '.join(FAMILIES)}")
+    family = families.get(index["_class_name"])
+    if family is None:
+        raise UserError("model.path", f"holds a {index['_class_name']}", f"supported: {', '.join(families)}")
+    targets = config.student.targets
+    if isinstance(targets, list):
+        return targets
+    if targets not in family.lora_targets:
+        names = ", ".join(family.lora_targets)
+        raise UserError("student.targets", f"unknown set {targets!r}", f"use {names} or a list of module names")
+    return family.lora_targets[targets]
+
+
+def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[int, int]]:
+    """Linear layers whose name is, or ends in, one of `targets`: name to (inputs, outputs).
+
+    Raises:
+        UserError: a target that names none.
+    """
+    from torch import nn
+
+    linear = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            raise UserError(
+                "student.targets", f"no linear layer is named {target}", "use attention, all or other names"
+            )
+    return {
+        name: (m.in_features, m.out_features)
+        for name, m in linear.items()
+        if any(name == target or name.endswith("." + target) for target in targets)
+    }
+
+
+def _memory(
+    config: Config, resolved: Resolved, transformer: nn.Module, trainable: int, samples: int, tokens: int
+) -> dict[str, int]:
+    """Bytes by purpose, a rough estimate. Frozen weights count in the model's dtype; what is trained in float32, five
+    times: itself, gradient, AdamW's two moments, exponential average. Activations are those of one student step."""
+    item = resolved.dtype.itemsize
+    parameters = sum(p.numel() for p in transformer.parameters())
+    copies = len(config.teachers) if config.engine.placement == "merged" else 0
+    size: Any = transformer.config
+    width = int(size.num_attention_heads) * int(size.attention_head_dim)
+    rows = min(samples, config.train.micro_batch or samples) * _branches(config.student.guidance)
+    blocks = int(size.num_layers)
+    return {
+        "base weights": parameters * item,
+        "teacher copies": copies * parameters * item,
+        "trained weights and optimizer": trainable * 4 * 5,
+        "activations": SAVED_PER_BLOCK[config.student.kind] * rows * tokens * width * blocks * item,
+    }
+
+
+def _evaluation(config: Config) -> tuple[int, int]:
+    """(evaluations of the student, rows forwarded in all of them and in judging base and teachers once)."""
+    e = config.evaluation
+    judged = [t for t in config.teachers if t.reward is not None]
+    if e.every == 0 or not judged:
+        return 0, 0
+    during = len({*range(0, config.train.rounds, e.every), config.train.rounds})
+    guidance = config.student.guidance if e.guidance is None else e.guidance
+    models = during + 1 + len(config.teachers)
+    return during, models * len(judged) * e.prompts * e.steps * _branches(guidance)
+
+
+# --- printing ---------------------------------------------------------------------------------------------------------
+
+
+def print_plan(plan: Plan, config: Config, run_dir: Path) -> None:
+    """Print the settings and the plan."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width to fit
+        console = Console(highlight=False, width=140)
+    console.rule(f"settings {config_hash(config)}", align="left")
+    console.print(to_yaml(config).rstrip(), markup=False)
+    console.rule("plan", align="left")
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in _facts(plan, config, run_dir):
+        facts.add_row(f"[dim]{name}", value)
+    console.print(facts)
+    console.rule(f"solver {plan.table.solver}, eta {plan.table.eta:g}, {config.objective.variance}", align="left")
+    rows = Table(box=None, header_style="dim")
+    for name in ("step", "sigma", "a", "b", "h", "std", "weight", "trained"):
+        rows.add_column(name, justify="right", no_wrap=True)
+    t = plan.table
+    for j in range(t.steps):
+        numbers = [float(column[j]) for column in (t.sigmas, t.a, t.b, t.h, t.std)]
+        trained = "yes" if j < plan.trained_steps else "no"
+        rows.add_row(str(j), *(f"{number:.5f}" for number in numbers), f"{plan.weight[j]:.3e}", trained)
+    console.print(rows)
+
+
+def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
+    r = plan.resolved
+    switches = f"compile {'on' if r.compile else 'off'}, CUDA graphs {'on' if r.graphs else 'off'}"
+    tasks = len(config.teachers)
+    work = ", ".join(f"{name} {rows}" for name, rows in plan.round_rows.items())
+    c, h, w = plan.latent
+    lora = "" if plan.lora_modules is None else f" in {plan.lora_modules} LoRA modules of rank {config.student.rank}"
+    memory = ", ".join(f"{name} {_size(size)}" for name, size in plan.bytes.items())
+    teachers = ", ".join(f"{name} ({rows},{c},{h},{w})" for name, rows in plan.teacher_rows.items())
+    total = sum(plan.round_rows.values()) * config.train.rounds
+    evaluation = "off"
+    if plan.evaluations:
+        evaluation = f"{plan.evaluations} times; {plan.evaluation_rows:,} forward rows with base and teachers"
+    return [
+        ("run directory", str(run_dir)),
+        ("device", f"{r.device}, {str(r.dtype).removeprefix('torch.')}{', TF32' if r.tf32 else ''}, {switches}"),
+        (
+            "rounds",
+            f"{config.train.rounds} of {plan.samples} samples: {tasks} tasks of {config.train.samples_per_task}",
+        ),
+        ("solver steps", f"{plan.table.steps}, of which {plan.trained_steps} are run and trained"),
+        ("student batch", f"({plan.student_rows},{c},{h},{w}) in {plan.forwards_per_step} forward(s) a step"),
+        ("teacher batch", f"{teachers} a step"),
+        ("rows of a round", f"{work}  (a guided sample is two rows)"),
+        ("rows of the run", f"{total:,}"),
+        ("tokens of a row", f"{plan.image_tokens} image + {plan.text_tokens} text"),
+        ("parameters", f"{plan.parameters:,} in the transformer, {plan.trainable:,} trained{lora}"),
+        ("memory, about", f"{_size(sum(plan.bytes.values()))}: {memory}"),
+        (
+            "",
+            f"activations: {SAVED_PER_BLOCK[config.student.kind]} x rows x tokens x width x blocks x bytes of the dtype",
+        ),
+        ("evaluations", evaluation),
+    ]
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
+        size /= 1024
+    raise AssertionError

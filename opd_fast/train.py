@@ -1,0 +1,33 @@
+"""Distil teachers into a student:
+
+python -m opd_fast.train [RECIPE_OR_YAML] [--section.key VALUE ...] [--run-dir DIR] [--resume RUN_DIR] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from opd_fast.command import check_paths, parse, prepare_run_dir
+from opd_fast.errors import main_guard
+
+
+@main_guard
+def main(argv: list[str]) -> int:
+    """Run the command line; returns the exit status."""
+    command = parse(argv)
+    check_paths(command.config)
+    if command.dry_run:
+        from opd_fast.plan import make_plan, print_plan
+
+        print_plan(make_plan(command.config), command.config, command.run_dir)
+        return 0
+    prepare_run_dir(command)
+
+    from opd_fast.trainers.loop import train
+
+    train(command.config, command.run_dir, resume=command.resume)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
