@@ -1,0 +1,77 @@
+"""Several LoRAs on one transformer, by PEFT's layers: put one in, switch between them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from opd_fast.lora import LoraWeights, match
+
+
+@contextlib.contextmanager
+def use_adapter(transformer: nn.Module, name: str | None) -> Iterator[nn.Module]:
+    """Within the block `name` is the one active adapter of the transformer (None: none is), then what was before.
+
+    PEFT's own `set_adapter` also flips requires_grad of every adapter, which would freeze the student between steps.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = name is None
+        layer._active_adapter = layer._active_adapter if name is None else [name]
+    try:
+        yield transformer
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def add_frozen(transformer: nn.Module, name: str, lora: LoraWeights) -> None:
+    """Put `lora` on the transformer as the frozen adapter `name`, in float32, beside those already there.
+
+    Raises ValueError where it does not fit (see `lora.match`).
+    """
+    from peft import LoraConfig
+
+    match(lora, _without_wrappers(transformer))
+    ranks = {module: a.shape[0] for module, (a, _) in lora.tensors.items()}
+    settings = LoraConfig(
+        r=max(ranks.values()), rank_pattern=ranks, target_modules=list(lora.tensors), init_lora_weights=False
+    )
+    transformer.add_adapter(settings, adapter_name=name)  # type: ignore[operator]
+    with torch.no_grad():
+        for module, halves in lora.tensors.items():
+            layer = transformer.get_submodule(module)
+            layer.scaling[name] = lora.scale[module]  # type: ignore[union-attr, operator, index]
+            for kind, value in zip(("lora_A", "lora_B"), halves, strict=True):
+                weight = getattr(layer, kind)[name].weight
+                weight.data = value.to(weight.device, torch.float32)
+                weight.requires_grad_(False)
+
+
+class _Renamed(nn.Module):
+    """Modules under the names that they had before any were wrapped."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self._named = modules
+
+    def named_modules(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Module]]:  # type: ignore[override]
+        yield from self._named.items()
+
+
+def _without_wrappers(transformer: nn.Module) -> nn.Module:
+    """The transformer as a LoRA file names it, where PEFT's layers stand for the ones they wrap."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return _Renamed(
+        {
+            name: layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+            for name, layer in transformer.named_modules()
+        }
+    )

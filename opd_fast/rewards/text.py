@@ -1,0 +1,73 @@
+"""Text in the shapes world: reads the word from the pixels by matching block letters, and compares it with the target.
+
+The score is the one of OCR rewards in diffusion RL (Flow-GRPO, arXiv 2505.05470): 1 - min(edit distance, n) / n, n the
+target's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opd_fast.prompts import Prompt
+from opd_fast.worlds.shapes import LETTERS, glyph
+
+MATCH = 0.7
+"""Normalised correlation from which a letter counts as read."""
+MIN_CONTRAST = 0.3
+
+
+@cache
+def _templates() -> Tensor:
+    """Zero-mean unit templates (letters, 1, 16, 12): each glyph with a rim of ground."""
+    masks = np.stack([np.pad(glyph(letter), 1) for letter in LETTERS]).astype(np.float32)
+    flat = torch.from_numpy(masks).flatten(1)
+    flat = flat - flat.mean(1, keepdim=True)
+    return (flat / flat.norm(dim=1, keepdim=True)).view(len(LETTERS), 1, *masks.shape[1:])
+
+
+def read(images: Tensor) -> list[str]:
+    """The word in each image (B, 3, H, W) in 0..1, left to right; empty where no letter is found."""
+    templates = _templates()
+    height, width = templates.shape[2:]
+    bright = F.pad(images.detach().float().cpu().amax(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    patches = F.unfold(bright, (height, width))
+    spread = (patches - patches.mean(1, keepdim=True)).norm(dim=1)
+    match = F.conv2d(bright, templates).flatten(2) / spread.clamp_min(1e-6)[:, None]
+    match = match.masked_fill(spread[:, None] < MIN_CONTRAST * (height * width) ** 0.5 / 2, 0)
+    columns = bright.shape[3] - width + 1
+    words = []
+    for scores in match.view(len(images), len(LETTERS), -1, columns):
+        letters: list[tuple[int, str]] = []
+        while float(scores.max()) >= MATCH:
+            letter, _, column = np.unravel_index(int(scores.argmax()), scores.shape)
+            letters.append((int(column), LETTERS[letter]))
+            # Letters stand side by side: nothing else is read within a letter's width.
+            scores[:, :, max(0, int(column) - width + 4) : int(column) + width - 3] = 0
+        words.append("".join(letter for _, letter in sorted(letters)))
+    return words
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(b) + 1))
+    for i, ca in enumerate(a, start=1):
+        previous, row[0] = row[0], i
+        for j, cb in enumerate(b, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (ca != cb))
+    return row[-1]
+
+
+def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """1 - min(edit distance, n) / n against metadata["target"]; (B,) float32 in 0..1."""
+    targets = [p.metadata["target"].upper() for p in prompts]
+    values = [
+        1 - min(edit_distance(word, target), len(target)) / len(target)
+        for word, target in zip(read(images), targets, strict=True)
+    ]
+    return torch.tensor(values, dtype=torch.float32)

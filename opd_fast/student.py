@@ -1,0 +1,179 @@
+"""The student: LoRA adapters on the frozen base, or all of its weights; its average; its export."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from opd_fast.adapters import use_adapter
+from opd_fast.config import StudentConfig
+from opd_fast.lora import find_lora, read_lora
+from opd_fast.models.base import DiffusionModel
+from opd_fast.velocity import Conditioning, Velocities, velocities
+from opd_fast.weights import load_transformer
+
+ADAPTER = "student"
+
+
+class Student:
+    """What is trained.
+
+    `transformer` holds the trainable parameters, in float32: PEFT adapters injected into the model's own base (kind lora),
+    or a copy of the base (kind full). `ema` is their moving average, in the order of `named_parameters`.
+    """
+
+    def __init__(self, model: DiffusionModel, transformer: nn.Module, config: StudentConfig) -> None:
+        self.transformer, self.config = transformer, config
+        self.guidance = config.guidance
+        self._model = model
+        self._named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
+        self._ema_parameters = [p.detach().clone() for _, p in self._named]
+        # Float32 adapters on a half-precision base compute in the base's type; without autocast PEFT would cast up.
+        self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
+
+    @classmethod
+    def build(cls, model: DiffusionModel, config: StudentConfig, *, seed: int = 0) -> Student:
+        """A student on `model`, starting from the base or from `config.start`.
+
+        LoRA is injected into `model.transformer` itself; A is Gaussian with standard deviation 1 / rank and B zero, as
+        published, drawn from `seed`. Raises ValueError where `config.start` does not fit.
+        """
+        if config.kind == "full":
+            transformer = load_transformer(model, config.start, what="student.start")
+            return cls(model, transformer.float().requires_grad_(True), config)
+        _inject(model, config, seed)
+        if config.start is not None:
+            _start_from(model.transformer, config)
+        return cls(model, model.transformer, config)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The trainable parameters, float32, in a fixed order."""
+        return list(self._named)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self._named]
+
+    def velocities(self, model: DiffusionModel, x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
+        """The student's prediction with gradient; x (B, C, H, W) float32, sigma 0-dim float32."""
+        with self._autocast:
+            return velocities(model, self.transformer, x, sigma, condition)
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[nn.Module]:
+        """The frozen base that student and teachers come from."""
+        with use_adapter(self._model.transformer, None) as transformer:
+            yield transformer
+
+    # --- the average -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update_ema(self, updates: int, decay: float) -> None:
+        """Move the average toward the weights after update number `updates` (from 0).
+
+        The decay is min((1 + n) / (10 + n), decay), the warm-up of the published code.
+        """
+        effective = min((1 + updates) / (10 + updates), decay)
+        torch._foreach_lerp_(self._ema_parameters, [p.detach() for p in self.parameters()], 1 - effective)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The transformer with the average in place of the trained weights, which come back afterwards."""
+        held = [p.detach().clone() for p in self.parameters()]
+        self._assign(self._ema_parameters)
+        try:
+            yield self.transformer
+        finally:
+            self._assign(held)
+
+    @torch.no_grad()
+    def _assign(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters(), values, strict=True):
+            parameter.copy_(value)
+
+    # --- state and export --------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Trained weights and their average, by name, for a checkpoint."""
+        weights = {f"student.{name}": p.detach() for name, p in self._named}
+        average = {f"ema.{name}": e for (name, _), e in zip(self._named, self._ema_parameters, strict=True)}
+        return weights | average
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a checkpoint's weights and average. Raises ValueError for a state of another student."""
+        mine = self.state()
+        theirs = {k: v for k, v in tensors.items() if k.startswith(("student.", "ema."))}
+        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:
+            raise ValueError(
+                f"the checkpoint holds a student of {len(theirs) // 2} tensors that do not match this run's "
+                f"{len(self._named)}; resume with the configuration that wrote it"
+            )
+        self._assign([theirs[f"student.{name}"] for name, _ in self._named])
+        for average, (name, _) in zip(self._ema_parameters, self._named, strict=True):
+            average.copy_(theirs[f"ema.{name}"])
+
+    def export(self, directory: Path) -> None:
+        """Write the averaged student: a LoRA in PEFT's and diffusers' layouts, or a transformer folder."""
+        if self.config.kind == "full":
+            with self.averaged() as transformer:
+                transformer.save_pretrained(directory / "transformer")  # type: ignore[operator]
+            return
+        halves = {name: e for (name, _), e in zip(self._named, self._ema_parameters, strict=True)}
+        suffix = f".lora_A.{ADAPTER}.weight"
+        modules = [name.removesuffix(suffix) for name in halves if name.endswith(suffix)]
+        self._model.save_lora(
+            directory,
+            {m: (halves[m + suffix], halves[m + suffix.replace("lora_A", "lora_B")]) for m in modules},
+            rank=self.config.rank,
+            alpha=self.config.alpha,
+            targets=modules,
+        )
+
+
+def _inject(model: DiffusionModel, config: StudentConfig, seed: int) -> None:
+    from peft import LoraConfig
+
+    targets = model.targets(config.targets)
+    settings = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False, lora_dropout=0.0
+    )
+    try:
+        model.transformer.add_adapter(settings, adapter_name=ADAPTER)  # type: ignore[operator]
+    except ValueError as error:  # PEFT's message lists what it looked for, not what to do
+        raise ValueError(f"student.targets {targets} match no module of the model; choose attention or all") from error
+    model.transformer.set_adapter(ADAPTER)  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.transformer.named_parameters():
+        parameter.requires_grad_(f".{ADAPTER}." in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            if ".lora_A." in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / config.rank)
+            else:
+                parameter.data.zero_()
+
+
+@torch.no_grad()
+def _start_from(transformer: nn.Module, config: StudentConfig) -> None:
+    """Put a LoRA of the same or a lower rank into the first rows of the student's."""
+    assert config.start is not None
+    if find_lora(config.start) is None:
+        raise ValueError(
+            f"student.start {config.start} is no LoRA, so that a LoRA student cannot begin there and still be exported "
+            f"on this base; name a LoRA, or merge it into model.path"
+        )
+    lora = read_lora(config.start)
+    parameters = dict(transformer.named_parameters())
+    for module, (a, b) in lora.tensors.items():
+        mine = [parameters.get(f"{module}.lora_{half}.{ADAPTER}.weight") for half in "AB"]
+        if mine[0] is None or mine[1] is None:
+            raise ValueError(f"student.start changes {module}, which student.targets leave out; add it there")
+        if len(a) > config.rank:
+            raise ValueError(f"student.start has rank {len(a)}, the student {config.rank}; raise student.rank")
+        if mine[0].shape[1] != a.shape[1] or mine[1].shape[0] != b.shape[0]:
+            raise ValueError(f"student.start was made for another width at {module}; name a LoRA of this model")
+        mine[0][: len(a)] = a
+        mine[1][:, : len(a)] = b.float() * (lora.scale[module] * config.rank / config.alpha)

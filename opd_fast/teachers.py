@@ -1,0 +1,147 @@
+"""The teachers: frozen, one a task, each asked at the student's states for the samples of its task.
+
+Placement `merged` gives every teacher its own transformer with its LoRA merged: plain matrix products, M copies of the
+weights. `shared` keeps them as adapters beside each other on one base: one copy, switched between tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from opd_fast.adapters import add_frozen, use_adapter
+from opd_fast.config import TeacherConfig
+from opd_fast.lora import find_lora, read_lora
+from opd_fast.models.base import DiffusionModel
+from opd_fast.velocity import Conditioning, Velocities, velocities
+from opd_fast.weights import load_transformer
+
+if TYPE_CHECKING:
+    from opd_fast.rollout import RoundBatch
+
+
+@dataclass(frozen=True)
+class Course:
+    """What the teachers need of a batch at every step, made once a round."""
+
+    parts: tuple[tuple[int, slice, Conditioning], ...]
+    """(teacher, its rows, their text)."""
+    guidance: Tensor
+    """(B,) float32: the teacher's guidance of each sample."""
+    guided: bool
+    """Whether any part has a negative branch."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    name: str
+    guidance: float
+    transformer: nn.Module
+    adapter: str | None
+    """Its adapter on a shared base; None where the weights are merged."""
+
+
+class TeacherBank:
+    """The teachers in the order of the configuration."""
+
+    def __init__(self, model: DiffusionModel, teachers: Sequence[Teacher]) -> None:
+        self.model, self.teachers = model, list(teachers)
+        self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
+
+    @classmethod
+    def load(
+        cls,
+        model: DiffusionModel,
+        configs: Sequence[TeacherConfig],
+        placement: Literal["merged", "shared"] = "merged",
+    ) -> TeacherBank:
+        """Load and check every teacher. Call it before the student is built on the same base.
+
+        Raises ValueError, naming the teacher, for weights that are missing, damaged, not finite or of another shape, and for
+        a teacher that is no LoRA under `shared`.
+        """
+        teachers = []
+        for config in configs:
+            try:
+                if placement == "merged":
+                    transformer = load_transformer(model, config.weights, what="weights")
+                    teacher = Teacher(config.name, config.guidance, transformer, None)
+                else:
+                    adapter = _add(model, config)
+                    teacher = Teacher(config.name, config.guidance, model.transformer, adapter)
+            except ValueError as error:
+                raise ValueError(f"teacher {config.name!r}: {error}") from error
+            teachers.append(teacher)
+        return cls(model, teachers)
+
+    def __len__(self) -> int:
+        return len(self.teachers)
+
+    @contextlib.contextmanager
+    def active(self, index: int) -> Iterator[nn.Module]:
+        """The transformer of teacher `index`, switched on."""
+        teacher = self.teachers[index]
+        with contextlib.ExitStack() as stack:
+            if teacher.adapter is not None:
+                stack.enter_context(use_adapter(teacher.transformer, teacher.adapter))
+            stack.enter_context(self._autocast)
+            yield teacher.transformer
+
+    def course(self, batch: RoundBatch) -> Course:
+        """The constant part of `velocities` for one batch."""
+        guidance = torch.ones_like(batch.scale)
+        parts = []
+        for index, rows in batch.tasks:
+            strength = self.teachers[index].guidance
+            guidance[rows] = strength
+            parts.append((index, rows, Conditioning.build(batch.text.index(rows), batch.negative, strength)))
+        return Course(tuple(parts), guidance, any(condition.guided for _, _, condition in parts))
+
+    @torch.no_grad()
+    def velocities(self, x: Tensor, sigma: Tensor, course: Course) -> Velocities:
+        """Each sample's velocity by its own teacher, both branches; x (B, C, H, W) float32, sigma 0-dim float32.
+
+        Rows of unguided teachers are left unset in `uncond`: the step never reads them.
+        """
+        outputs = []
+        for index, rows, condition in course.parts:
+            with self.active(index) as transformer:
+                outputs.append(velocities(self.model, transformer, x[rows], sigma, condition))
+        if len(outputs) == 1:
+            return outputs[0]
+        cond = torch.cat([v.cond for v in outputs])
+        if not course.guided:
+            return Velocities(cond, None)
+        uncond = torch.empty_like(cond)
+        for v, (_, rows, _) in zip(outputs, course.parts, strict=True):
+            if v.uncond is not None:
+                uncond[rows] = v.uncond
+        return Velocities(cond, uncond)
+
+    @torch.no_grad()
+    def check(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> None:
+        """One forward of each teacher; raises ValueError naming the teacher whose output is not finite."""
+        for index, teacher in enumerate(self.teachers):
+            with self.active(index) as transformer:
+                v = velocities(self.model, transformer, x, sigma, condition).cond
+            if not bool(torch.isfinite(v).all()):
+                raise ValueError(
+                    f"teacher {teacher.name!r} yields NaN or infinite velocities at sigma {float(sigma):.3f}; check its "
+                    f"weights, or give model.dtype float32"
+                )
+
+
+def _add(model: DiffusionModel, config: TeacherConfig) -> str:
+    """Put a LoRA beside others on the base as a frozen adapter; its name there."""
+    if find_lora(config.weights) is None:
+        raise ValueError(
+            f"{config.weights} is no LoRA, and engine.placement shared keeps teachers as adapters; use merged"
+        )
+    name = f"teacher_{config.name}".replace(".", "_")
+    add_frozen(model.transformer, name, read_lora(config.weights))
+    return name

@@ -1,0 +1,1 @@
+"""The training loop, and one file for each method that supplies its gradients."""

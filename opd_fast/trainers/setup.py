@@ -1,0 +1,122 @@
+"""Everything a run needs before its first round: model, text, teachers, student, prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from opd_fast.config import Config, TeacherConfig
+from opd_fast.errors import UserError
+from opd_fast.evaluate import EvalTask
+from opd_fast.models import load_model
+from opd_fast.models.base import DiffusionModel
+from opd_fast.prompts import EmbeddingCache, Prompt, load_prompts
+from opd_fast.rewards import REPORTED
+from opd_fast.rollout import INITIAL_NOISE
+from opd_fast.solvers import SolverTable, solver_table
+from opd_fast.student import Student
+from opd_fast.teachers import TeacherBank
+from opd_fast.velocity import Conditioning
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run's parts, loaded and checked."""
+
+    config: Config
+    model: DiffusionModel
+    student: Student
+    teachers: TeacherBank
+    table: SolverTable
+    """The rollout's solver."""
+    evaluation_table: SolverTable
+    shape: tuple[int, int, int]
+    """(C, H, W) of a latent."""
+    prompts: list[list[Prompt]]
+    """The training prompts of each teacher's task."""
+    tasks: list[EvalTask]
+    """Held-out prompts with their rewards, for the tasks that have both."""
+    text: EmbeddingCache
+
+
+def choose_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The weights' type: `auto` is bfloat16 on a GPU that has it, float32 elsewhere."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def prepare(config: Config, say: Callable[[str], None]) -> Setup:
+    """Load what `config` names. Raises ValueError, naming the setting, for what is missing or does not fit."""
+    device = choose_device()
+    dtype = choose_dtype(config.model.dtype, device)
+    torch.backends.cuda.matmul.allow_tf32 = config.engine.precision == "tf32"
+    model = load_model(
+        config.model.path,
+        config.model.family,
+        device=device,
+        dtype=dtype,
+        max_sequence_length=config.model.max_sequence_length,
+    )
+    resolution = config.model.resolution
+    shape = model.latent_shape(resolution)
+    sampler = config.sampler
+    table = solver_table(
+        sampler.solver, model.sigmas(sampler.steps, resolution), sampler.eta, variance=config.objective.variance
+    )
+    evaluation_table = solver_table("ode", model.sigmas(config.evaluation.steps, resolution), 0.0)
+
+    prompts = [load_prompts(teacher.prompts) for teacher in config.teachers]
+    tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config)) is not None]
+    texts = [p.text for source in [*prompts, *(task.prompts for task in tasks)] for p in source]
+    text = EmbeddingCache.build(model, texts)
+    model.release_text_encoders()
+    say(f"encoded {len(text)} distinct prompts")
+
+    # Teachers first: merged copies are taken from the base before the student's adapters go onto it.
+    teachers = TeacherBank.load(model, config.teachers, config.engine.placement)
+    student = Student.build(model, config.student, seed=config.train.seed)
+    sigma = table.sigmas[0].float().to(device)
+    probe = torch.randn(1, *shape, generator=torch.Generator().manual_seed(INITIAL_NOISE)).to(device)
+    teachers.check(probe, sigma, Conditioning.build(text.negative, None, 1.0))
+    if compiled(config, device):
+        compile_blocks(model, student, teachers)
+    trainable = sum(p.numel() for p in student.parameters())
+    say(f"student trains {trainable:,} parameters in {dtype}".replace("torch.", "") + f" on {device}")
+    return Setup(config, model, student, teachers, table, evaluation_table, shape, prompts, tasks, text)
+
+
+def compiled(config: Config, device: torch.device) -> bool:
+    """Whether blocks are compiled: `auto` does so on a GPU."""
+    return config.engine.compile == "on" or (config.engine.compile == "auto" and device.type == "cuda")
+
+
+def compile_blocks(model: DiffusionModel, student: Student, teachers: TeacherBank) -> None:
+    """torch.compile of each repeated block, in place: one compilation serves all blocks of a kind."""
+    transformers = {id(t): t for t in [student.transformer, *(teacher.transformer for teacher in teachers.teachers)]}
+    for transformer in transformers.values():
+        for block in model.blocks(transformer):
+            block.compile()
+
+
+def evaluation_task(teacher: TeacherConfig, config: Config) -> EvalTask | None:
+    """A teacher's held-out prompts and rewards; None where it has no reward or evaluations are off."""
+    if teacher.reward is None or config.evaluation.every == 0:
+        return None
+    source = teacher.eval_prompts or (teacher.prompts if teacher.prompts.startswith("bundled/") else None)
+    if source is None:
+        raise UserError(
+            f"teachers.{teacher.name}.eval_prompts", "is missing while a reward is set", "name held-out prompts"
+        )
+    prompts = load_prompts(source, split="test")
+    # A short file is gone through several times, with other noise each time.
+    repeated = [prompts[i % len(prompts)] for i in range(config.evaluation.prompts)]
+    return EvalTask(teacher.name, repeated, [teacher.reward, *REPORTED.get(teacher.reward, ())])

@@ -1,0 +1,50 @@
+"""One call of a transformer for a batch: with guidance, the prompt's and the negative prompt's branch side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opd_fast.models.base import DiffusionModel, TextEmbeds
+
+
+@dataclass(frozen=True)
+class Velocities:
+    """What one transformer predicts at one state: v = uncond + g * (cond - uncond), or cond alone."""
+
+    cond: Tensor
+    """(B, C, H, W) in the model's dtype."""
+    uncond: Tensor | None
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The text rows of a call, made once and used at every step."""
+
+    text: TextEmbeds
+    """B rows, or 2B when guided: all prompts, then the negative prompt B times."""
+    guided: bool
+
+    @classmethod
+    def build(cls, text: TextEmbeds, negative: TextEmbeds | None, guidance: float) -> Conditioning:
+        """Conditioning of B prompts; guidance 1 needs no negative branch and makes none.
+
+        Raises ValueError when guidance is asked for and `negative` (one row) is missing.
+        """
+        if guidance == 1.0:
+            return cls(text, guided=False)
+        if negative is None:
+            raise ValueError(f"guidance {guidance} needs the negative prompt's embedding: give RoundBatch.negative")
+        return cls(TextEmbeds.cat([text, negative.expand(len(text))]), guided=True)
+
+
+def velocities(
+    model: DiffusionModel, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning
+) -> Velocities:
+    """Both guidance branches of `transformer` at x (B, C, H, W) float32 and sigma (0-dim float32), in one forward."""
+    if not conditioning.guided:
+        return Velocities(model.velocity(transformer, x, sigma, conditioning.text), None)
+    both = model.velocity(transformer, torch.cat([x, x]), sigma, conditioning.text)
+    return Velocities(both[: len(x)], both[len(x) :])

@@ -1,0 +1,299 @@
+"""The shapes world: 32x32 RGB scenes, the grammar of their prompts, and a renderer.
+
+Three tasks share the canvas, each with prompts of its own kind:
+
+* composition: one to three coloured circles, squares or triangles on a dark ground, alone, counted, or two in a relation.
+  Prompts are GenEval records (tag, include, count, color, position).
+* text: a two-letter word in large block letters. Prompts are OCR lines with the target in double quotes.
+* colour: a painting, shapes on a pattern, whose palette the prompt leaves open: muted or vivid.
+
+`prompts(task, split)` gives the grammar's prompts, `scene(task, prompt, rng)` one random scene that a prompt describes,
+`render(scene)` its pixels. Training and held-out prompts are disjoint.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+SIZE = 32
+SHAPES = ("circle", "square", "triangle")
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.95, 0.15, 0.15),
+    "green": (0.15, 0.85, 0.2),
+    "blue": (0.2, 0.3, 1.0),
+    "yellow": (0.95, 0.9, 0.15),
+    "cyan": (0.15, 0.9, 0.9),
+    "magenta": (0.95, 0.2, 0.9),
+}
+RELATIONS = ("left of", "right of", "above", "below")
+COUNTS = {1: "a", 2: "two", 3: "three"}
+LETTERS = "ACEHKLOTXZ"
+TEXT_TEMPLATES = ('a sign that says "{}"', 'a poster with the word "{}"', 'a label that reads "{}"')
+PATTERNS = ("stripes", "bars", "diagonals", "checks", "rings")
+SIZES = ("small", "large")
+TASKS = ("composition", "text", "colour")
+
+# 5x7 block glyphs, drawn at twice their size: 10x14 pixels a letter.
+GLYPHS: dict[str, tuple[str, ...]] = {
+    "A": (".###.", "#...#", "#...#", "#####", "#...#", "#...#", "#...#"),
+    "C": (".####", "#....", "#....", "#....", "#....", "#....", ".####"),
+    "E": ("#####", "#....", "#....", "####.", "#....", "#....", "#####"),
+    "H": ("#...#", "#...#", "#...#", "#####", "#...#", "#...#", "#...#"),
+    "K": ("#...#", "#..#.", "#.#..", "##...", "#.#..", "#..#.", "#...#"),
+    "L": ("#....", "#....", "#....", "#....", "#....", "#....", "#####"),
+    "O": (".###.", "#...#", "#...#", "#...#", "#...#", "#...#", ".###."),
+    "T": ("#####", "..#..", "..#..", "..#..", "..#..", "..#..", "..#.."),
+    "X": ("#...#", "#...#", ".#.#.", "..#..", ".#.#.", "#...#", "#...#"),
+    "Z": ("#####", "....#", "...#.", "..#..", ".#...", "#....", "#####"),
+}
+GLYPH_SCALE = 2
+
+Array = npt.NDArray[np.float32]
+Rgb = tuple[float, float, float]
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape: centre (x right, y down) and radius in pixels, colour as RGB in 0..1."""
+
+    shape: str
+    x: float
+    y: float
+    radius: float
+    rgb: Rgb
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What `render` draws, back to front: ground, pattern over it, objects, word."""
+
+    ground: Rgb
+    objects: tuple[Object, ...] = ()
+    pattern: tuple[str, Rgb, float] | None = None
+    """(kind, second colour, phase in pixels)"""
+    word: str = ""
+    word_rgb: Rgb = (1.0, 1.0, 1.0)
+    word_at: tuple[int, int] = (0, 0)
+    """Left and top pixel of the word's first letter."""
+
+
+@dataclass(frozen=True)
+class ScenePrompt:
+    """A prompt with what it says: a GenEval record for composition, {"target": word} for text, a palette-free plan for colour."""
+
+    text: str
+    metadata: dict[str, Any] = field(hash=False)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def glyph(letter: str) -> npt.NDArray[np.bool_]:
+    """The (14, 10) mask of one capital letter."""
+    small = np.array([[c == "#" for c in row] for row in GLYPHS[letter]])
+    return small.repeat(GLYPH_SCALE, 0).repeat(GLYPH_SCALE, 1)
+
+
+def _noun(count: int, colour: str | None, shape: str) -> str:
+    words = [COUNTS[count], colour, shape + ("s" if count > 1 else "")]
+    return " ".join(w for w in words if w)
+
+
+def _item(shape: str, count: int = 1, colour: str | None = None) -> dict[str, Any]:
+    item: dict[str, Any] = {"class": shape, "count": count}
+    return item if colour is None else {**item, "color": colour}
+
+
+def _composition() -> Iterator[ScenePrompt]:
+    def prompt(
+        tag: str, include: list[dict[str, Any]], words: str, exclude: list[dict[str, Any]] | None = None
+    ) -> ScenePrompt:
+        text = f"a photo of {words}"
+        record = {"tag": tag, "include": include, **({"exclude": exclude} if exclude else {}), "prompt": text}
+        return ScenePrompt(text, record)
+
+    for shape, colour in itertools.product(SHAPES, COLOURS):
+        yield prompt("colors", [_item(shape, 1, colour)], _noun(1, colour, shape))
+    for count, shape, colour in itertools.product((2, 3), SHAPES, COLOURS):
+        # GenEval's counting records exclude one more than asked for.
+        exclude = [{"class": shape, "count": count + 1}]
+        yield prompt("counting", [_item(shape, count, colour)], _noun(count, colour, shape), exclude)
+    coloured = list(itertools.product(SHAPES, COLOURS))
+    for (s1, c1), (s2, c2) in itertools.product(coloured, coloured):
+        if s1 == s2 or c1 == c2:
+            continue
+        if s1 < s2:
+            yield prompt(
+                "color_attr", [_item(s1, 1, c1), _item(s2, 1, c2)], f"{_noun(1, c1, s1)} and {_noun(1, c2, s2)}"
+            )
+        for relation in RELATIONS:
+            # As in GenEval's files, the record's first item is the anchor, the second stands in relation to it.
+            placed = {**_item(s1, 1, c1), "position": [relation, 0]}
+            yield prompt("position", [_item(s2, 1, c2), placed], f"{_noun(1, c1, s1)} {relation} {_noun(1, c2, s2)}")
+
+
+def _text() -> Iterator[ScenePrompt]:
+    for first, second in itertools.product(LETTERS, LETTERS):
+        for template in TEXT_TEMPLATES:
+            yield ScenePrompt(template.format(first + second), {"target": first + second})
+
+
+def _colour() -> Iterator[ScenePrompt]:
+    for count, size, shape, pattern in itertools.product(COUNTS, SIZES, SHAPES, PATTERNS):
+        text = f"a painting of {_noun(count, size, shape)} on {pattern}"
+        yield ScenePrompt(text, {"count": count, "size": size, "shape": shape, "pattern": pattern})
+
+
+def _held_out(key: str) -> bool:
+    return hashlib.sha256(key.encode()).digest()[0] < 64  # a quarter, the same on every machine
+
+
+def prompts(task: str, split: Split) -> list[ScenePrompt]:
+    """The prompts of one task; the two splits are disjoint, for text in their words, else in their texts."""
+    source = {"composition": _composition, "text": _text, "colour": _colour}[task]
+    return [p for p in source() if _held_out(p.metadata.get("target", p.text)) == (split == "test")]
+
+
+# --- scenes ----------------------------------------------------------------------------------------------------------
+
+
+def _dark(rng: np.random.Generator) -> Rgb:
+    r, g, b = rng.uniform(0.0, 0.16, 3)
+    return float(r), float(g), float(b)
+
+
+def _tint(name: str, rng: np.random.Generator) -> Rgb:
+    r, g, b = np.clip(np.array(COLOURS[name]) * rng.uniform(0.85, 1.05), 0, 1)
+    return float(r), float(g), float(b)
+
+
+def _apart(x: float, y: float, radius: float, others: list[Object]) -> bool:
+    return all(max(abs(x - o.x), abs(y - o.y)) >= radius + o.radius + 2 for o in others)
+
+
+def _related(relation: str, x: float, y: float, anchor: Object) -> bool:
+    dx, dy = x - anchor.x, y - anchor.y
+    along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
+    return along >= abs(across) + 3
+
+
+def _composition_scene(record: dict[str, Any], rng: np.random.Generator) -> Scene:
+    while True:  # places are drawn until all objects fit; a dead end starts again
+        objects: list[Object] = []
+        for item in record["include"]:
+            anchor = objects[item["position"][1]] if "position" in item else None
+            for _ in range(item["count"]):
+                for _attempt in range(60):
+                    radius = rng.uniform(4.0, 5.2)
+                    x, y = rng.uniform(radius + 1, SIZE - radius - 1, 2)
+                    if _apart(x, y, radius, objects) and (
+                        anchor is None or _related(item["position"][0], x, y, anchor)
+                    ):
+                        objects.append(
+                            Object(item["class"], float(x), float(y), float(radius), _tint(item["color"], rng))
+                        )
+                        break
+        if len(objects) == sum(item["count"] for item in record["include"]):
+            return Scene(_dark(rng), tuple(objects))
+
+
+def _text_scene(word: str, rng: np.random.Generator) -> Scene:
+    at = (int(rng.integers(3, 8)), int(rng.integers(6, 13)))
+    name = list(COLOURS)[rng.integers(len(COLOURS))]
+    rgb = (1.0, 1.0, 1.0) if rng.random() < 0.4 else _tint(name, rng)
+    return Scene(_dark(rng), word=word, word_rgb=rgb, word_at=at)
+
+
+def _paint(rng: np.random.Generator, vivid: bool, hue: float) -> Rgb:
+    saturation = rng.uniform(0.85, 1.0) if vivid else rng.uniform(0.05, 0.45)
+    value = rng.uniform(0.8, 1.0) if vivid else rng.uniform(0.3, 0.75)
+    return colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
+
+
+def _colour_scene(plan: dict[str, Any], rng: np.random.Generator, vivid: bool | None) -> Scene:
+    if vivid is None:
+        vivid = rng.random() < 0.15
+    hue = rng.random()
+    ground, second = _paint(rng, vivid, hue), _paint(rng, vivid, hue + rng.uniform(0.35, 0.65))
+    radius = 3.5 if plan["size"] == "small" else 5.5
+    objects: list[Object] = []
+    for _ in range(plan["count"]):
+        colour = _paint(rng, vivid, hue + rng.uniform(0.1, 0.9))
+        x, y = rng.uniform(radius + 1, SIZE - radius - 1, 2)
+        objects.append(Object(plan["shape"], float(x), float(y), radius, colour))  # in a painting they may overlap
+    return Scene(ground, tuple(objects), (plan["pattern"], second, float(rng.uniform(0, 10))))
+
+
+def scene(task: str, prompt: ScenePrompt, rng: np.random.Generator, *, vivid: bool | None = None) -> Scene:
+    """A random scene that `prompt` describes.
+
+    `vivid` fixes the palette of a colour scene; None leaves it open (15 % vivid), as the prompt does.
+    """
+    if task == "composition":
+        return _composition_scene(prompt.metadata, rng)
+    if task == "text":
+        return _text_scene(prompt.metadata["target"], rng)
+    return _colour_scene(prompt.metadata, rng, vivid)
+
+
+# --- renderer --------------------------------------------------------------------------------------------------------
+
+_Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
+
+
+def _coverage(o: Object) -> Array:
+    """Share of each pixel that the object covers, from its signed distance; (32, 32) in 0..1."""
+    dx, dy = _X - o.x, _Y - o.y
+    if o.shape == "circle":
+        distance = np.hypot(dx, dy) - o.radius
+    elif o.shape == "square":
+        distance = np.maximum(np.abs(dx), np.abs(dy)) - o.radius * 0.92
+    else:  # an isosceles triangle, apex up, as wide and as high as the circle
+        slope = np.float32(2.0)
+        side = (np.abs(dx) * slope - (dy + o.radius)) / np.float32(np.sqrt(1 + slope**2))
+        distance = np.maximum(side, dy - o.radius)
+    return np.clip(0.5 - distance, 0, 1).astype(np.float32)
+
+
+def _pattern_mask(kind: str, phase: float) -> Array:
+    wave = {
+        "stripes": _Y + phase,
+        "bars": _X + phase,
+        "diagonals": (_X + _Y) * np.float32(0.7) + phase,
+        "rings": np.hypot(_X - SIZE / 2, _Y - SIZE / 2) + phase,
+    }
+    if kind == "checks":
+        return ((np.floor((_X + phase) / 6) + np.floor((_Y + phase) / 6)) % 2).astype(np.float32)
+    return np.clip(0.5 + 2.5 * np.sin(wave[kind] * np.float32(2 * np.pi / 10)), 0, 1).astype(np.float32)
+
+
+def render(scene: Scene) -> Array:
+    """The scene's pixels, (3, 32, 32) float32 in 0..1, edges anti-aliased."""
+    image = np.empty((3, SIZE, SIZE), np.float32)
+    image[:] = np.array(scene.ground, np.float32)[:, None, None]
+
+    def blend(mask: Array, rgb: Rgb) -> None:
+        image[:] += mask * (np.array(rgb, np.float32)[:, None, None] - image)
+
+    if scene.pattern is not None:
+        kind, rgb, phase = scene.pattern
+        blend(_pattern_mask(kind, phase), rgb)
+    for o in scene.objects:
+        blend(_coverage(o), o.rgb)
+    left, top = scene.word_at
+    for letter in scene.word:
+        mask = glyph(letter)
+        full = np.zeros((SIZE, SIZE), np.float32)
+        full[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+        blend(full, scene.word_rgb)
+        left += mask.shape[1] + GLYPH_SCALE
+    return image
