@@ -1,7 +1,10 @@
 """The fused step: guidance, solver mean, noise, next state, loss and its gradients in one pass over the tensors.
 
-Formulas and the CPU path: `step_ref.py`. The CUDA kernel: `step_triton.py`. Here: the operator as PyTorch sees it (custom
-op, fake, autograd) and the checks of its arguments. On CUDA nothing here waits for the device.
+Formulas and the CPU path: `step_ref.py`. The CUDA kernel: `step_triton.py`. Here: the operator as PyTorch sees it
+(custom op, fake, autograd) and the checks of its arguments. On CUDA nothing here waits for the device.
+
+The operator is registered with `torch.library.define` and `impl`, not with the `custom_op` decorator: the decorator's
+wrapper costs as much as the whole step on a CPU at small latents.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ __all__ = ["ROW", "StepOutput", "fused_step"]
 _VELOCITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.library.custom_op("opd_kernels::fused_step", mutates_args=())
 def _fused_step(
     x: Tensor,
     cond_s: Tensor,
@@ -40,10 +42,9 @@ def _fused_step(
     sum_elements: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """StepOutput as seven tensors; an absent output is an empty one (an operator cannot return None)."""
+    run = fused_step_reference
     if x.is_cuda:
         from .step_triton import launch_step as run
-    else:
-        run = fused_step_reference
     out = run(
         x,
         cond_s,
@@ -66,8 +67,7 @@ def _fused_step(
     return tuple(present)  # type: ignore[return-value]
 
 
-@_fused_step.register_fake
-def _(
+def _fake(
     x: Tensor,
     cond_s: Tensor,
     uncond_s: Tensor | None,
@@ -118,7 +118,12 @@ def _backward(ctx: Any, _x: Any, grad_loss: Tensor | None, *_rest: Any) -> tuple
     return tuple(none)
 
 
-_fused_step.register_autograd(_backward, setup_context=_setup_context)
+_NAME = "opd_kernels::fused_step"
+torch.library.define(_NAME, torch.library.infer_schema(_fused_step, mutates_args=()))
+torch.library.impl(_NAME, ("cpu", "cuda"), _fused_step)
+torch.library.register_fake(_NAME, _fake)
+torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
+_OP = torch.ops.opd_kernels.fused_step.default
 
 
 def _check(name: str, t: Tensor, like: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -164,8 +169,9 @@ def fused_step(
         step: row of the table, an int or a 0-dim int64 tensor on x's device (read there; a row outside the table gives
             NaN on CUDA and IndexError on the CPU). Also the noise counter.
         scale: (B,) float32, weight of each sample's loss.
-        noise: (B, C, H, W) float32; or `keys`: (B,) int64, noise from `philox_normal(keys, (C, H, W), step)`. At most one;
-            neither for rows with std = 0 only (with std != 0 the mean is returned: the caller's duty).
+        noise: (B, C, H, W) float32, read where std != 0. At most one of noise and keys; with neither, x_next is the
+            mean (right for rows with std = 0 only: the caller's duty, since looking would wait for the device).
+        keys: (B,) int64, to draw the noise `philox_normal(keys, (C, H, W), step)` in the kernel.
         history: (B, C, H, W) float32, x0 of the previous step, for rows with h != 0.
         want_x0: return x0 even without history.
         return_means: return both means.
@@ -183,8 +189,8 @@ def fused_step(
     if x.dim() < 2 or x.dtype != torch.float32:
         raise ValueError(f"x must be (B, C, H, W) float32, got {tuple(x.shape)} {x.dtype}; the state stays in float32")
     count = math.prod(x.shape[1:])
-    if not 0 < count < 2**31:
-        raise ValueError(f"x must have between 1 and 2^31 - 1 elements a sample, got shape {tuple(x.shape)}")
+    if not 0 < count <= 2**30:
+        raise ValueError(f"x must have between 1 and 2^30 elements a sample, got shape {tuple(x.shape)}")
     shape, batch = x.shape, x.shape[:1]
     _check("cond_s", cond_s, x, shape, _VELOCITY_DTYPES)
     _check("cond_t", cond_t, x, shape, _VELOCITY_DTYPES)
@@ -218,7 +224,7 @@ def fused_step(
         if not 0 <= step < table.shape[0]:
             raise ValueError(f"step must lie in [0, {table.shape[0]}), the rows of table, got {step}")
         index, tensor = step, None
-    x_next, loss, grad_cond, grad_uncond, x0, mean_s, mean_t = _fused_step(
+    x_next, loss, grad_cond, grad_uncond, x0, mean_s, mean_t = _OP(
         x,
         cond_s,
         uncond_s,

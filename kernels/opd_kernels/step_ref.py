@@ -8,9 +8,9 @@ With row (a, b, h, std, weight, sigma) = table[step], D = C*H*W (reduction "mean
     dloss_i/dc_S = scale_i * weight * 2 (v_S - v_T) / D * g_i          dloss_i/du_S: (1 - g_i) in place of g_i
     x0     = x - sigma * v_S                   mean_S, mean_T: x_next without the noise, for either velocity
 
-Why the loss is a weighted velocity gap: student and teacher share the row, so mu_S - mu_T = b*(v_S - v_T), and the KL of
-two Gaussians of equal covariance is |mu_S - mu_T|^2 / (2 std^2) (DiffusionOPD, arXiv 2605.15055). `weight` carries
-b^2/(2 std^2), or b^2/2 for a deterministic step.
+Why the loss is a weighted velocity gap: student and teacher share the row, so mu_S - mu_T = b*(v_S - v_T), and the
+KL of two Gaussians of equal covariance is |mu_S - mu_T|^2 / (2 std^2) (DiffusionOPD, arXiv 2605.15055). `weight`
+carries b^2/(2 std^2), or b^2/2 for a deterministic step.
 """
 
 from __future__ import annotations
@@ -49,18 +49,21 @@ class StepOutput(NamedTuple):
     """(B, C, H, W) float32, the teacher's mean; with `return_means`."""
 
 
-def _velocity(cond: Tensor, uncond: Tensor | None, guidance: list[float], dtype: torch.dtype) -> Tensor:
+def _velocity(cond: Tensor, uncond: Tensor | None, guidance: Tensor, dtype: torch.dtype) -> Tensor:
     """Guided velocity in `dtype`; may be `cond` itself. Rows with guidance 1 do not look at `uncond`."""
     c = cond.to(dtype)
-    if uncond is None or all(g == 1.0 for g in guidance):
+    if uncond is None:
         return c
-    if guidance.count(guidance[0]) == len(guidance):
-        return torch.lerp(uncond.to(dtype), c, guidance[0])
-    weight = torch.tensor(guidance, dtype=dtype, device=c.device).view(-1, *[1] * (c.dim() - 1))
-    v = torch.lerp(uncond.to(dtype), c, weight)
-    for i, g in enumerate(guidance):
-        if g == 1.0:
-            v[i] = c[i]
+    scales: list[float] = guidance.tolist()
+    rest = [i for i, g in enumerate(scales) if g == 1.0]
+    if len(rest) == len(scales):
+        return c
+    u = uncond.to(dtype)
+    if scales.count(scales[0]) == len(scales):
+        return torch.lerp(u, c, scales[0])
+    v = torch.lerp(u, c, guidance.to(dtype).view(-1, *[1] * (c.dim() - 1)))
+    for i in rest:
+        v[i] = c[i]
     return v
 
 
@@ -90,12 +93,11 @@ def fused_step_reference(
     """
     row = int(step)
     a, b, h, std, weight, sigma = table[row].tolist()
-    g_s: list[float] = guidance_s.tolist()
-    dtype, batch = x.dtype, x.shape[0]
+    dtype = x.dtype
     with torch.no_grad():
         x = x.contiguous()
-        v_s = _velocity(cond_s, uncond_s, g_s, dtype)
-        v_t = _velocity(cond_t, uncond_t, guidance_t.tolist(), dtype)
+        v_s = _velocity(cond_s, uncond_s, guidance_s, dtype)
+        v_t = _velocity(cond_t, uncond_t, guidance_t, dtype)
 
         def mean(v: Tensor) -> Tensor:
             m = torch.mul(x, a).add_(v, alpha=b)
@@ -105,21 +107,21 @@ def fused_step_reference(
         mean_s = x_next.clone() if return_means else None
         mean_t = mean(v_t) if return_means else None
         if std != 0.0:
-            if noise is None and keys is not None:
+            if keys is not None:
                 noise = philox_normal(keys, x.shape[1:], row)
             if noise is not None:
                 x_next.add_(noise, alpha=std)
         x0 = torch.sub(x, v_s, alpha=sigma) if want_x0 or history is not None else None
 
-        gap = torch.sub(v_s, v_t, out=torch.empty_like(x))
-        flat = gap.view(batch, -1)
-        inverse = 1.0 / flat.shape[1] if reduction == "mean" else 1.0
-        loss = torch.linalg.vector_norm(flat, dim=1).square_().mul_(weight * inverse).mul_(scale)
-        slope = torch.mul(scale, 2.0 * weight * inverse).to(dtype)
+        gap = torch.sub(v_s, v_t).contiguous()
+        flat = gap.flatten(1)  # a view: every pass below is over the same memory
+        factor = torch.mul(scale, weight / flat.shape[1] if reduction == "mean" else weight)
+        loss = torch.linalg.vector_norm(flat, dim=1).square_().mul_(factor)
+        slope = factor.mul_(2.0).to(dtype).unsqueeze(1)
         grad_uncond = None
         if uncond_s is not None:
-            g = guidance_s.to(dtype)
-            grad_uncond = torch.mul(flat, (slope * (1.0 - g)).unsqueeze(1)).view_as(x).to(uncond_s.dtype)
-            slope.mul_(g)
-        flat.mul_(slope.unsqueeze(1))
+            g = guidance_s.to(dtype).unsqueeze(1)
+            grad_uncond = torch.mul(flat, slope * (1.0 - g)).view_as(x).to(uncond_s.dtype)
+            slope = slope * g
+        flat.mul_(slope)
         return StepOutput(x_next, loss, gap.to(cond_s.dtype), grad_uncond, x0, mean_s, mean_t)
