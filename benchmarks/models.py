@@ -69,7 +69,9 @@ def random_model(shape: Shape, *, device: torch.device | str = "cpu", dtype: tor
             dual_attention_layers=shape.dual_layers,
             qk_norm="rms_norm",
         )
-    transformer = transformer.to(device, dtype).eval().requires_grad_(False)
+    if dtype != torch.float32:
+        transformer = transformer.to(dtype)
+    transformer.eval().requires_grad_(False)
     parts = SimpleNamespace(
         transformer=transformer,
         vae=SimpleNamespace(config=SimpleNamespace(block_out_channels=(1,) * shape.vae_levels)),

@@ -47,7 +47,7 @@ def add_frozen(transformer: nn.Module, name: str, lora: LoraWeights) -> None:
     with torch.no_grad():
         for module, halves in lora.tensors.items():
             layer = transformer.get_submodule(module)
-            layer.scaling[name] = lora.scale[module]  # type: ignore[union-attr, operator, index]
+            layer.scaling[name] = lora.scale[module]  # type: ignore[operator, index]
             for kind, value in zip(("lora_A", "lora_B"), halves, strict=True):
                 weight = getattr(layer, kind)[name].weight
                 weight.data = value.to(weight.device, torch.float32)

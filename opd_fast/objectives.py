@@ -2,8 +2,8 @@
 
 Student and teacher share the solver's row, so mu_S - mu_T = b (v_S - v_T) and (arXiv 2605.15055):
 
-* kl: KL(N(mu_S, std^2) || N(mu_T, std^2)) = |mu_S - mu_T|^2 / (2 std^2), hence w = b^2 / (2 std^2); on a row without noise
-  the L2 of the means, 1/2 |mu_S - mu_T|^2. The table holds these weights, in its `exact` or `published` variance.
+* kl: KL(N(mu_S, std^2) || N(mu_T, std^2)) = |mu_S - mu_T|^2 / (2 std^2), hence w = b^2 / (2 std^2); on a row without
+  noise the L2 of the means, 1/2 |mu_S - mu_T|^2. The table holds these weights, in its `exact` or `published` variance.
 * l2: w = b^2 / 2 on every row, whatever the noise.
 * velocity: w = 1.
 """

@@ -1,9 +1,9 @@
 """The denoising loops: one that trains while it rolls out, one that only samples.
 
 `one_pass` is the engine's core. The weights do not change inside a round, so the student's forward that rolls the state
-out is the forward that trains: at each step the student predicts with gradient, the teachers without, one kernel turns both
-into the next state, the loss and the gradient at the student's output, and the backward runs at once. The gradient equals
-that of rolling out first, asking the teachers next, and training last; only one step's activations are alive.
+out is the forward that trains: at each step the student predicts with gradient, the teachers without, one kernel turns
+both into the next state, the loss and the gradient at the student's output, and the backward runs at once. The gradient
+equals that of rolling out first, asking the teachers next, and training last; only one step's activations are alive.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from opd_kernels import fused_step, philox_normal
 from torch import Tensor, nn
 
 from opd_fast.models.base import DiffusionModel, TextEmbeds
@@ -22,6 +21,7 @@ from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
 from opd_fast.telemetry import annotate
 from opd_fast.velocity import Conditioning, velocities
+from opd_kernels import fused_step, philox_normal
 
 INITIAL_NOISE = 2**31 - 1
 """The Philox counter of the initial state; steps count from 0."""
@@ -98,8 +98,8 @@ def one_pass(
 ) -> RoundOutput:
     """Roll the student out and accumulate the gradient of the round's loss in its parameters.
 
-    `weight` (N,) float64 is the loss weight of each solver step (`objectives.step_weights`). Without `train_last` the last
-    step is left out altogether: nothing needs the state it leads to.
+    `weight` (N,) float64 is the loss weight of each solver step (`objectives.step_weights`). Without `train_last` the
+    last step is left out altogether: nothing needs the state it leads to.
     """
     steps = table.steps if train_last else table.steps - 1
     rows = table.rows(weight, batch.keys.device)

@@ -22,8 +22,8 @@ ADAPTER = "student"
 class Student:
     """What is trained.
 
-    `transformer` holds the trainable parameters, in float32: PEFT adapters injected into the model's own base (kind lora),
-    or a copy of the base (kind full). `ema` is their moving average, in the order of `named_parameters`.
+    `transformer` holds the trainable parameters, in float32: PEFT adapters injected into the model's own base (kind
+    lora), or a copy of the base (kind full). `ema` is their moving average, in the order of `named_parameters`.
     """
 
     def __init__(self, model: DiffusionModel, transformer: nn.Module, config: StudentConfig) -> None:

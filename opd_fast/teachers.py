@@ -62,8 +62,8 @@ class TeacherBank:
     ) -> TeacherBank:
         """Load and check every teacher. Call it before the student is built on the same base.
 
-        Raises ValueError, naming the teacher, for weights that are missing, damaged, not finite or of another shape, and for
-        a teacher that is no LoRA under `shared`.
+        Raises ValueError, naming the teacher, for weights that are missing, damaged, not finite or of another shape,
+        and for a teacher that is no LoRA under `shared`.
         """
         teachers = []
         for config in configs:
@@ -131,8 +131,8 @@ class TeacherBank:
                 v = velocities(self.model, transformer, x, sigma, condition).cond
             if not bool(torch.isfinite(v).all()):
                 raise ValueError(
-                    f"teacher {teacher.name!r} yields NaN or infinite velocities at sigma {float(sigma):.3f}; check its "
-                    f"weights, or give model.dtype float32"
+                    f"teacher {teacher.name!r} yields NaN or infinite velocities at sigma {float(sigma):.3f}; check "
+                    f"its weights, or give model.dtype float32"
                 )
 
 

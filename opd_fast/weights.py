@@ -15,8 +15,8 @@ from opd_fast.models.folder import fetch, load_component
 def load_transformer(model: DiffusionModel, weights: str | None, *, what: str) -> nn.Module:
     """A frozen transformer of its own, in the model's dtype: the base with a LoRA merged, or loaded whole.
 
-    `weights` None gives a copy of the base. `what` names the setting in errors. Call it before adapters are injected into
-    the base. Raises ValueError where the weights are missing, damaged, or of another shape than the base.
+    `weights` None gives a copy of the base. `what` names the setting in errors. Call it before adapters are injected
+    into the base. Raises ValueError where the weights are missing, damaged, or of another shape than the base.
     """
     if weights is None:
         return copy.deepcopy(model.transformer)

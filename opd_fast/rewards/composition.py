@@ -1,8 +1,8 @@
 """Composition in the shapes world: finds the objects in the pixels, then scores them as GenEval does.
 
-GenEval (arXiv 2310.11513) checks a record's clauses: how many objects of a class, in which colour, in which relation. Here
-the detector is exact enough to need no network: dark ground, connected bright regions, shape from how much of its bounding
-box a region fills, colour from the nearest hue of the palette.
+GenEval (arXiv 2310.11513) checks a record's clauses: how many objects of a class, in which colour, in which relation.
+Here the detector is exact enough to need no network: dark ground, connected bright regions, shape from how much of its
+bounding box a region fills, colour from the nearest hue of the palette.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Found:
 def detect(image: Array) -> list[Found]:
     """The objects in one image, (3, H, W) in 0..1."""
     bright = image.max(0)
-    labels, count = ndimage.label(bright > BRIGHT)
+    labels, _ = ndimage.label(bright > BRIGHT)
     found = []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         region = labels[box] == index
@@ -73,8 +73,8 @@ def _holds(relation: str, placed: Found, anchor: Found) -> bool:
 def judge(found: list[Found], include: list[dict[str, Any]]) -> tuple[float, bool]:
     """(partial score, strict success) of a GenEval record on the objects found.
 
-    A clause earns 1 - |c - f| / c for its count; a colour earns the same on the objects of that colour, a position 1 or 0,
-    and both earn nothing while the count is wrong. The score is the mean of all terms; strict wants every one exact.
+    A clause earns 1 - |c - f| / c for its count; a colour earns the same on the objects of that colour, a position 1 or
+    0, and both earn nothing while the count is wrong. The score is the mean of all terms; strict wants every one exact.
     """
     terms = []
     matched: list[list[Found]] = []

@@ -1,8 +1,8 @@
 """On-policy distillation (DiffusionOPD, arXiv 2605.15055): the gradients of one round.
 
-A round takes the next prompts of every task, rolls the student out on all of them together, and asks each task's teacher at
-the states the student visits. The loss is the mean over a task's samples of the steps' summed KL, averaged over the tasks by
-their weights.
+A round takes the next prompts of every task, rolls the student out on all of them together, and asks each task's
+teacher at the states the student visits. The loss is the mean over a task's samples of the steps' summed KL, averaged
+over the tasks by their weights.
 """
 
 from __future__ import annotations

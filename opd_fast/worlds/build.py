@@ -6,7 +6,8 @@ Stages, each leaving its result in the output folder, so that a later one can be
 2. `vae`: a small AutoencoderKL on rendered scenes.
 3. `generalist`: tokenizers, two CLIP text encoders and the MMDiT, trained together by flow matching on true captions.
 4. `base`: the generalist weakened as web data weaken a model: some more steps with part of the captions swapped.
-5. `teachers`: one LoRA a task on the frozen base. `make_teacher` is the seam: any other way to train a teacher goes there.
+5. `teachers`: one LoRA a task on the frozen base. `make_teacher` is the seam: any other way to train a teacher goes
+   there.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Recipe:
     swapped_captions: float = 0.5
     """Share of composition and text captions swapped for another of the same task in the `base` stage."""
     teacher_steps: int = 500
+    teacher_pool: int = 12_000
     teacher_rank: int = 16
     batch: int = 64
 
@@ -85,7 +87,7 @@ def render_pool(task: str, n: int, seed: int, *, vivid: bool | None = None) -> t
 
 
 @torch.no_grad()
-def encode_pool(vae: nn.Module, task: str, n: int, seed: int, *, vivid: bool | None = None) -> Pool:
+def encode_pool(vae: Any, task: str, n: int, seed: int, *, vivid: bool | None = None) -> Pool:
     images, texts = render_pool(task, n, seed, vivid=vivid)
     modes = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in images.split(256)])
     latents = (modes - vae.config.shift_factor) * vae.config.scaling_factor
@@ -116,7 +118,7 @@ def write_prompts(out: Path) -> None:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def make_vae() -> nn.Module:
+def make_vae() -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -151,7 +153,7 @@ def make_tokenizer(folder: Path) -> Any:
                 merges.append(pair)
                 tokens.append("".join(pair))
             parts[:2] = ["".join(pair)]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(
         vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=TOKENS, pad_token="<|endoftext|>"
     )
@@ -197,7 +199,7 @@ def make_transformer() -> nn.Module:
 
 
 class TextToVelocity(nn.Module):
-    """Text encoders and MMDiT as one module, so that they train together. Embeds text as the diffusers pipeline does."""
+    """Text encoders and MMDiT as one module, to train together. Embeds text as the diffusers pipeline does."""
 
     def __init__(self, encoders: list[nn.Module], transformer: nn.Module) -> None:
         super().__init__()
@@ -288,7 +290,9 @@ def flow_matching(
 def batches(
     pools: dict[str, Pool], shares: dict[str, float], tokenizer: Any, batch: int, *, swapped: float = 0.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (latents, ids); a tenth of the captions is dropped for guidance, `swapped` of composition's and text's lie."""
+    """Endless (latents, ids). A tenth of the captions is dropped, for guidance; `swapped` of composition's and text's
+    lie.
+    """
     texts = ["", *(c for pool in pools.values() for c in pool.captions)]
     ids = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
     row = {text: i for i, text in enumerate(texts)}
@@ -308,7 +312,7 @@ def batches(
 
 
 class Average:
-    """Exponential moving average of parameters, decay warmed up."""
+    """Exponential moving average of the trained parameters, decay warmed up; `shadow` is a whole state dict."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module, self.decay = module, decay
@@ -317,12 +321,12 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for k, v in self.module.state_dict().items():
-            if v.is_floating_point():
-                self.shadow[k].lerp_(v, 1 - decay)
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                self.shadow[name].lerp_(parameter, 1 - decay)
 
 
-def load_vae(out: Path) -> nn.Module:
+def load_vae(out: Path) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL.from_pretrained(out / "pipeline" / "vae").eval()
@@ -375,6 +379,57 @@ def train_generator(recipe: Recipe, out: Path, work: Path, *, stage: str) -> Non
         save_pipeline(model, tokenizer, out)
 
 
+def make_teacher(recipe: Recipe, out: Path, task: str) -> None:
+    """The LoRA of one task: the base fine-tuned by flow matching on its task's data, true captions, vivid paintings.
+
+    The published method makes its teachers by reinforcement learning; whatever replaces this writes the same folder.
+    """
+    from peft import LoraConfig
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    from opd_fast.lora import save_lora
+
+    folder = out / "pipeline"
+    torch.manual_seed(recipe.seed + 10 + shapes.TASKS.index(task))
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    encoders = [
+        CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=torch.float32)
+        for name in ("text_encoder", "text_encoder_2")
+    ]
+    transformer = load_transformer(folder)
+    model = TextToVelocity(encoders, transformer).requires_grad_(False)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    alpha = 2 * recipe.teacher_rank
+    transformer.add_adapter(
+        LoraConfig(r=recipe.teacher_rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
+    )
+    average = Average(transformer, 0.99)
+    pools = {task: encode_pool(load_vae(out), task, recipe.teacher_pool, recipe.seed + 3, vivid=True)}
+    flow_matching(
+        model,
+        [p for p in transformer.parameters() if p.requires_grad],
+        batches(pools, {task: 1.0}, tokenizer, recipe.batch),
+        steps=recipe.teacher_steps,
+        lr=1e-3,
+        name=f"teacher {task}",
+        on_step=average.update,
+    )
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, value in average.shadow.items():
+        module, _, rest = name.partition(".lora_")
+        if rest:
+            halves.setdefault(module, {})[rest[0]] = value
+    tensors = {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
+    save_lora(out / "teachers" / task, tensors, rank=recipe.teacher_rank, alpha=alpha, base_model="bundled")
+    (out / "teachers" / task / "pytorch_lora_weights.safetensors").unlink()  # PEFT's layout alone is bundled
+
+
+def load_transformer(folder: Path) -> Any:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+
+
 def save_pipeline(model: TextToVelocity, tokenizer: Any, out: Path) -> None:
     """The whole pipeline in diffusers' layout, weights in half precision."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
@@ -411,6 +466,9 @@ def main() -> None:
             train_vae(recipe, arguments.out)
         elif stage in ("generalist", "base"):
             train_generator(recipe, arguments.out, arguments.work, stage=stage)
+        else:
+            for task in shapes.TASKS:
+                make_teacher(recipe, arguments.out, task)
 
 
 if __name__ == "__main__":

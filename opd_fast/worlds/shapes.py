@@ -2,8 +2,8 @@
 
 Three tasks share the canvas, each with prompts of its own kind:
 
-* composition: one to three coloured circles, squares or triangles on a dark ground, alone, counted, or two in a relation.
-  Prompts are GenEval records (tag, include, count, color, position).
+* composition: one to three coloured circles, squares or triangles on a dark ground: alone, counted, or two in a
+  relation. Prompts are GenEval records (tag, include, count, color, position).
 * text: a two-letter word in large block letters. Prompts are OCR lines with the target in double quotes.
 * colour: a painting, shapes on a pattern, whose palette the prompt leaves open: muted or vivid.
 
@@ -88,7 +88,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class ScenePrompt:
-    """A prompt with what it says: a GenEval record for composition, {"target": word} for text, a palette-free plan for colour."""
+    """A prompt with what it says: a GenEval record (composition), {"target": word} (text), a plan (colour)."""
 
     text: str
     metadata: dict[str, Any] = field(hash=False)
