@@ -139,7 +139,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise UserError(str(path), "holds no sections", "write settings as section: {key: value}")
-    return data
+    return {section: values for section, values in data.items() if values is not None}  # `model:` alone sets nothing
 
 
 def read_config(path: Path) -> Config:
@@ -171,6 +171,8 @@ def _overlaid(parser: Any, argv: list[str], base: dict[str, Any], source: str) -
     found = strict(lambda: fresh.parse_args(argv)).as_dict()
     data = {name: found[name] for name in (*sections(), "teachers")}
     check_known(data)
+    if data["teachers"] != typed.get("teachers"):
+        source = ""  # a mistake in them is the command line's
     data["teachers"] = [_typed_teacher(i, teacher, source) for i, teacher in enumerate(data["teachers"])]
     if found["seed"] is not None:
         data["train"]["seed"] = found["seed"]
@@ -235,10 +237,14 @@ def _readable(message: str, source: str, prefix: str, hints: Hints) -> UserError
     alone = re.search(r"argument (\S+): expected one argument", message)
     if alone:
         return UserError(alone.group(1).lstrip("-"), "has no value", f"write {alone.group(1)} VALUE")
+    required = re.search(r"arguments? (?:is|are) required: (.*)", message)
+    if required:
+        names = required.group(1).split(", ")
+        return UserError(", ".join(names), "not given", "give " + " ".join(f"--{n} VALUE" for n in names))
     extra = re.search(r"unrecognized arguments: (.*)", message)
     if extra:
         return UserError(extra.group(1), "is no option", "one recipe or YAML file, then --section.key VALUE")
-    return UserError(key or "command line", one_line(ValueError(message)), "python -m opd_fast.train --help")
+    return UserError(key or "command line", one_line(ValueError(message)), "--help lists all options")
 
 
 def _example(key: str, default: Any) -> str:
@@ -272,6 +278,7 @@ def check_paths(config: Config) -> None:
         if teacher.eval_prompts is not None and config.evaluation.every > 0:
             _check_prompts(f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")
     _check_resolution(config)
+    _check_rewards(config)
 
 
 def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
@@ -279,8 +286,7 @@ def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
         folder = package_file("assets", kind)
         target = folder if path == "bundled" else folder / path.removeprefix("bundled/")
         if not target.exists() or (path == "bundled" and kind != "pipeline"):
-            known = [f"bundled/{p.name}" for p in sorted(folder.glob("*")) if p.is_dir()] or ["nothing is bundled"]
-            raise UserError(key, f"{path}{of} is not in the package", did_you_mean(path, known))
+            raise UserError(key, f"{path}{of} is not in the package", _bundled_remedy(path, folder))
         return
     target = Path(path).expanduser()
     if target.exists():
@@ -291,14 +297,18 @@ def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
         raise UserError(key, f"{path}{of} does not exist", "give a path that does, a hub id org/name or bundled/NAME")
 
 
+def _bundled_remedy(name: str, folder: Path) -> str:
+    known = [f"bundled/{p.name}" for p in sorted(folder.glob("*")) if p.is_dir()]
+    return did_you_mean(name, known) if known else "build the bundle with python -m opd_fast.worlds.build"
+
+
 def _check_prompts(key: str, source: str, split: str) -> None:
     remedy = "give a .txt or GenEval .jsonl file, a folder with one for each split, or bundled/NAME"
     path = Path(source).expanduser()
     if source.startswith("bundled/"):
         path = package_file("assets", "prompts", source.removeprefix("bundled/"))
         if not path.is_dir():
-            known = [f"bundled/{p.name}" for p in sorted(path.parent.glob("*"))] or ["nothing is bundled"]
-            raise UserError(key, f"{source} is not in the package", did_you_mean(source, known))
+            raise UserError(key, f"{source} is not in the package", _bundled_remedy(source, path.parent))
     if path.is_dir():
         files = [p for p in sorted(path.glob(f"{split}*")) if p.suffix in (".jsonl", ".txt")]
         if not files:
@@ -333,15 +343,27 @@ def _check_resolution(config: Config) -> None:
             raise UserError("model.resolution", f"{size} is above the model's {most}", f"give {most} or less")
 
 
+def _check_rewards(config: Config) -> None:
+    named = [(f"teachers[{i}].reward", t.reward) for i, t in enumerate(config.teachers) if t.reward is not None]
+    if not named:
+        return
+    from opd_fast.rewards import REWARDS  # imports torch, so it comes last
+
+    for key, reward in named:
+        if reward not in REWARDS:
+            raise UserError(key, f"unknown reward {reward!r}", did_you_mean(reward, REWARDS))
+
+
 def prepare_run_dir(command: Command) -> None:
     """Make the run directory and write config.yaml into it.
 
     Raises:
-        UserError: the directory cannot be made or written, or holds a run while `command.resume` is false.
+        UserError: the directory cannot be made or written, or holds more than the config.yaml of a run that never began
+            while `command.resume` is false.
     """
     run_dir = command.run_dir
     key = "--resume" if command.resume else "--run-dir"
-    if not command.resume and run_dir.is_dir() and any(run_dir.iterdir()):
+    if not command.resume and run_dir.is_dir() and any(p.name != "config.yaml" for p in run_dir.iterdir()):
         raise UserError(key, f"{run_dir} is not empty", f"give another, or go on with --resume {run_dir}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ class TeacherConfig:
     prompts: str = option("training prompts: a .txt or GenEval .jsonl file, or bundled/NAME")
     guidance: float = option("classifier-free guidance of the teacher; 1 makes no negative pass", 1.0)
     weight: float = option("factor on this task's loss", 1.0)
-    eval_prompts: str | None = option("held-out prompts; null: the held-out part of bundled/NAME, else no reward", None)
+    eval_prompts: str | None = option("held-out prompts that the reward needs; null: those of bundled/NAME", None)
     reward: str | None = option("reward that judges this task in evaluations; null: none", None)
 
 
@@ -269,6 +269,9 @@ def _check_teachers(config: Config) -> None:
         seen.add(teacher.name)
         if teacher.guidance < 0:
             raise UserError(f"teachers[{i}].guidance", f"{teacher.guidance} is below 0", "give 0 or more")
+        held_out = teacher.eval_prompts is not None or teacher.prompts.startswith("bundled/")
+        if teacher.reward is not None and config.evaluation.every > 0 and not held_out:
+            raise UserError(f"teachers[{i}].eval_prompts", "is missing while a reward is set", "name held-out prompts")
         if teacher.weight <= 0:
             raise UserError(
                 f"teachers[{i}].weight", f"{teacher.weight} is not above 0", "give a positive one or drop the teacher"

@@ -217,13 +217,6 @@ def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
     settings = _settings(argv)
     pairs = _pair(settings.prompts, settings.rewards)
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = Path(settings.out or f"runs/evaluate-{stamp}").expanduser()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("out", f"{out} cannot be made ({error.strerror})", "give a folder you may write") from error
-
     from opd_fast.prompts import load_prompts
     from opd_fast.rewards import get_reward
 
@@ -232,6 +225,12 @@ def main(argv: list[str]) -> int:
         for name in rewards:
             get_reward(name)
         tasks.append(EvalTask(_task_name(source, tasks), load_prompts(source, "test")[: settings.limit], rewards))
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = Path(settings.out or f"runs/evaluate-{stamp}").expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("out", f"{out} cannot be made ({error.strerror})", "give a folder you may write") from error
     began = time.monotonic()
     found = _judge(settings, tasks)
     results = {

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 CLIP_TOKENS = 77
 SAVED_PER_BLOCK = {"lora": 18, "full": 24}
-"""Values that autograd keeps for each token, unit of width and MMDiT block: modulated norms, q, k, v, what attention and
-the feed-forward read again. Upper ends of measurements on SD3's blocks; tests/test_plan.py measures them again."""
+"""Values that autograd keeps for each token, unit of width and MMDiT block: modulated norms, q, k, v, what attention
+and the feed-forward read again. Upper ends of measurements on SD3's blocks; tests/test_plan.py measures them again."""
 
 
 # --- what auto means --------------------------------------------------------------------------------------------------
@@ -48,8 +48,8 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(dtype: str, precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of weights and forwards: `model.dtype`, where auto stands for bfloat16 on a GPU that computes in it, and
-    for float32 elsewhere and wherever `engine.precision` asks for float32 or TF32."""
+    """The dtype of weights and forwards: `model.dtype`, where auto stands for bfloat16 on a GPU that computes in it,
+    and for float32 elsewhere and wherever `engine.precision` asks for float32 or TF32."""
     import torch
 
     if dtype != "auto":
@@ -274,13 +274,13 @@ def _memory(
 def _evaluation(config: Config) -> tuple[int, int]:
     """(evaluations of the student, rows forwarded in all of them and in judging base and teachers once)."""
     e = config.evaluation
-    judged = [t for t in config.teachers if t.reward is not None]
-    if e.every == 0 or not judged:
+    tasks = sum(teacher.reward is not None for teacher in config.teachers)
+    if e.every == 0 or not tasks:
         return 0, 0
-    during = len({*range(0, config.train.rounds, e.every), config.train.rounds})
+    student = len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end
     guidance = config.student.guidance if e.guidance is None else e.guidance
-    models = during + 1 + len(config.teachers)
-    return during, models * len(judged) * e.prompts * e.steps * _branches(guidance)
+    models = student + 1 + len(config.teachers)
+    return student, models * tasks * e.prompts * e.steps * _branches(guidance)
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def print_plan(plan: Plan, config: Config, run_dir: Path) -> None:
         rows.add_column(name, justify="right", no_wrap=True)
     t = plan.table
     for j in range(t.steps):
-        numbers = [float(column[j]) for column in (t.sigmas, t.a, t.b, t.h, t.std)]
+        numbers = [float(column[j]) + 0.0 for column in (t.sigmas, t.a, t.b, t.h, t.std)]
         trained = "yes" if j < plan.trained_steps else "no"
         rows.add_row(str(j), *(f"{number:.5f}" for number in numbers), f"{plan.weight[j]:.3e}", trained)
     console.print(rows)
@@ -323,6 +323,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     memory = ", ".join(f"{name} {_size(size)}" for name, size in plan.bytes.items())
     teachers = ", ".join(f"{name} ({rows},{c},{h},{w})" for name, rows in plan.teacher_rows.items())
     total = sum(plan.round_rows.values()) * config.train.rounds
+    saved = SAVED_PER_BLOCK[config.student.kind]
     evaluation = "off"
     if plan.evaluations:
         evaluation = f"{plan.evaluations} times; {plan.evaluation_rows:,} forward rows with base and teachers"
@@ -341,10 +342,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
         ("tokens of a row", f"{plan.image_tokens} image + {plan.text_tokens} text"),
         ("parameters", f"{plan.parameters:,} in the transformer, {plan.trainable:,} trained{lora}"),
         ("memory, about", f"{_size(sum(plan.bytes.values()))}: {memory}"),
-        (
-            "",
-            f"activations: {SAVED_PER_BLOCK[config.student.kind]} x rows x tokens x width x blocks x bytes of the dtype",
-        ),
+        ("", f"activations: {saved} x rows x tokens x width x blocks x bytes of the dtype"),
         ("evaluations", evaluation),
     ]
 

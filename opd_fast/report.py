@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from opd_fast.config import Config
 
 KEYS = ("rows", "recovered", "rounds", "seconds", "seed", "commit", "config_hash")
-GRIDS = 8  # newest image grids shown in a report
+_GRID = re.compile(r"(?P<name>.+?)(-round-0*(?P<round>\d+))?")
 
 
 def write_results(run_dir: Path, results: dict[str, Any]) -> None:
@@ -194,7 +195,7 @@ def write_report(run_dir: Path, results: dict[str, Any], history: list[dict[str,
         run_dir: `config.yaml` and `samples/*.png` are read from it.
         results: the content of results.json.
         history: the lines of metrics.jsonl (`telemetry.read_metrics`). Losses are found under `loss`,
-            `loss/step_NN` and `loss/task_NAME`.
+            `loss/step_NN` and `loss/task_NAME`; of each grid `NAME-round-N.png` the last is shown.
     """
     import jinja2
 
@@ -219,7 +220,6 @@ def write_report(run_dir: Path, results: dict[str, Any], history: list[dict[str,
         for row, means in results["rows"].items()
     ]
     settings = run_dir / "config.yaml"
-    grids = sorted((run_dir / "samples").glob("*.png"), key=lambda p: (p.stat().st_mtime, p.name))[-GRIDS:]
     page = environment.get_template("report.html.j2").render(
         title=run_dir.resolve().name,
         written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
@@ -232,12 +232,24 @@ def write_report(run_dir: Path, results: dict[str, Any], history: list[dict[str,
             for task, share in results["recovered"].items()
         },
         curves=curves.draw(results, history),
-        grids=[{"name": p.stem.replace("_", " ").replace("-", " "), "data": _inline(p.read_bytes())} for p in grids],
+        grids=[{"name": name, "data": _inline(path.read_bytes())} for name, path in newest_grids(run_dir).items()],
         config=settings.read_text(encoding="utf-8") if settings.is_file() else "",
     )
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def newest_grids(run_dir: Path) -> dict[str, Path]:
+    """Title to file of the last grid of each name in samples/, where files are `NAME.png` or `NAME-round-N.png`."""
+    newest: dict[str, tuple[int, Path]] = {}
+    for path in sorted((run_dir / "samples").glob("*.png")):
+        found = _GRID.fullmatch(path.stem)
+        assert found is not None
+        name, number = found["name"], int(found["round"] or -1)
+        if name not in newest or number >= newest[name][0]:
+            newest[name] = (number, path)
+    return {f"{name}, round {number}" if number >= 0 else name: path for name, (number, path) in newest.items()}
 
 
 def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:

@@ -41,6 +41,7 @@ class Telemetry:
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._bar: _Bar | _Lines | None = None
+        self._start = time.monotonic()
 
     def __enter__(self) -> Telemetry:
         path = self.run_dir / "metrics.jsonl"

@@ -1,0 +1,142 @@
+"""Evaluation: the same noise for every model, in any batch; the command line end to end on the tiny model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from opd_fast import evaluate as module
+from opd_fast.evaluate import EvalTask, Evaluation, evaluate, task_keys
+from opd_fast.models import load_model
+from opd_fast.models.base import DiffusionModel
+from opd_fast.prompts import EmbeddingCache, Prompt
+from opd_fast.rewards import get_reward
+from opd_fast.solvers import solver_table
+from tests.tiny import save_tiny
+
+SHAPE = (4, 4, 4)
+PROMPTS = [Prompt(f"a red circle {i}") for i in range(5)]
+
+
+class World:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model: DiffusionModel = load_model(str(folder), device="cpu", dtype=torch.float32)
+        self.text = EmbeddingCache.build(self.model, [p.text for p in PROMPTS])
+
+    def evaluate(
+        self, tasks: list[EvalTask], transformer: Any = None, solver: str = "ode", **options: Any
+    ) -> Evaluation:
+        table = solver_table(solver, self.model.sigmas(3, 32), 0.7)
+        options = {"guidance": 1.0, "seed": 0, "batch": 64, "keep_images": 8, **options}
+        transformer = self.model.transformer if transformer is None else transformer
+        return evaluate(self.model, transformer, tasks, table, shape=SHAPE, text=self.text, **options)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(save_tiny(tmp_path_factory.mktemp("evaluate") / "pipeline"))
+
+
+def task(name: str = "t", prompts: list[Prompt] = PROMPTS) -> EvalTask:
+    return EvalTask(name, prompts, ["colour"])
+
+
+def test_means_are_those_of_the_images(world: World) -> None:
+    found = world.evaluate([task()])
+    images = found.images["t"]
+    assert images.shape == (5, 3, 32, 32)
+    assert found.rewards == {"t": {"colour": pytest.approx(float(get_reward("colour")(images, PROMPTS).mean()))}}
+
+
+@pytest.mark.parametrize(("solver", "guidance"), [("ode", 1.0), ("flow_sde", 1.0), ("dpm2", 3.0)])
+def test_batches_and_neighbours_change_nothing(world: World, solver: str, guidance: float) -> None:
+    alone = world.evaluate([task()], solver=solver, guidance=guidance)
+    options: dict[str, Any] = {"solver": solver, "guidance": guidance, "batch": 2, "keep_images": 3}
+    beside = world.evaluate([task("other", PROMPTS[:2]), task()], **options)
+    torch.testing.assert_close(beside.images["t"], alone.images["t"][:3], rtol=0, atol=1e-5)
+    assert beside.rewards["t"]["colour"] == pytest.approx(alone.rewards["t"]["colour"], abs=1e-6)
+
+
+def test_seed_and_task_choose_the_noise(world: World) -> None:
+    images = world.evaluate([task()]).images["t"]
+    assert not torch.allclose(world.evaluate([task()], seed=1).images["t"], images, atol=1e-3)
+    assert not torch.allclose(world.evaluate([task("u")]).images["u"], images, atol=1e-3)
+    keys = torch.cat([task_keys(seed, name, 50) for seed in (0, 1) for name in ("t", "u")])
+    assert len(keys.unique()) == 200
+    assert torch.equal(task_keys(3, "text", 4), task_keys(3, "text", 9)[:4])
+
+
+def test_no_images_unless_asked(world: World) -> None:
+    assert world.evaluate([task()], keep_images=0).images == {}
+
+
+def test_progress(world: World) -> None:
+    seen: list[tuple[int, int]] = []
+    world.evaluate([task(), task("u", PROMPTS[:1])], batch=3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(3, 6), (5, 6), (6, 6)]
+
+
+def test_nan_weights_are_named(world: World) -> None:
+    broken = copy.deepcopy(world.model.transformer)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"task 't': the model's images hold NaN"):
+        world.evaluate([task()], transformer=broken)
+
+
+def test_mistakes(world: World) -> None:
+    with pytest.raises(ValueError, match="no prompts"):
+        world.evaluate([task(prompts=[])])
+    with pytest.raises(ValueError, match="unknown reward"):
+        world.evaluate([EvalTask("t", PROMPTS, ["colr"])])
+
+
+def test_command_line(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for name in ("first", "second"):
+        file = tmp_path / f"{name}.txt"
+        file.write_text("".join(f"{prompt.text}\n" for prompt in PROMPTS))
+        files.append(str(file))
+    out = tmp_path / "out"
+    argv = ["--model", str(world.folder), "--prompts", ",".join(files), "--rewards", "colour,colour", "--steps", "2"]
+    argv += ["--limit", "3", "--grid", "2", "--resolution", "32", "--out", str(out)]
+    assert module.main(argv) == 0
+    results = json.loads((out / "results.json").read_text())
+    table = solver_table("ode", world.model.sigmas(2, 32), 0.0)
+    tasks = [task(name, PROMPTS[:3]) for name in ("first", "second")]
+    expected = evaluate(
+        world.model, world.model.transformer, tasks, table, shape=SHAPE, guidance=1.0, seed=0, text=world.text
+    )
+    for name, means in expected.rewards.items():
+        assert results["rewards"][name]["colour"] == pytest.approx(means["colour"], abs=1e-6)
+    assert results["prompts"] == {"first": 3, "second": 3}
+    for name in ("first", "second"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert picture.width > 2 * 32
+    assert "first" in capsys.readouterr().out
+
+
+def test_command_line_with_a_lora(world: World, tmp_path: Path) -> None:
+    targets = ["attn.to_q"]
+    modules = {
+        name: (torch.randn(2, m.in_features), torch.randn(m.out_features, 2))
+        for name, m in world.model.transformer.named_modules()
+        if name.endswith("attn.to_q")
+    }
+    world.model.save_lora(tmp_path / "lora", modules, rank=2, alpha=4.0, targets=targets)
+    (tmp_path / "p.txt").write_text(PROMPTS[0].text + "\n")
+    argv = ["--model", str(world.folder), "--prompts", str(tmp_path / "p.txt"), "--rewards", "colour", "--grid", "0"]
+    argv += ["--steps", "2", "--resolution", "32"]
+    assert module.main([*argv, "--out", str(tmp_path / "base")]) == 0
+    assert module.main([*argv, "--out", str(tmp_path / "lora-out"), "--lora", str(tmp_path / "lora")]) == 0
+    base, lora = (json.loads((tmp_path / d / "results.json").read_text()) for d in ("base", "lora-out"))
+    assert base["rewards"]["p"]["colour"] != lora["rewards"]["p"]["colour"]
+    assert lora["lora"] == str(tmp_path / "lora")
+    assert not list((tmp_path / "base").glob("*.png"))

@@ -1,0 +1,153 @@
+"""The plan's numbers against the real thing: the tiny model, loaded, wrapped and run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opd_fast import train
+from opd_fast.config import Config, from_dict
+from opd_fast.models import load_model
+from opd_fast.plan import make_plan, pick_dtype, resolve
+from opd_fast.student import Student
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("plan") / "pipeline"
+    return save_tiny(folder)
+
+
+def made(pipeline: Path, **sections: Any) -> Config:
+    teachers = [
+        {"name": "a", "weights": "org/a", "prompts": "p.txt", "reward": "text", "eval_prompts": "p.txt"},
+        {"name": "b", "weights": "org/b", "prompts": "p.txt", "guidance": 4.5},
+    ]
+    data = {"model": {"path": str(pipeline), "resolution": 64}, "teachers": teachers, **sections}
+    return from_dict(data)
+
+
+def saved_bytes(model: Any, student: Student, rows: int, tokens: int) -> int:
+    """Bytes that autograd keeps for a student forward, each storage once, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in student.transformer.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor is held so that no address is reused
+        return tensor
+
+    text = model.encode(["a red circle"] * rows)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.velocity(student.transformer, torch.randn(rows, *model.latent_shape(64)), torch.tensor(0.5), text)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("lora", "attention"), ("lora", ["attn.to_q"]), ("full", "attention")])
+def test_parameters_and_memory(pipeline: Path, kind: str, targets: Any) -> None:
+    config = made(pipeline, student={"kind": kind, "rank": 4, "targets": targets}, train={"samples_per_task": 2})
+    plan = make_plan(config)
+    model = load_model(str(pipeline), device="cpu", dtype=torch.float32)
+    assert plan.latent == model.latent_shape(64)
+    assert plan.parameters == sum(p.numel() for p in model.transformer.parameters())
+    assert plan.text_tokens == model.encode(["x"]).sequence.shape[1]
+    student = Student.build(model, config.student)
+    assert plan.trainable == sum(p.numel() for p in student.parameters())
+    modules = [name for name, _ in student.named_parameters() if ".lora_A." in name]
+    assert plan.lora_modules == (len(modules) if kind == "lora" else None)
+    assert plan.bytes["base weights"] == plan.parameters * 4
+    assert plan.bytes["teacher copies"] == 2 * plan.parameters * 4
+    assert plan.bytes["trained weights and optimizer"] == plan.trainable * 4 * 5
+    if targets == "attention":
+        real = saved_bytes(model, student, plan.student_rows, plan.image_tokens + plan.text_tokens)
+        assert 0.4 * plan.bytes["activations"] < real < 1.2 * plan.bytes["activations"]
+
+
+def test_rows_of_a_round(pipeline: Path) -> None:
+    plan = make_plan(made(pipeline, student={"guidance": 4.5}, train={"samples_per_task": 3, "micro_batch": 4}))
+    assert plan.samples == 6
+    assert plan.student_rows == 12
+    assert plan.teacher_rows == {"a": 3, "b": 6}
+    assert plan.forwards_per_step == 2
+    assert plan.trained_steps == 9
+    assert plan.round_rows == {"student forward": 108, "student backward": 108, "teacher forward": 81}
+    assert make_plan(made(pipeline, sampler={"train_last": True})).trained_steps == 10
+
+
+def test_solver_rows_are_the_engine_s(pipeline: Path) -> None:
+    from opd_fast.objectives import step_weights
+    from opd_fast.solvers import solver_table
+
+    config = made(pipeline, sampler={"solver": "cps", "eta": 0.8, "steps": 5}, objective={"kind": "l2"})
+    plan = make_plan(config)
+    model = load_model(str(pipeline), device="cpu", dtype=torch.float32)
+    table = solver_table("cps", model.sigmas(5, 64), 0.8)
+    for column in ("sigmas", "a", "b", "h", "std"):
+        assert torch.equal(getattr(plan.table, column), getattr(table, column)), column
+    assert plan.weight == step_weights(table, "l2").tolist()
+
+
+def test_evaluation_cost(pipeline: Path) -> None:
+    evaluation = {"every": 4, "prompts": 8, "steps": 5, "guidance": 2.0}
+    plan = make_plan(made(pipeline, evaluation=evaluation, train={"rounds": 10}))
+    assert plan.evaluations == 3  # after 4, 8 and 10 rounds
+    assert plan.evaluation_rows == (3 + 1 + 2) * 1 * 8 * 5 * 2  # one task has a reward; base and two teachers once
+    assert make_plan(made(pipeline, evaluation={"every": 0})).evaluations == 0
+
+
+def test_shared_teachers_need_no_copies(pipeline: Path) -> None:
+    assert make_plan(made(pipeline, engine={"placement": "shared"})).bytes["teacher copies"] == 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"student": {"targets": "attn"}}, r"student\.targets: unknown set 'attn'"),
+        ({"student": {"targets": ["nothing"]}}, r"student\.targets: no linear layer is named nothing"),
+        ({"model": {"path": "/absent"}}, "does not exist"),
+    ],
+)
+def test_mistakes(pipeline: Path, sections: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_plan(made(pipeline, **sections))
+
+
+def test_auto(pipeline: Path) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert pick_dtype("auto", "auto", cpu) == torch.float32
+    assert pick_dtype("bfloat16", "auto", cpu) == torch.bfloat16
+    assert pick_dtype("auto", "float32", gpu) == torch.float32
+    if not torch.cuda.is_available():
+        resolved = resolve(made(pipeline))
+        assert (resolved.device, resolved.compile, resolved.graphs) == (cpu, False, False)
+        assert resolve(made(pipeline, engine={"compile": "on"})).compile
+        with pytest.raises(ValueError, match=r"engine\.precision: tf32"):
+            resolve(made(pipeline, engine={"precision": "tf32"}))
+
+
+def test_dry_run_prints_and_writes_nothing(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    teachers = f"[{{name: a, weights: {pipeline}, prompts: p.txt, guidance: 2}}]"
+    argv = ["--teachers", teachers, "--model.path", str(pipeline), "--model.resolution", "64", "--dry-run"]
+    assert train.main(argv) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "lr: 0.001",
+        "a (16,4,8,8) a step",
+        "16 image + 77 text",
+        "15 LoRA modules",
+        "0.75500",
+        "runs/bundled-",
+    ):
+        assert words in text, words
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.txt"]
+    assert train.main([*argv, "--model.resolution", "60"]) == 2
+    assert "model.resolution: 60 is no multiple of 16" in capsys.readouterr().err

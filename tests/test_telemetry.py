@@ -1,0 +1,175 @@
+"""metrics.jsonl, plain lines, TensorBoard, and what a resumed run keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from opd_fast import telemetry
+from opd_fast.config import LoggingConfig
+from opd_fast.errors import UserError
+from opd_fast.telemetry import Telemetry, annotate, read_metrics
+
+QUIET = LoggingConfig(tensorboard=False)
+
+
+def run(folder: Path, rounds: range, total: int = 10, config: LoggingConfig = QUIET) -> None:
+    """Rounds with an evaluation before the first, and after every second."""
+    with Telemetry(folder, config, rounds=total, start_round=rounds.start) as log:
+        if rounds.start == 0:
+            log.evaluation(0, {"text": {"text": 0.25}})
+        for i in rounds:
+            log.round(i, {"loss": 1.0 / (i + 1), "samples_per_second": 3.0})
+            if i % 2:
+                log.evaluation(i + 1, {"text": {"text": 0.5}})
+
+
+def test_lines(tmp_path: Path) -> None:
+    run(tmp_path, range(3))
+    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["round"], "evaluation" in line) for line in lines] == [
+        (0, True),
+        (0, False),
+        (1, False),
+        (2, True),
+        (2, False),
+    ]
+    assert lines[1]["loss"] == 1.0
+    assert lines[3]["evaluation"] == {"text": {"text": 0.5}}
+    assert all(later["time"] >= line["time"] >= 0 for line, later in itertools.pairwise(lines))
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines
+
+
+def test_each_line_is_on_disk_at_once(tmp_path: Path) -> None:
+    with Telemetry(tmp_path, QUIET, rounds=2) as log:
+        log.round(0, {"loss": 1.0})
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_resuming_drops_later_rounds(tmp_path: Path) -> None:
+    def without_time(folder: Path) -> list[dict[str, object]]:
+        return [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(folder / "metrics.jsonl")]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    run(whole, range(8))
+    run(cut, range(7))
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 7, "ti')  # a crash in the middle of a line
+    run(cut, range(4, 8))  # from the checkpoint after four rounds
+    assert without_time(cut) == without_time(whole)
+    times = [line["time"] for line in read_metrics(cut / "metrics.jsonl")]
+    assert times == sorted(times)
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
+    run(tmp_path, range(3))
+    run(tmp_path, range(1))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_plain_lines_are_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Telemetry(tmp_path, QUIET, rounds=500) as log:
+        log.message("hello")
+        for i in range(500):
+            log.round(i, {"loss": 0.5, "samples_per_second": 12.0})
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "hello"
+    assert said[1].startswith("round 1/500  loss 5.000e-01  12.0 samples/s  left")
+    assert said[-1].startswith("round 500/500")
+    assert len(said) <= 5
+
+
+def test_plain_lines_come_every_few_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr(telemetry.time, "monotonic", lambda: float(next(clock)))  # a second passes at every look
+    run(tmp_path, range(100), total=100)
+    said = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
+    assert 20 <= len(said) <= 60
+    assert "left 0:00" in said[-1]
+
+
+def test_a_terminal_gets_a_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Telemetry(tmp_path, QUIET, rounds=4) as log:
+        log.round(0, {"loss": 0.5, "samples_per_second": 12.0})
+        log.message("[not markup]")
+    said = capsys.readouterr().err
+    assert "loss 5.000e-01" in said
+    assert "12.0 samples/s" in said
+    assert "[not markup]" in said
+
+
+def test_tensorboard_only_when_asked(tmp_path: Path) -> None:
+    run(tmp_path, range(2))
+    assert not (tmp_path / "tensorboard").exists()
+    run(tmp_path, range(2), config=LoggingConfig(tensorboard=True))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("loss")] == [1.0, 0.5]
+    assert [e.step for e in events.Scalars("evaluation/text/text")] == [0, 2]
+
+
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[dict[str, float], int]] = []
+    fake = types.ModuleType("wandb")
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            logged.append((values, step))
+
+        def finish(self, exit_code: int) -> None:
+            logged.append(({}, exit_code))
+
+    fake.init = lambda **options: Run()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with Telemetry(tmp_path, LoggingConfig(tensorboard=False, wandb=True), rounds=2) as log:
+        log.round(0, {"loss": 1.0})
+    assert logged == [({"loss": 1.0}, 0), ({}, 0)]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"logging\.wandb: .*pip install"):
+        Telemetry(tmp_path, LoggingConfig(tensorboard=False, wandb=True), rounds=2).__enter__()
+
+
+def test_use_outside_the_block_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="with"):
+        Telemetry(tmp_path, QUIET, rounds=1).round(0, {})
+
+
+def test_annotate_without_a_device_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "_cuda", lambda: False)
+    monkeypatch.setitem(sys.modules, "nvtx", None)  # importing it would raise
+    with annotate("student"):
+        pass
+
+
+def test_annotate_opens_a_range_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    fake = types.ModuleType("nvtx")
+
+    @contextlib.contextmanager
+    def range_(name: str, domain: str) -> Iterator[None]:
+        opened.append(f"{domain}/{name}")
+        yield
+
+    fake.annotate = range_  # type: ignore[attr-defined]
+    monkeypatch.setattr(telemetry, "_cuda", lambda: True)
+    monkeypatch.setitem(sys.modules, "nvtx", fake)
+    with annotate("student"):
+        pass
+    assert opened == ["opd_fast/student"]
