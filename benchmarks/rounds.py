@@ -47,6 +47,7 @@ from opd_fast.rollout import RoundBatch, one_pass
 from opd_fast.solvers import solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
+from opd_fast.trainers.setup import compile_blocks
 
 # Standard deviations of B in the student and in a random teacher. At B = 0 the student's A would have no gradient.
 STUDENT_START, TEACHER_GAP = 0.02, 0.02
@@ -205,6 +206,8 @@ class Contest:
         student = Student.build(
             self.model, StudentConfig(rank=recipe.rank, alpha=recipe.alpha, guidance=recipe.guidance)
         )
+        if self.device.type == "cuda":  # the default of engine.compile
+            compile_blocks(self.model, student, bank)
         sigmas = self.model.sigmas(recipe.steps, recipe.resolution)
         table = solver_table(recipe.solver, sigmas, recipe.eta)
         weight = step_weights(table, "kl")

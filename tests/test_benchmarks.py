@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +14,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from benchmarks import report
-from benchmarks.environment import environment
+from benchmarks.environment import environment, measured_peaks
+from benchmarks.models import NANO, SD35M_512, random_model, random_text
 from benchmarks.reference import DETERMINISTIC, STOCHASTIC, Reference, WeightsPolicy, solver_step
+from benchmarks.rounds import Contest, Recipe, forward_flops, peak_bytes, random_contest
+from benchmarks.test_round import compare
 
 # Flow-SDE at eta 0.7 with ten steps: a, b and std of DiffusionOPD's sampler, computed apart in float64.
 FLOW_SDE = {
@@ -180,3 +185,129 @@ def test_environment_says_where_and_how_fast() -> None:
     assert found["peaks"]["copy_gbps"] > 0
     assert found["peaks"]["matmul_tflops"] > 0
     json.dumps(found)
+
+
+CPU = torch.device("cpu")
+GUIDED = Recipe(
+    solver="ode", steps=3, samples_per_task=2, guidance=4.5, teacher_guidance=(4.5, 4.5, 1.0), rank=4, resolution=64
+)
+
+
+@pytest.fixture(scope="module")
+def contest(tmp_path_factory: pytest.TempPathFactory) -> Contest:
+    return random_contest(CPU, NANO, GUIDED, tmp_path_factory.mktemp("teachers"))
+
+
+class Stopwatch:
+    """pytest-benchmark's fixture as far as `compare` uses it, so that this test runs with the plugin off, too."""
+
+    has_error = False
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.stats: Any = None
+
+    def pedantic(
+        self,
+        target: Callable[[], object],
+        setup: Callable[[], object],
+        rounds: int,
+        warmup_rounds: int,
+        iterations: int,
+    ) -> None:
+        seconds = []
+        for _ in range(warmup_rounds + rounds):
+            setup()
+            start = time.perf_counter()
+            target()
+            seconds.append(time.perf_counter() - start)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=seconds[warmup_rounds:]))
+
+
+def test_a_contest_becomes_a_row(contest: Contest) -> None:
+    watch = Stopwatch()
+    config: Any = SimpleNamespace(getoption={"pairs": 2}.get)
+    before = {name: parameter.detach().clone() for name, parameter in contest.engine.parameters.items()}
+    compare(watch, "round/nano", contest, config)
+    assert any(not torch.equal(p, before[name]) for name, p in contest.engine.parameters.items()), "nothing was trained"
+
+    measured = SimpleNamespace(extra_info=watch.extra_info, stats=watch.stats.stats, has_error=False)
+    (found,) = report.rows_of([measured])
+    assert found["pairs"] == 2
+    assert found["samples"] == 6
+    assert found["exact"] is True
+    assert 0 < found["gradient_error"] <= 1e-5
+    assert 0 < found["ratio_vs_reference"] < 100
+    assert found["reference_seconds"]["p50"] > 0
+    assert "ratio_vs_compiled" not in found
+    weights = contest.engine.held_bytes()
+    assert weights < found["peak_bytes"] < 100 * weights
+    json.dumps(found)
+
+
+def test_floor_counts_branches_steps_and_samples(contest: Contest) -> None:
+    rate = float(measured_peaks(CPU)["matmul_tflops"]) * 1e12
+    student, teachers = 6 * 2, 2 * (2 + 2 + 1)  # sample-branches in a forward
+    forwards = 2 * (2 * student + teachers)  # two trained steps of three; forward and backward of the student
+    assert contest.floor_seconds() == pytest.approx(forwards * contest.per_sample / rate)
+
+
+def test_flops_are_those_of_the_matrix_products() -> None:
+    """Linear layers by hooks, two operations a weight and row; attention 4 T^2 width; the patch embedding by hand."""
+    model = random_model(NANO)
+    transformer: Any = model.transformer
+    counted = 0
+
+    def count(module: torch.nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal counted
+        assert isinstance(module, torch.nn.Linear)
+        counted += 2 * module.in_features * output.numel()
+
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(count)
+    patches, tokens = 16, NANO.text_tokens
+    batch: Any = SimpleNamespace(shape=(NANO.channels, 8, 8), text=random_text(2, NANO))
+    found = forward_flops(model, batch)
+    attention = 4 * NANO.width * (NANO.layers * (patches + tokens) ** 2 + len(NANO.dual_layers) * patches**2)
+    embedding = 2 * patches * (NANO.channels * 2 * 2) * NANO.width
+    assert found == counted + attention + embedding
+
+
+def test_large_shape_is_stable_diffusion_3_5_medium() -> None:
+    """The published LoRA on it: 191 modules, 18,776,064 parameters (rank 32)."""
+    model = random_model(SD35M_512, device="meta")
+    layers = {
+        name: module
+        for name, module in model.transformer.named_modules()
+        if any(name.endswith(f".{target}") for target in model.targets("attention"))
+    }
+    assert len(layers) == 191
+    assert sum(32 * (m.in_features + m.out_features) for m in layers.values()) == 18_776_064
+    assert model.latent_shape(512) == (16, 64, 64)
+
+
+def test_peak_is_what_is_alive_at_one_time() -> None:
+    size = 2**20
+
+    def work() -> None:
+        a = torch.ones(size)
+        b = a + 1
+        del a
+        b.add_(1)
+        c = b * 2
+        del b, c
+
+    assert peak_bytes(work, CPU) == pytest.approx(2 * 4 * size, rel=0.01)
+
+
+def test_a_contest_needs_as_many_prompts_as_samples(contest: Contest) -> None:
+    with pytest.raises(ValueError, match="6 prompts for 2 tasks of 2 samples"):
+        Contest(
+            contest.model,
+            scheduler(3),
+            [("a", Path("a")), ("b", Path("b"))],
+            contest.batch.text,
+            contest.batch.text.index(slice(0, 1)),
+            GUIDED,
+        )
