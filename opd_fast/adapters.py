@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -43,7 +45,9 @@ def add_frozen(transformer: nn.Module, name: str, lora: LoraWeights) -> None:
     settings = LoraConfig(
         r=max(ranks.values()), rank_pattern=ranks, target_modules=list(lora.tensors), init_lora_weights=False
     )
-    transformer.add_adapter(settings, adapter_name=name)  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
+        transformer.add_adapter(settings, adapter_name=name)  # type: ignore[operator]
     with torch.no_grad():
         for module, halves in lora.tensors.items():
             layer = transformer.get_submodule(module)
@@ -52,6 +56,14 @@ def add_frozen(transformer: nn.Module, name: str, lora: LoraWeights) -> None:
                 weight = getattr(layer, kind)[name].weight
                 weight.data = value.to(weight.device, torch.float32)
                 weight.requires_grad_(False)
+
+
+def plain_copy(transformer: nn.Module) -> nn.Module:
+    """A copy of the frozen weights alone, whatever adapters sit on the original."""
+    duplicate = copy.deepcopy(transformer)
+    if getattr(duplicate, "peft_config", None):
+        duplicate.unload_lora()  # type: ignore[operator]
+    return duplicate.requires_grad_(False)
 
 
 class _Renamed(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,7 +142,9 @@ def _inject(model: DiffusionModel, config: StudentConfig, seed: int) -> None:
         r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False, lora_dropout=0.0
     )
     try:
-        model.transformer.add_adapter(settings, adapter_name=ADAPTER)  # type: ignore[operator]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # teachers' adapters
+            model.transformer.add_adapter(settings, adapter_name=ADAPTER)  # type: ignore[operator]
     except ValueError as error:  # PEFT's message lists what it looked for, not what to do
         raise ValueError(f"student.targets {targets} match no module of the model; choose attention or all") from error
     model.transformer.set_adapter(ADAPTER)  # type: ignore[operator]

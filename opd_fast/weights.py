@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 from torch import nn
 
-from opd_fast.lora import find_lora, match, merge_into, read_lora
+from opd_fast.adapters import plain_copy
+from opd_fast.lora import find_lora, merge_into, read_lora
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.folder import fetch, load_component
 
@@ -15,15 +15,14 @@ from opd_fast.models.folder import fetch, load_component
 def load_transformer(model: DiffusionModel, weights: str | None, *, what: str) -> nn.Module:
     """A frozen transformer of its own, in the model's dtype: the base with a LoRA merged, or loaded whole.
 
-    `weights` None gives a copy of the base. `what` names the setting in errors. Call it before adapters are injected
-    into the base. Raises ValueError where the weights are missing, damaged, or of another shape than the base.
+    `weights` None gives a copy of the base. `what` names the setting in errors. Raises
+    ValueError where the weights are missing, damaged, or of another shape than the base.
     """
     if weights is None:
-        return copy.deepcopy(model.transformer)
+        return plain_copy(model.transformer)
     if find_lora(weights) is not None:
         lora = read_lora(weights)
-        match(lora, model.transformer)
-        transformer = copy.deepcopy(model.transformer)
+        transformer = plain_copy(model.transformer)
         merge_into(transformer, lora)
         return transformer
     path = Path(weights).expanduser()
@@ -37,7 +36,9 @@ def load_transformer(model: DiffusionModel, weights: str | None, *, what: str) -
         )
     kind = type(model.transformer)
     transformer = load_component(kind, folder.parent, folder.name, torch_dtype=model.dtype).to(model.device)
-    mine = {k: v.shape for k, v in model.transformer.state_dict().items()}
+    # Adapters that already sit on the base are no part of its architecture.
+    base = model.transformer.state_dict()
+    mine = {k.replace(".base_layer.", "."): v.shape for k, v in base.items() if ".lora_" not in k}
     theirs = {k: v.shape for k, v in transformer.state_dict().items()}
     if mine != theirs:
         key = next(k for k in sorted({**mine, **theirs}) if mine.get(k) != theirs.get(k))

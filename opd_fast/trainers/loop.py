@@ -195,12 +195,14 @@ class _Run:
         if self.interrupted:
             print(f"stopped after round {self.rounds}; go on with --resume {self.run_dir}", flush=True)
             return results
-        if "student" in self.rows:
-            for task in self.setup.tasks:
-                reward = task.rewards[0]
-                base, teacher = self.rows["base"][reward], self.rows[f"teacher:{task.name}"][reward]
-                results["recovered"][task.name] = gain_recovered(base, teacher, self.rows["student"][reward])
-            write_results(self.run_dir, results)
+        for row in ("base", "student"):
+            self.rows.setdefault(row, {})  # a run without rewards has no numbers to show
+        for task in self.setup.tasks:
+            reward = task.rewards[0]
+            base, teacher = self.rows["base"][reward], self.rows[f"teacher:{task.name}"][reward]
+            results["recovered"][task.name] = gain_recovered(base, teacher, self.rows["student"][reward])
+        write_results(self.run_dir, results)
+        if self.setup.tasks:
             print_table(results)
         write_report(self.run_dir, results, read_metrics(self.run_dir / "metrics.jsonl"))
         print(f"student: {self.run_dir / 'student'}   report: {self.run_dir / 'report.html'}", flush=True)

@@ -136,6 +136,16 @@ def make_vae() -> Any:
     )
 
 
+def _merged(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Byte-pair encoding of one word: the earliest merge that applies goes first."""
+    while True:
+        pairs = [pair for pair in zip(parts, parts[1:], strict=False) if pair in merges]
+        if not pairs:
+            return parts
+        i = list(zip(parts, parts[1:], strict=False)).index(min(pairs, key=merges.index))
+        parts[i : i + 2] = ["".join(parts[i : i + 2])]
+
+
 def make_tokenizer(folder: Path) -> Any:
     """A CLIP tokenizer whose merges spell the grammar's words; words in quotes stay letters."""
     from transformers import CLIPTokenizer
@@ -146,13 +156,11 @@ def make_tokenizer(folder: Path) -> Any:
     tokens = characters + [c + "</w>" for c in characters]
     merges: list[tuple[str, str]] = []
     for word in words:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:
-            pair = (parts[0], parts[1])
-            if pair not in merges:
-                merges.append(pair)
-                tokens.append("".join(pair))
-            parts[:2] = ["".join(pair)]
+        parts = _merged([*word[:-1], word[-1] + "</w>"], merges)
+        while len(parts) > 1:  # left to right, so that no merge joins the two letters of a word to draw
+            merges.append((parts[0], parts[1]))
+            parts[:2] = ["".join(parts[:2])]
+            tokens.append(parts[0])
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(
         vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=TOKENS, pad_token="<|endoftext|>"

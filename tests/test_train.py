@@ -1,0 +1,183 @@
+"""Whole runs: what they leave, that they repeat, resume and stop as promised."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opd_fast.checkpoint import Checkpoints
+from opd_fast.config import Config, to_yaml
+from opd_fast.telemetry import Telemetry, read_metrics
+from opd_fast.trainers import loop
+from opd_fast.trainers.loop import learning_rate, train
+from tests.runs import settings, write_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def _start(config: Config, run_dir: Path, **options: Any) -> dict[str, Any]:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    return train(config, run_dir, **options)
+
+
+def _student(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "student" / "adapter_model.safetensors")
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six rounds that was never stopped."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    _start(settings(world), run_dir)
+    return run_dir
+
+
+def test_a_run_leaves_its_directory(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    assert set(results["rows"]) == {"base", "teacher:words", "teacher:plain", "student"}
+    assert set(results["rows"]["student"]) == {"text", "colour"}
+    assert set(results["recovered"]) == {"words", "plain"}
+    assert results["rounds"] == 6
+    assert results["seconds"]["total"] >= results["seconds"]["train"] > 0
+    assert (whole / "report.html").stat().st_size > 10_000
+    assert {p.name for p in (whole / "samples").iterdir()} == {
+        f"{task}-round-{index:04d}.png" for task in ("words", "plain") for index in (3, 6)
+    }
+    assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == [f"round-{i:06d}" for i in (2, 4, 6)]
+    lines = read_metrics(whole / "metrics.jsonl")
+    rounds = [line for line in lines if "loss" in line]
+    assert [line["round"] for line in rounds] == list(range(6))
+    for line in rounds:
+        steps = [value for key, value in line.items() if key.startswith("loss/step_")]
+        tasks = [value for key, value in line.items() if key.startswith("loss/task_")]
+        assert len(steps) == 3  # four steps, the last untrained
+        assert sum(steps) == pytest.approx(line["loss"])
+        assert sum(tasks) == pytest.approx(line["loss"])
+    assert [line["round"] for line in lines if "evaluation" in line] == [0, 3, 6]
+
+
+def test_training_lowers_the_loss(world: Path, tmp_path: Path) -> None:
+    config = settings(world, train__rounds=80, train__lr=5e-3, evaluation__every=0, checkpoint__every=0)
+    _start(config, tmp_path / "run")
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_same_seed_same_run(world: Path, whole: Path, tmp_path: Path) -> None:
+    _start(settings(world), tmp_path / "again")
+    assert _same(_student(tmp_path / "again"), _student(whole))
+    _start(settings(world, train__seed=1), tmp_path / "other")
+    assert not _same(_student(tmp_path / "other"), _student(whole))
+
+
+def test_resuming_equals_not_having_stopped(
+    world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = tmp_path / "stopped"
+    original = Telemetry.round
+
+    def stop_in_round_four(self: Telemetry, index: int, metrics: dict[str, float]) -> None:
+        original(self, index, metrics)
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Telemetry, "round", stop_in_round_four)
+    results = _start(settings(world), stopped)
+    monkeypatch.undo()
+    assert results["rounds"] == 4
+    assert not (stopped / "results.json").exists()
+    assert (stopped / "student" / "adapter_model.safetensors").is_file()
+
+    _start(settings(world), stopped, resume=True)
+    assert _same(_student(stopped), _student(whole))
+    tensors, meta = Checkpoints(stopped / "checkpoints", 3).load()
+    expected, _ = Checkpoints(whole / "checkpoints", 3).load()
+    assert meta["round"] == 6
+    assert _same(tensors, expected)
+    ends = [json.loads((run / "results.json").read_text())["rows"] for run in (stopped, whole)]
+    assert ends[0] == ends[1]
+    assert [line["round"] for line in read_metrics(stopped / "metrics.jsonl") if "loss" in line] == list(range(6))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.METHODS["opd"].accumulate
+
+    def poisoned(self: Any, index: int) -> Any:
+        output = original(self, index)
+        if index == 3:
+            output.losses[1, 2] = float("nan")
+        return output
+
+    monkeypatch.setattr(loop.METHODS["opd"], "accumulate", poisoned)
+    with pytest.raises(ValueError, match=r"round 3: the loss of task 'plain' is not finite at step 1"):
+        _start(settings(world), tmp_path / "run")
+    _, meta = Checkpoints(tmp_path / "run" / "checkpoints", 3).load()
+    assert meta["round"] == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student__kind": "full", "train__lr": 1e-4},
+        {"engine__placement": "shared", "student__guidance": 3.0},
+        {"sampler__solver": "ode", "train__micro_batch": 3, "sampler__train_last": True},
+        {"sampler__solver": "dpm2", "objective__kind": "velocity"},
+    ],
+    ids=["full", "shared-guided", "ode-micro", "dpm2-velocity"],
+)
+def test_other_ways_to_run(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    results = _start(settings(world, train__rounds=2, evaluation__every=2, **changes), tmp_path / "run")
+    assert results["rounds"] == 2
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert all(loss > 0 for loss in losses)
+    if changes.get("student__kind") == "full":
+        from diffusers import SD3Transformer2DModel
+
+        assert SD3Transformer2DModel.from_pretrained(tmp_path / "run" / "student" / "transformer")
+
+
+def test_micro_batches_change_no_gradient(world: Path, whole: Path, tmp_path: Path) -> None:
+    _start(settings(world, train__micro_batch=1), tmp_path / "run")
+    mine, theirs = _student(tmp_path / "run"), _student(whole)
+    for key, value in theirs.items():
+        torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_student_starts_from_a_lora(world: Path, whole: Path, tmp_path: Path) -> None:
+    config = settings(
+        world, student__start=str(whole / "student"), student__rank=6, student__alpha=6.0, train__lr=1e-12
+    )
+    _start(config, tmp_path / "run")
+    mine, theirs = _student(tmp_path / "run"), _student(whole)
+    for key in theirs:
+        if ".lora_A." in key:
+            other = key.replace("lora_A", "lora_B")
+            expected = theirs[other] @ theirs[key] * (8 / 4)
+            torch.testing.assert_close(mine[other] @ mine[key] * (6 / 6), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rate_schedules(world: Path) -> None:
+    config = settings(world, train__rounds=10, train__warmup=2, train__lr=1.0)
+    assert [learning_rate(config, i) for i in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert learning_rate(config, 6) == pytest.approx(0.5)
+    config.train.schedule = "linear"
+    assert learning_rate(config, 6) == pytest.approx(0.5)
+    config.train.schedule = "constant"
+    assert learning_rate(config, 9) == 1.0
