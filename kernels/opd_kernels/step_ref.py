@@ -92,6 +92,8 @@ def fused_step_reference(
     guidance on the host. Nothing is attached to the autograd graph: gradients are outputs.
     """
     row = int(step)
+    if not 0 <= row < table.shape[0]:
+        raise IndexError(f"step {row} is outside the table, which has {table.shape[0]} rows")
     a, b, h, std, weight, sigma = table[row].tolist()
     dtype = x.dtype
     with torch.no_grad():

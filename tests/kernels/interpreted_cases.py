@@ -1,0 +1,149 @@
+"""The kernels under Triton's interpreter, on small odd shapes, against float64.
+
+Triton decides when it is imported whether it interprets, so these cases run in a process of their own, which
+`test_interpreted.py` starts.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from opd_kernels import philox_normal
+from opd_kernels.philox_triton import launch_normal
+from opd_kernels.step_triton import BLOCK, launch_step
+from tests.kernels.formula import (
+    BOTH,
+    DETERMINISTIC,
+    HISTORY,
+    STOCHASTIC,
+    assert_identical,
+    assert_step,
+    operands,
+    plain_step,
+)
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+
+# Less than a block; a block exactly; a ragged last block, so that partial sums meet.
+SHAPES = [(3, 1, 5, 7), (2, 4, 16, 16), (4, 3, 29, 31)]
+# The interpreter cuts float32 to bfloat16 where a GPU rounds, so that gradients may be off by a whole unit.
+ULPS = {torch.float32: 0.51, torch.bfloat16: 1.01, torch.float16: 0.51}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ULPS)
+@pytest.mark.parametrize("guided", ["both", "student", "teacher", "none"])
+def test_guidance_and_types(shape: tuple[int, ...], dtype: torch.dtype, guided: str) -> None:
+    o, noise = operands(shape, dtype, guided=guided), torch.randn(shape)
+    assert_step(
+        launch_step(**o, step=STOCHASTIC, noise=noise), plain_step(o, STOCHASTIC, noise), dtype, ulps=ULPS[dtype]
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("step", [STOCHASTIC, DETERMINISTIC, HISTORY, BOTH])
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_rows_noise_and_outputs(shape: tuple[int, ...], step: int, drawn: bool, reduction: Any) -> None:
+    o, keys = operands(shape, history=step in (HISTORY, BOTH)), torch.arange(7, 7 + shape[0]) << 33
+    noise = philox_normal(keys, shape[1:], step) if drawn else torch.randn(shape)
+    given: dict[str, Any] = {"keys": keys} if drawn else {"noise": noise}
+    index = torch.tensor(step) if drawn else step
+    out = launch_step(**o, step=index, **given, want_x0=True, return_means=True, reduction=reduction)
+    names = {"x_next", "loss", "grad_cond", "grad_uncond", "x0", "mean_s", "mean_t"}
+    assert_step(out, plain_step(o, step, noise, reduction), names=names)
+
+
+def test_several_tiles_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd_kernels.step_triton._tiles", lambda tiles: 4)
+    shape = (2, 3, 53, 37)
+    o, keys = operands(shape, torch.bfloat16), torch.arange(2)
+    out = launch_step(**o, step=STOCHASTIC, keys=keys)
+    wanted = plain_step(o, STOCHASTIC, philox_normal(keys, shape[1:], STOCHASTIC))
+    assert_step(out, wanted, torch.bfloat16, ulps=ULPS[torch.bfloat16])
+
+
+def test_unread_operands_may_hold_anything() -> None:
+    shape = SHAPES[2]
+    nan = torch.full(shape, float("nan"))
+    o = operands(shape) | {"history": nan}
+    assert_step(launch_step(**o, step=DETERMINISTIC, noise=nan), plain_step(o, DETERMINISTIC))
+
+
+def test_batch_strides_are_read_in_place() -> None:
+    """Halves of [cond; uncond], an expanded operand and an interleaved one reach the kernel as they lie."""
+    shape = SHAPES[2]
+    o = operands(shape, guided="student")
+    both, pairs = torch.randn(8, *shape[1:]), torch.randn(4, 2, *shape[1:])
+    o |= {"cond_s": both[:4], "uncond_s": both[4:], "cond_t": pairs[:, 1], "guidance_s": torch.full((4,), 2.5)}
+    o["x"] = torch.randn(4, 29, 31, 3).permute(0, 3, 1, 2)  # only this one is copied
+    noise = torch.randn(1, *shape[1:]).expand(shape)
+    assert_step(launch_step(**o, step=STOCHASTIC, noise=noise), plain_step(o, STOCHASTIC, noise))
+
+
+def test_student_equal_to_teacher_gives_zero() -> None:
+    o = operands(SHAPES[2], torch.bfloat16)
+    o |= {"cond_t": o["cond_s"], "uncond_t": o["uncond_s"], "guidance_t": o["guidance_s"]}
+    out = launch_step(**o, step=STOCHASTIC, keys=torch.arange(4))
+    assert out.grad_uncond is not None
+    assert not any(t.any() for t in (out.loss, out.grad_cond, out.grad_uncond))
+
+
+def test_row_outside_the_table_is_nan() -> None:
+    for step in (4, -1):
+        out = launch_step(**operands(SHAPES[0]), step=torch.tensor(step))
+        assert out.x_next.isnan().all()
+        assert out.loss.isnan().all()
+
+
+def test_order_of_the_programs_does_not_matter() -> None:
+    """The loss is summed by whichever program arrives last, in a fixed order: equal bits in every run, and for a sample
+    alone or in a batch."""
+    o, keys = operands((3, 3, 37, 41)), torch.arange(3)
+    runs = [launch_step(**o, step=STOCHASTIC, keys=keys) for _ in range(2)]
+    assert_identical(*runs)
+    alone = {name: t[1:2] if t is not None and name != "table" else t for name, t in o.items()}
+    out = launch_step(**alone, step=STOCHASTIC, keys=keys[1:2])
+    assert torch.equal(out.loss, runs[0].loss[1:2])
+    assert torch.equal(out.x_next, runs[0].x_next[1:2])
+
+
+@pytest.mark.parametrize("elements", [1, 4, 1023, BLOCK, BLOCK + 5])
+@pytest.mark.parametrize("counter", [0, 9, 2**31 - 1, 2**32 - 1])
+def test_noise_is_the_twins(elements: int, counter: int) -> None:
+    """Equal to float32 rounding of the largest normal: the integer part is the same bit for bit."""
+    keys = torch.tensor([0, -1, 2**62 + 12345])
+    wanted = philox_normal(keys, (elements,), counter)
+    for got in (launch_normal(keys, elements, counter, None), launch_normal(keys, elements, 0, torch.tensor(counter))):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6)
+
+
+def test_words_are_the_generators() -> None:
+    """uint32 words of `triton.language.philox`, as the kernel calls it, against the twin's generator."""
+    import numpy as np
+    import triton
+    import triton.language as tl
+
+    from opd_kernels.philox import philox4x32
+
+    @triton.jit
+    def words(key_ptr, out_ptr, counter, N: tl.constexpr):  # type: ignore[no-untyped-def]
+        c0 = tl.arange(0, N).to(tl.uint32)
+        zero = c0 * 0
+        w0, w1, w2, w3 = tl.philox(tl.load(key_ptr), c0, zero + counter.to(tl.uint32), zero, zero)
+        at = out_ptr + tl.arange(0, N)
+        tl.store(at, w0.to(tl.int32, bitcast=True))
+        tl.store(at + N, w1.to(tl.int32, bitcast=True))
+        tl.store(at + 2 * N, w2.to(tl.int32, bitcast=True))
+        tl.store(at + 3 * N, w3.to(tl.int32, bitcast=True))
+
+    for key in (0, -3, 2**40 + 99):
+        out = torch.empty(4, 128, dtype=torch.int32)
+        words[(1,)](torch.tensor([key]), out, 77, N=128)
+        unsigned = key & (2**64 - 1)
+        wanted = philox4x32((unsigned & 0xFFFFFFFF, unsigned >> 32), (np.arange(128), 77, 0, 0))
+        np.testing.assert_array_equal(out.numpy().view(np.uint32), np.stack(wanted).astype(np.uint32))

@@ -1,0 +1,179 @@
+"""The kernels compiled for GPUs that need not be here: width of the memory accesses, bytes a pass moves, spills.
+
+`triton.compile` and the assembler that ships with Triton need no device.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from opd_kernels import philox_triton, step_triton  # noqa: E402
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets and cannot compile")
+
+ARCHITECTURES = (80, 90, 100)
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# A state is float32; v stands for the velocities' type.
+STEP_POINTERS = {
+    "x_ptr": "fp32",
+    "cond_s_ptr": "v",
+    "uncond_s_ptr": "v",
+    "cond_t_ptr": "v",
+    "uncond_t_ptr": "v",
+    "noise_ptr": "fp32",
+    "history_ptr": "fp32",
+    "x_next_ptr": "fp32",
+    "grad_cond_ptr": "v",
+    "grad_uncond_ptr": "v",
+    "x0_ptr": "fp32",
+    "mean_s_ptr": "fp32",
+    "mean_t_ptr": "fp32",
+}
+READ = ("x_ptr", "cond_s_ptr", "uncond_s_ptr", "cond_t_ptr", "uncond_t_ptr", "noise_ptr", "history_ptr")
+SMALL_POINTERS = {
+    "keys_ptr": "i64",
+    "guidance_s_ptr": "fp32",
+    "guidance_t_ptr": "fp32",
+    "scale_ptr": "fp32",
+    "table_ptr": "fp32",
+    "step_ptr": "i64",
+    "loss_ptr": "fp32",
+    "partial_ptr": "fp32",
+    "arrived_ptr": "i32",
+}
+PUBLISHED = ("uncond_s_ptr", "uncond_t_ptr", "grad_uncond_ptr", "keys_ptr")
+UNGUIDED = ("keys_ptr",)
+GIVEN_NOISE = ("uncond_s_ptr", "uncond_t_ptr", "grad_uncond_ptr", "noise_ptr")
+EVERYTHING = (*PUBLISHED, "history_ptr", "x0_ptr", "mean_s_ptr", "mean_t_ptr")
+OPTIONAL = {*EVERYTHING, "noise_ptr"}
+
+
+def compile_kernel(kernel: Any, types: dict[str, Any], aligned: set[str], constants: dict[str, Any], cc: int) -> Any:
+    """The kernel for compute capability `cc`; `types` of all its arguments (None: the argument is None), `aligned`
+    those that are multiples of 16, as the launcher would find for contiguous operands."""
+    names = kernel.arg_names
+    none = {name: None for name in names if name in types and types[name] is None}
+    signature = {n: "constexpr" if n in constants or n in none else types[n] for n in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned and n not in none}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants | none, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options={"num_warps": step_triton.WARPS})
+
+
+@cache
+def compiled_step(cc: int, velocity: str, present: tuple[str, ...], tiles: int = 1, aligned: bool = True) -> Any:
+    types: dict[str, Any] = {}
+    for name, kind in (STEP_POINTERS | SMALL_POINTERS).items():
+        absent = name in OPTIONAL and name not in present
+        types[name] = None if absent else "*" + (velocity if kind == "v" else kind)
+    strides = [f"{name.removesuffix('_ptr')}_stride" for name in READ]
+    types |= dict.fromkeys((*strides, "elements", "blocks", "rows", "step"), "i32") | {"scale_mean": "fp32"}
+    multiples = {*STEP_POINTERS, *SMALL_POINTERS, *strides, "elements"} if aligned else set()
+    constants = {"TILES": tiles, "PASSES": 1, "BLOCK": step_triton.BLOCK}
+    return compile_kernel(step_triton.step_kernel, types, multiples, constants, cc)
+
+
+@cache
+def compiled_normal(cc: int) -> Any:
+    types = {"keys_ptr": "*i64", "out_ptr": "*fp32", "counter": "i64", "counter_ptr": None}
+    types |= {"elements": "i32", "blocks": "i32"}
+    constants = {"BLOCK": philox_triton.BLOCK}
+    return compile_kernel(philox_triton.normal_kernel, types, {"keys_ptr", "out_ptr", "elements"}, constants, cc)
+
+
+def accesses(ptx: str) -> tuple[Counter[int], Counter[int]]:
+    """How many global loads and stores of each width in bytes a thread's code holds.
+
+    The partial sums are loaded past the first cache level (`.cg`), the tensors are not; so they are left out here."""
+    counts: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
+    for kind, modifiers in re.findall(r"\b(ld|st)\.global((?:[.:]\w+)+)", ptx):
+        if ".cg" in modifiers:
+            continue
+        vector = re.search(r"\.v(\d)", modifiers)
+        bits = re.search(r"\.[bfsu](\d+)$", modifiers)
+        assert bits is not None, modifiers
+        counts[kind == "st"][int(vector[1] if vector else 1) * int(bits[1]) // 8] += 1
+    return counts
+
+
+def resources(compiled: Any, folder: Path) -> dict[str, int]:
+    """Registers, stack and local memory of the assembled kernel, as `cuobjdump` lists them."""
+    tool = BIN / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton ships no cuobjdump")
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    listing = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
+    assert found.keys() == {"REG", "STACK", "LOCAL"}, listing
+    return found
+
+
+CASES = [
+    *((cc, "bf16", PUBLISHED, 1) for cc in ARCHITECTURES),
+    *((cc, "fp32", GIVEN_NOISE, 1) for cc in ARCHITECTURES),
+    (90, "fp16", EVERYTHING, 1),
+    (90, "bf16", UNGUIDED, 1),
+    (90, "bf16", PUBLISHED, 4),
+]
+
+
+@pytest.mark.parametrize(("cc", "velocity", "present", "tiles"), CASES)
+def test_step_moves_each_tensor_once_in_16_bytes(
+    cc: int, velocity: str, present: tuple[str, ...], tiles: int, tmp_path: Path
+) -> None:
+    compiled = compiled_step(cc, velocity, present, tiles)
+    ptx = compiled.asm["ptx"]
+    per_thread = tiles * step_triton.BLOCK // (32 * step_triton.WARPS)
+    wanted = [0, 0]  # bytes a thread
+    for name, kind in STEP_POINTERS.items():
+        if name not in OPTIONAL or name in present:
+            wanted[name not in READ] += BYTES[velocity if kind == "v" else kind] * per_thread
+    for found, total in zip(accesses(ptx), wanted, strict=True):
+        assert found[16] * 16 == total
+        # What is left are the scalars: the row, the guidance, the key, the partial sums and the loss.
+        rest = {width: count for width, count in found.items() if width != 16}
+        assert rest.keys() <= {4, 8}
+        assert sum(rest.values()) <= 10 + 2 * tiles
+    assert not re.search(r"\b(ld|st)\.local|\.local\b", ptx)
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] <= 96  # five blocks or more on a multiprocessor
+
+
+@pytest.mark.parametrize("cc", ARCHITECTURES)
+def test_odd_shapes_do_not_spill(cc: int, tmp_path: Path) -> None:
+    """Nothing is known to be a multiple of 16: narrow accesses, each tensor still once."""
+    compiled = compiled_step(cc, "bf16", PUBLISHED, aligned=False)
+    loads, stores = accesses(compiled.asm["ptx"])
+    elements = step_triton.BLOCK // (32 * step_triton.WARPS)
+    assert loads[2] == 4 * elements
+    assert stores[2] == 2 * elements
+    assert elements <= loads[4] <= elements + 10
+    assert elements <= stores[4] <= elements + 6
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+
+
+@pytest.mark.parametrize("cc", ARCHITECTURES)
+def test_noise_kernel(cc: int, tmp_path: Path) -> None:
+    compiled = compiled_normal(cc)
+    loads, stores = accesses(compiled.asm["ptx"])
+    assert loads == {8: 1}  # the key
+    assert stores == {16: philox_triton.BLOCK // (4 * 32 * step_triton.WARPS)}
+    assert ".local" not in compiled.asm["ptx"]
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
