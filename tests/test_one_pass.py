@@ -32,10 +32,11 @@ from opd_fast.config import StudentConfig, TeacherConfig
 from opd_fast.models.base import TextEmbeds
 from opd_fast.models.sd3 import SD3
 from opd_fast.objectives import step_weights
-from opd_fast.rollout import RoundBatch, one_pass
+from opd_fast.rollout import INITIAL_NOISE, RoundBatch, one_pass
 from opd_fast.solvers import SOLVERS, solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
+from opd_kernels import philox_normal
 
 STEPS, ETA = 4, 0.7
 RANK, ALPHA = 4, 8.0
@@ -224,8 +225,10 @@ def test_one_pass_equals_reference(world: World, solver: str, guidance: Guidance
         Case(solver="cps", train_last=True),
         Case(solver="dpm2", train_last=True),
         Case(kind="full", teachers="full", guidance=GUIDED),
+        Case(solver="flow_sde", guidance=(1.0, (4.5, 1.0))),
+        Case(solver="ode", guidance=(4.5, (1.0, 1.0))),
     ],
-    ids=lambda case: "-".join(str(v) for k, v in dataclasses.asdict(case).items() if k != "guidance"),
+    ids=lambda case: "-".join(str(value) for value in dataclasses.astuple(case)),
 )
 def test_every_convention_equals_reference(world: World, case: Case) -> None:
     assert_equal(world.engine(case), world.reference(case))
@@ -236,6 +239,20 @@ def test_every_convention_equals_reference(world: World, case: Case) -> None:
 def test_micro_batches_change_nothing(world: World, kind: str, micro_batch: int) -> None:
     case = Case(solver="dpm2", guidance=GUIDED, kind=kind)
     assert_equal(world.engine(case, micro_batch=micro_batch), world.reference(case))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_noise_drawn_from_keys_is_the_noise_given(world: World, micro_batch: int | None) -> None:
+    """Without x and noise the round draws both from its keys, sample by sample, whatever the batch."""
+    keys, shape = world.batch.keys, world.batch.shape
+    given = dataclasses.replace(
+        world.batch,
+        x=philox_normal(keys, shape, INITIAL_NOISE),
+        noise=torch.stack([philox_normal(keys, shape, j) for j in range(STEPS)]),
+    )
+    drawn = dataclasses.replace(world.batch, x=None, noise=None)
+    case = Case(solver="flow_sde", guidance=GUIDED)
+    assert_equal(world.engine(case, batch=drawn, micro_batch=micro_batch), world.engine(case, batch=given))
 
 
 @pytest.mark.parametrize("placement", ["merged", "shared"])
