@@ -171,9 +171,14 @@ def _losses(series: Series, theme: dict[str, Any]) -> Any:
 
 
 def _log(ax: Any, series: Series) -> None:
-    if all(value > 0 for points in series.values() for _, value in points):
+    """A logarithmic axis where the values span more than a decade or so; below that it would have a single tick."""
+    values = [value for points in series.values() for _, value in points]
+    if min(values) > 0 and max(values) > 30 * min(values):
         ax.set_yscale("log")
         ax.minorticks_off()
+    else:
+        ax.ticklabel_format(axis="y", scilimits=(-2, 3))
+        ax.yaxis.get_offset_text().set(color=ax.yaxis.get_ticklabels()[0].get_color(), fontsize=8)
 
 
 def _png(figure: Any) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from opd_fast.config import DETERMINISTIC, Solver
 from opd_fast.errors import UserError, main_guard
+from opd_fast.telemetry import quiet_libraries
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -217,6 +218,7 @@ def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
     settings = _settings(argv)
     pairs = _pair(settings.prompts, settings.rewards)
+    quiet_libraries()
     from opd_fast.prompts import load_prompts
     from opd_fast.rewards import get_reward
 
@@ -315,13 +317,15 @@ def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) ->
     from opd_fast.report import image_grid
 
     title = settings.model if settings.lora is None else f"{settings.model} + {settings.lora}"
-    table = Table(title=title, title_justify="left")
+    console = Console()
+    console.print(title, markup=False, highlight=False)
+    table = Table()
     for heading in ("prompts", "images", "reward", "mean"):
         table.add_column(heading, justify="left" if heading in ("prompts", "reward") else "right")
     for task in tasks:
         for name, value in found.rewards[task.name].items():
             table.add_row(task.name, str(len(task.prompts)), name.replace("_", " "), f"{value:.3f}")
-    Console().print(table)
+    console.print(table)
     for task in tasks:
         if task.name in found.images:
             images = found.images[task.name]

@@ -221,6 +221,15 @@ def annotate(name: str) -> Iterator[None]:
         yield
 
 
+def quiet_libraries() -> None:
+    """Keep transformers from drawing a bar for each component it loads and from warning about image processors that
+    this project does not use. A TRANSFORMERS_VERBOSITY of the user's own is respected; downloads keep their bars."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _cuda() -> bool:
     torch = sys.modules.get("torch")  # whoever has not imported torch has no device to profile
     return torch is not None and bool(torch.cuda.is_available())

@@ -9,6 +9,7 @@ import sys
 
 from opd_fast.command import check_paths, parse, prepare_run_dir
 from opd_fast.errors import main_guard
+from opd_fast.telemetry import quiet_libraries
 
 
 @main_guard
@@ -17,12 +18,14 @@ def main(argv: list[str]) -> int:
     command = parse(argv)
     check_paths(command.config)
     if command.dry_run:
+        quiet_libraries()
         from opd_fast.plan import make_plan, print_plan
 
         print_plan(make_plan(command.config), command.config, command.run_dir)
         return 0
-    prepare_run_dir(command)
 
+    prepare_run_dir(command)
+    quiet_libraries()
     from opd_fast.trainers.loop import train
 
     train(command.config, command.run_dir, resume=command.resume)
