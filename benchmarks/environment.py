@@ -6,7 +6,6 @@ import functools
 import importlib.metadata
 import os
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -40,18 +39,18 @@ def synchronize(device: torch.device) -> None:
 def measured_peaks(device: torch.device) -> dict[str, float | str]:
     """Copy bandwidth (GB/s, bytes read plus bytes written) and matrix rate (TFLOP/s, in the round's dtype).
 
-    Measured once per process, medians over repeats; the tensors are random and larger than the caches. A device shared
-    with other work gives less than it could.
+    Measured once per process, the best of ten: a limit is what the device can do when nothing disturbs it. The tensors
+    are random and larger than the caches.
     """
     dtype = round_dtype(device)
     cuda = device.type == "cuda"
     source = torch.randn((2**30 if cuda else 2**27) // 4, device=device)
     target = torch.empty_like(source)
-    copy = _median_seconds(lambda: target.copy_(source), device)
+    copy = _best_seconds(lambda: target.copy_(source), device)
     size = 8192 if cuda else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    product = _median_seconds(lambda: torch.mm(a, b, out=out), device)
+    product = _best_seconds(lambda: torch.mm(a, b, out=out), device)
     return {
         "copy_gbps": _significant(2 * source.nbytes / copy / 1e9),
         "matmul_tflops": _significant(2 * size**3 / product / 1e12),
@@ -59,7 +58,7 @@ def measured_peaks(device: torch.device) -> dict[str, float | str]:
     }
 
 
-def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+def _best_seconds(work: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
     calls = 10 if device.type == "cuda" else 1
     seconds = []
     for attempt in range(repeats + 1):
@@ -70,7 +69,7 @@ def _median_seconds(work: Callable[[], object], device: torch.device, repeats: i
         synchronize(device)
         if attempt:  # the first warms up
             seconds.append((time.perf_counter() - start) / calls)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def device_name(device: torch.device) -> str:
     except OSError:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cores} cores"
+    return f"{model}, {cores} core{'' if cores == 1 else 's'}"
 
 
 def _git(*arguments: str) -> str | None:

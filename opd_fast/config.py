@@ -43,7 +43,7 @@ class ModelConfig:
 
     path: str = option("diffusers pipeline folder or hub id; bundled: the small pipeline in the package", "bundled")
     family: str = option("model family (sd3); auto reads it from the pipeline", "auto")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
         "of the frozen weights and of every forward; auto: bfloat16 on a GPU that has it, float32 elsewhere", "auto"
     )
     resolution: int = option("height and width of the images, in pixels", 32)
@@ -156,8 +156,6 @@ class EngineConfig:
         "merged: each teacher is a merged copy of the transformer; shared: teachers are adapters on one base", "merged"
     )
     compile: Literal["auto", "on", "off"] = option("torch.compile of the blocks; auto: on a GPU", "auto")
-    graphs: Literal["auto", "off"] = option("CUDA graphs; auto: where there is a GPU", "auto")
-    attention: Literal["auto", "sdpa"] = option("attention backend", "auto")
     precision: Literal["auto", "float32", "tf32"] = option(
         "auto: as model.dtype says; float32: everything in float32; tf32: float32 weights, TF32 products (GPU)", "auto"
     )

@@ -36,7 +36,6 @@ class Resolved:
     device: torch.device
     dtype: torch.dtype
     compile: bool
-    graphs: bool
     tf32: bool
 
 
@@ -75,7 +74,6 @@ def resolve(config: Config) -> Resolved:
         device=device,
         dtype=pick_dtype(config.model.dtype, config.engine.precision, device),
         compile=config.engine.compile == "on" or (config.engine.compile == "auto" and on_gpu),
-        graphs=config.engine.graphs == "auto" and on_gpu,
         tf32=config.engine.precision == "tf32",
     )
 
@@ -315,7 +313,7 @@ def print_plan(plan: Plan, config: Config, run_dir: Path) -> None:
 
 def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     r = plan.resolved
-    switches = f"compile {'on' if r.compile else 'off'}, CUDA graphs {'on' if r.graphs else 'off'}"
+    switches = f"compile {'on' if r.compile else 'off'}"
     tasks = len(config.teachers)
     work = ", ".join(f"{name} {rows}" for name, rows in plan.round_rows.items())
     c, h, w = plan.latent

@@ -12,6 +12,7 @@ from opd_fast.errors import UserError
 from opd_fast.evaluate import EvalTask
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
+from opd_fast.plan import resolve
 from opd_fast.prompts import EmbeddingCache, Prompt, load_prompts
 from opd_fast.rewards import REPORTED
 from opd_fast.rollout import INITIAL_NOISE
@@ -19,8 +20,6 @@ from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
 from opd_fast.velocity import Conditioning
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -43,22 +42,11 @@ class Setup:
     text: EmbeddingCache
 
 
-def choose_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The weights' type: `auto` is bfloat16 on a GPU that has it, float32 elsewhere."""
-    if name != "auto":
-        return DTYPES[name]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
 def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     """Load what `config` names. Raises ValueError, naming the setting, for what is missing or does not fit."""
-    device = choose_device()
-    dtype = choose_dtype(config.model.dtype, device)
-    torch.backends.cuda.matmul.allow_tf32 = config.engine.precision == "tf32"
+    resolved = resolve(config)
+    device, dtype = resolved.device, resolved.dtype
+    torch.backends.cuda.matmul.allow_tf32 = resolved.tf32
     model = load_model(
         config.model.path,
         config.model.family,
@@ -81,22 +69,16 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     model.release_text_encoders()
     say(f"encoded {len(text)} distinct prompts")
 
-    # Teachers first: merged copies are taken from the base before the student's adapters go onto it.
     teachers = TeacherBank.load(model, config.teachers, config.engine.placement)
     student = Student.build(model, config.student, seed=config.train.seed)
     sigma = table.sigmas[0].float().to(device)
     probe = torch.randn(1, *shape, generator=torch.Generator().manual_seed(INITIAL_NOISE)).to(device)
     teachers.check(probe, sigma, Conditioning.build(text.negative, None, 1.0))
-    if compiled(config, device):
+    if resolved.compile:
         compile_blocks(model, student, teachers)
     trainable = sum(p.numel() for p in student.parameters())
     say(f"student trains {trainable:,} parameters in {dtype}".replace("torch.", "") + f" on {device}")
     return Setup(config, model, student, teachers, table, evaluation_table, shape, prompts, tasks, text)
-
-
-def compiled(config: Config, device: torch.device) -> bool:
-    """Whether blocks are compiled: `auto` does so on a GPU."""
-    return config.engine.compile == "on" or (config.engine.compile == "auto" and device.type == "cuda")
 
 
 def compile_blocks(model: DiffusionModel, student: Student, teachers: TeacherBank) -> None:
