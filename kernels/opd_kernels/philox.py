@@ -16,9 +16,7 @@ This file is the twin (numpy, for the CPU) and the public operator; `philox_trit
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -37,7 +35,7 @@ _MUL = (0xD2511F53, 0xCD9E8D57)  # multipliers of (c0, c2)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # key increments of (k0, k1)
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
-_CHUNK = 8192  # counters a pass: six uint64 arrays of this length stay in a core's L2 cache
+_CHUNK = 16384  # counters a pass: six uint64 arrays of this length stay in a core's cache
 
 _U64 = NDArray[np.uint64]
 
@@ -144,11 +142,6 @@ def _chunks(batch: int, quads: int) -> Iterator[tuple[int, int, int, int]]:
             yield i, min(i + rows, batch), 0, quads
 
 
-@cache
-def _pool(workers: int, pid: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="philox")
-
-
 def normal_reference(keys: Tensor, elements: int, counter: int) -> Tensor:
     """(B, elements) float32 standard normals on the CPU, for keys (B,) int64. numpy does the integer work."""
     batch = keys.shape[0]
@@ -158,22 +151,12 @@ def normal_reference(keys: Tensor, elements: int, counter: int) -> Tensor:
         return torch.empty(batch, elements)
     rounds = _round_keys(np.ascontiguousarray(keys.numpy()))
 
-    def work(chunk: tuple[int, int, int, int]) -> None:
-        i, j, start, stop = chunk
+    for i, j, start, stop in _chunks(batch, quads):
         _fill(out[i:j, 4 * start : 4 * stop], rounds[:, :, i:j], start, stop, counter)
-
-    chunks = list(_chunks(batch, quads))
-    workers = min(torch.get_num_threads(), len(chunks))
-    if workers > 1:  # numpy releases the interpreter lock inside its loops; every chunk writes its own place
-        list(_pool(workers, os.getpid()).map(work, chunks))
-    else:
-        for chunk in chunks:
-            work(chunk)
     noise = torch.from_numpy(out)
     return noise if elements == 4 * quads else noise[:, :elements].contiguous()
 
 
-@torch.library.custom_op("opd_kernels::philox_normal", mutates_args=())
 def _philox_normal(keys: Tensor, shape: Sequence[int], counter: int, counter_tensor: Tensor | None) -> Tensor:
     elements = math.prod(shape)
     if keys.is_cuda:
@@ -185,9 +168,15 @@ def _philox_normal(keys: Tensor, shape: Sequence[int], counter: int, counter_ten
     return normal_reference(keys, elements, counter).view(keys.shape[0], *shape)
 
 
-@_philox_normal.register_fake
-def _(keys: Tensor, shape: Sequence[int], counter: int, counter_tensor: Tensor | None) -> Tensor:
+def _fake(keys: Tensor, shape: Sequence[int], counter: int, counter_tensor: Tensor | None) -> Tensor:
     return keys.new_empty((keys.shape[0], *shape), dtype=torch.float32)
+
+
+_NAME = "opd_kernels::philox_normal"
+torch.library.define(_NAME, torch.library.infer_schema(_philox_normal, mutates_args=()))
+torch.library.impl(_NAME, ("cpu", "cuda"), _philox_normal)
+torch.library.register_fake(_NAME, _fake)
+_OP = torch.ops.opd_kernels.philox_normal.default
 
 
 def philox_normal(keys: Tensor, shape: Sequence[int], counter: int | Tensor) -> Tensor:
@@ -211,7 +200,7 @@ def philox_normal(keys: Tensor, shape: Sequence[int], counter: int | Tensor) -> 
     if isinstance(counter, Tensor):
         if counter.dtype != torch.int64 or counter.dim() != 0 or counter.device != keys.device:
             raise ValueError(f"counter must be an int, or a 0-dim int64 tensor on {keys.device} like keys")
-        return _philox_normal(keys, list(shape), 0, counter)
+        return _OP(keys, list(shape), 0, counter)
     if not 0 <= counter < 2**32:
         raise ValueError(f"counter must lie in [0, 2^32), got {counter}")
-    return _philox_normal(keys, list(shape), counter, None)
+    return _OP(keys, list(shape), counter, None)

@@ -15,6 +15,7 @@ carries b^2/(2 std^2), or b^2/2 for a deterministic step.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
@@ -54,16 +55,14 @@ def _velocity(cond: Tensor, uncond: Tensor | None, guidance: Tensor, dtype: torc
     c = cond.to(dtype)
     if uncond is None:
         return c
-    scales: list[float] = guidance.tolist()
-    rest = [i for i, g in enumerate(scales) if g == 1.0]
-    if len(rest) == len(scales):
-        return c
-    u = uncond.to(dtype)
-    if scales.count(scales[0]) == len(scales):
-        return torch.lerp(u, c, scales[0])
-    v = torch.lerp(u, c, guidance.to(dtype).view(-1, *[1] * (c.dim() - 1)))
-    for i in rest:
-        v[i] = c[i]
+    u, v, first = uncond.to(dtype), torch.empty(c.shape, dtype=dtype, device=c.device), 0
+    for g, run in groupby(guidance.tolist()):  # neighbours of equal guidance in one call: most often all of a task
+        rows = slice(first, first + len(list(run)))
+        first = rows.stop
+        if g == 1.0:
+            v[rows] = c[rows]
+        else:
+            torch.lerp(u[rows], c[rows], g, out=v[rows])
     return v
 
 
@@ -115,15 +114,17 @@ def fused_step_reference(
                 x_next.add_(noise, alpha=std)
         x0 = torch.sub(x, v_s, alpha=sigma) if want_x0 or history is not None else None
 
-        gap = torch.sub(v_s, v_t).contiguous()
-        flat = gap.flatten(1)  # a view: every pass below is over the same memory
+        # Velocities that were made here are of no further use: the gradients take over their memory.
+        made = v_t is not cond_t and v_t.is_contiguous()
+        gap = torch.sub(v_s, v_t, out=v_t if made else torch.empty_like(x))
+        flat = gap.flatten(1)
         factor = torch.mul(scale, weight / flat.shape[1] if reduction == "mean" else weight)
         loss = torch.linalg.vector_norm(flat, dim=1).square_().mul_(factor)
         slope = factor.mul_(2.0).to(dtype).unsqueeze(1)
         grad_uncond = None
         if uncond_s is not None:
             g = guidance_s.to(dtype).unsqueeze(1)
-            grad_uncond = torch.mul(flat, slope * (1.0 - g)).view_as(x).to(uncond_s.dtype)
+            grad_uncond = torch.mul(flat, slope * (1.0 - g), out=v_s.flatten(1)).view_as(x).to(uncond_s.dtype)
             slope = slope * g
         flat.mul_(slope)
         return StepOutput(x_next, loss, gap.to(cond_s.dtype), grad_uncond, x0, mean_s, mean_t)
