@@ -39,18 +39,18 @@ def synchronize(device: torch.device) -> None:
 def measured_peaks(device: torch.device) -> dict[str, float | str]:
     """Copy bandwidth (GB/s, bytes read plus bytes written) and matrix rate (TFLOP/s, in the round's dtype).
 
-    Measured once per process, the best of ten: a limit is what the device can do when nothing disturbs it. The tensors
-    are random and larger than the caches.
+    Measured once per process, the best of many: a limit is what the device can do when nothing disturbs it. The
+    tensors are random, and those that are copied larger than the caches.
     """
     dtype = round_dtype(device)
     cuda = device.type == "cuda"
     source = torch.randn((2**30 if cuda else 2**27) // 4, device=device)
     target = torch.empty_like(source)
-    copy = _best_seconds(lambda: target.copy_(source), device)
-    size = 8192 if cuda else 2048
+    copy = _best_seconds(lambda: target.copy_(source), device, 10)
+    size = 8192 if cuda else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    product = _best_seconds(lambda: torch.mm(a, b, out=out), device)
+    product = _best_seconds(lambda: torch.mm(a, b, out=out), device, 10 if cuda else 40)
     return {
         "copy_gbps": _significant(2 * source.nbytes / copy / 1e9),
         "matmul_tflops": _significant(2 * size**3 / product / 1e12),
@@ -58,7 +58,7 @@ def measured_peaks(device: torch.device) -> dict[str, float | str]:
     }
 
 
-def _best_seconds(work: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+def _best_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     calls = 10 if device.type == "cuda" else 1
     seconds = []
     for attempt in range(repeats + 1):
