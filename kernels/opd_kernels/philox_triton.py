@@ -80,7 +80,8 @@ def launch_normal(keys: Tensor, elements: int, counter: int, counter_tensor: Ten
     out = torch.empty((batch, elements), dtype=torch.float32, device=keys.device)
     if out.numel():
         blocks = triton.cdiv(elements, BLOCK)
-        normal_kernel[(batch * blocks,)](
-            keys.contiguous(), out, counter, counter_tensor, elements, blocks, BLOCK=BLOCK, num_warps=4
-        )
+        with torch.cuda.device_of(out):  # Triton launches on the current device, which may be another one
+            normal_kernel[(batch * blocks,)](
+                keys.contiguous(), out, counter, counter_tensor, elements, blocks, BLOCK=BLOCK, num_warps=4
+            )
     return out

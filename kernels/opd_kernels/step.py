@@ -224,6 +224,28 @@ def fused_step(
         if not 0 <= step < table.shape[0]:
             raise ValueError(f"step must lie in [0, {table.shape[0]}), the rows of table, got {step}")
         index, tensor = step, None
+    if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        grads = cond_s.requires_grad or (uncond_s is not None and uncond_s.requires_grad)
+        if not (grads and torch.is_grad_enabled()):
+            # Nothing to record: straight to the twin, since the operator's dispatch takes as long as half a small step.
+            return fused_step_reference(
+                x,
+                cond_s,
+                uncond_s,
+                cond_t,
+                uncond_t,
+                guidance_s,
+                guidance_t,
+                table,
+                step,
+                scale,
+                noise=noise,
+                keys=keys,
+                history=history,
+                want_x0=want_x0,
+                return_means=return_means,
+                reduction=reduction,
+            )
     x_next, loss, grad_cond, grad_uncond, x0, mean_s, mean_t = _OP(
         x,
         cond_s,

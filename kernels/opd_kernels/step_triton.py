@@ -239,38 +239,39 @@ def launch_step(
     tiles = _tiles(batch * triton.cdiv(elements, BLOCK))
     blocks = triton.cdiv(elements, BLOCK * tiles)
     partial = torch.empty((batch, blocks), dtype=torch.float32, device=x.device) if blocks > 1 else None
-    arrived = _arrivals.take(x.device, batch) if blocks > 1 else None
     states = (x, cond_s, uncond_s, cond_t, uncond_t, noise, history)
     pairs = [(None, 0) if t is None else _batched(t) for t in states]
     tensors, strides = [t for t, _ in pairs], [stride for _, stride in pairs]
     on_device = isinstance(step, Tensor)
-    step_kernel[(batch * blocks,)](
-        *tensors[:6],
-        None if keys is None else keys.contiguous(),
-        tensors[6],
-        guidance_s.contiguous(),
-        guidance_t.contiguous(),
-        scale.contiguous(),
-        table.contiguous(),
-        step if on_device else None,
-        x_next,
-        loss,
-        grad_cond,
-        grad_uncond,
-        x0,
-        mean_s,
-        mean_t,
-        partial,
-        arrived,
-        *strides,
-        elements,
-        blocks,
-        table.shape[0],
-        0 if on_device else step,
-        1.0 / elements if reduction == "mean" else 1.0,
-        TILES=tiles,
-        PASSES=triton.cdiv(blocks, BLOCK),
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(x_next):  # Triton launches on the current device, which may be another one
+        arrived = _arrivals.take(x_next.device, batch) if blocks > 1 else None
+        step_kernel[(batch * blocks,)](
+            *tensors[:6],
+            None if keys is None else keys.contiguous(),
+            tensors[6],
+            guidance_s.contiguous(),
+            guidance_t.contiguous(),
+            scale.contiguous(),
+            table.contiguous(),
+            step if on_device else None,
+            x_next,
+            loss,
+            grad_cond,
+            grad_uncond,
+            x0,
+            mean_s,
+            mean_t,
+            partial,
+            arrived,
+            *strides,
+            elements,
+            blocks,
+            table.shape[0],
+            0 if on_device else step,
+            1.0 / elements if reduction == "mean" else 1.0,
+            TILES=tiles,
+            PASSES=triton.cdiv(blocks, BLOCK),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
     return out
