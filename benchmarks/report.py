@@ -40,7 +40,7 @@ Every figure on this page is rendered from a file in `benchmarks/results`, which
   (`reference.py`: eager, three passes, adapters unmerged and switched), measured in one process in turn, one round of
   each, so that a drift of the machine meets both; the ratio is the median over those pairs. Same prompts, steps,
   guidance and samples; no text encoding, image decoding or reward in either. *Compiled* is the same three passes with
-  bfloat16 weights and compiled blocks.
+  compiled blocks and bfloat16 weights (float32 on a CPU).
 - **Step**: the fused step (on a CPU its torch twin) against the eager step of the published loop, and against
   `torch.compile` of the same maths.
 - **Share of the limit**: of the floor for a round (the forwards and backwards that the algorithm cannot do without, at
