@@ -141,9 +141,9 @@ def make_plan(config: Config) -> Plan:
 
     per_task = config.train.samples_per_task
     samples = per_task * len(config.teachers)
-    text_tokens = CLIP_TOKENS
-    if has_component(index, "text_encoder_3"):
-        text_tokens += 128 if config.model.max_sequence_length is None else config.model.max_sequence_length
+    default_t5 = 128 if has_component(index, "text_encoder_3") else 0
+    t5_tokens = config.model.max_sequence_length
+    text_tokens = _clip_tokens(folder) + (default_t5 if t5_tokens is None else t5_tokens)
     targets = _targets(config, index)
     modules = None if config.student.kind == "full" else lora_modules(transformer, targets)
     parameters = sum(p.numel() for p in transformer.parameters())
@@ -183,8 +183,14 @@ def _config_folder(path: str) -> Path:
     from opd_fast.models.folder import fetch, resolve_pipeline
 
     if path != "bundled" and not Path(path).expanduser().exists() and looks_like_hub_id(path):
-        return fetch(path, ["model_index.json", "*/config.json", "scheduler/*"])
+        return fetch(path, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/tokenizer_config.json"])
     return resolve_pipeline(path)
+
+
+def _clip_tokens(folder: Path) -> int:
+    """The length the pipeline pads CLIP's prompts to: its first tokenizer's, or CLIP's own."""
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    return int(_json(path).get("model_max_length", CLIP_TOKENS)) if path.is_file() else CLIP_TOKENS
 
 
 def _json(path: Path) -> dict[str, Any]:

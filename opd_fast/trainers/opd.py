@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from opd_fast.objectives import step_weights
-from opd_fast.prompts import PromptSource
 from opd_fast.rollout import RoundBatch, RoundOutput, one_pass
 from opd_fast.seeds import noise_keys
 from opd_fast.trainers.setup import Setup
@@ -27,9 +26,6 @@ class OPD:
         self.setup = setup
         config = setup.config
         self.weight = step_weights(setup.table, config.objective.kind)
-        self.sources = [
-            PromptSource(len(prompts), config.train.seed, stream) for stream, prompts in enumerate(setup.prompts)
-        ]
         per_task = config.train.samples_per_task
         total = sum(teacher.weight for teacher in config.teachers)
         shares = [teacher.weight / total / per_task for teacher in config.teachers]
@@ -42,7 +38,7 @@ class OPD:
         setup, seed, per_task = self.setup, self.setup.config.train.seed, self.setup.config.train.samples_per_task
         texts = [
             prompts[i].text
-            for prompts, source in zip(setup.prompts, self.sources, strict=True)
+            for prompts, source in zip(setup.prompts, setup.sources, strict=True)
             for i in source.batch(index, per_task)
         ]
         keys = [noise_keys(seed, ROLLOUT_STREAM, index, task, samples=per_task) for task, _ in self.tasks]

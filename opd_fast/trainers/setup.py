@@ -13,7 +13,7 @@ from opd_fast.evaluate import EvalTask
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.plan import resolve
-from opd_fast.prompts import EmbeddingCache, Prompt, load_prompts
+from opd_fast.prompts import EmbeddingCache, Prompt, PromptSource, load_prompts
 from opd_fast.rewards import REPORTED
 from opd_fast.rollout import INITIAL_NOISE
 from opd_fast.solvers import SolverTable, solver_table
@@ -37,6 +37,8 @@ class Setup:
     """(C, H, W) of a latent."""
     prompts: list[list[Prompt]]
     """The training prompts of each teacher's task."""
+    sources: list[PromptSource]
+    """Which of them a round takes."""
     tasks: list[EvalTask]
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
@@ -63,9 +65,14 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     evaluation_table = solver_table("ode", model.sigmas(config.evaluation.steps, resolution), 0.0)
 
     prompts = [load_prompts(teacher.prompts) for teacher in config.teachers]
+    sources = [PromptSource(len(p), config.train.seed, stream) for stream, p in enumerate(prompts)]
     tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config)) is not None]
-    texts = [p.text for source in [*prompts, *(task.prompts for task in tasks)] for p in source]
-    text = EmbeddingCache.build(model, texts)
+    # Only what this run will meet: a prompt's T5 embedding is large, and files hold many times a run's prompts.
+    train = config.train
+    met = [
+        p[i].text for p, s in zip(prompts, sources, strict=True) for i in s.seen(train.rounds, train.samples_per_task)
+    ]
+    text = EmbeddingCache.build(model, met + [p.text for task in tasks for p in task.prompts])
     model.release_text_encoders()
     say(f"encoded {len(text)} distinct prompts")
 
@@ -78,7 +85,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
         compile_blocks(model, student, teachers)
     trainable = sum(p.numel() for p in student.parameters())
     say(f"student trains {trainable:,} parameters in {dtype}".replace("torch.", "") + f" on {device}")
-    return Setup(config, model, student, teachers, table, evaluation_table, shape, prompts, tasks, text)
+    return Setup(config, model, student, teachers, table, evaluation_table, shape, prompts, sources, tasks, text)
 
 
 def compile_blocks(model: DiffusionModel, student: Student, teachers: TeacherBank) -> None:
