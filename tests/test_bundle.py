@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -31,23 +32,21 @@ def model() -> DiffusionModel:
 @pytest.fixture(scope="module")
 def rewards(model: DiffusionModel) -> dict[str, dict[str, float]]:
     """Rewards of the base, and of each teacher on its own task."""
-    import copy
-
     prompts = {task: load_prompts(f"bundled/{task}", "test") for task in TASKS}
     tasks = {t: EvalTask(t, [p[i % len(p)] for i in range(PROMPTS)], [t]) for t, p in prompts.items()}
     text = EmbeddingCache.build(model, [p.text for source in prompts.values() for p in source])
     table = solver_table("ode", model.sigmas(12, 32), 0.0)
-    options = {"shape": model.latent_shape(32), "guidance": 1.0, "seed": 0, "text": text}
-    found = {
-        "base": {
-            t: r[t]
-            for t, r in evaluate(model, model.transformer, list(tasks.values()), table, **options).rewards.items()
-        }
-    }  # type: ignore[arg-type]
+
+    def judge(transformer: torch.nn.Module, *names: str) -> dict[str, float]:
+        chosen, shape = [tasks[name] for name in names], model.latent_shape(32)
+        result = evaluate(model, transformer, chosen, table, shape=shape, guidance=1.0, seed=0, text=text)
+        return {name: result.rewards[name][name] for name in names}
+
+    found = {"base": judge(model.transformer, *TASKS)}
     for task in TASKS:
         teacher = copy.deepcopy(model.transformer)
         merge_into(teacher, read_lora(f"bundled/{task}"))
-        found[task] = evaluate(model, teacher, [tasks[task]], table, **options).rewards[task]  # type: ignore[arg-type]
+        found[task] = judge(teacher, task)
     return found
 
 

@@ -125,7 +125,7 @@ def test_tokenizer_keeps_letters_of_words_apart(tmp_path) -> None:  # type: igno
     assert max(lengths) <= build.TOKENS
     words = tokenizer.tokenize('a sign that says "HK"')
     assert words[-4:] == ['"</w>', "h", "k</w>", '"</w>']
-    assert tokenizer.tokenize("a photo of a red circle") == [w + "</w>" for w in "a photo of a red circle".split()]
+    assert tokenizer.tokenize("three red triangles") == ["three</w>", "red</w>", "triangles</w>"]
 
 
 def test_unknown_reward_names_the_nearest() -> None:

@@ -13,6 +13,7 @@ Stages, each leaving its result in the output folder, so that a later one can be
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -139,10 +140,11 @@ def make_vae() -> Any:
 def _merged(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """Byte-pair encoding of one word: the earliest merge that applies goes first."""
     while True:
-        pairs = [pair for pair in zip(parts, parts[1:], strict=False) if pair in merges]
-        if not pairs:
+        pairs = list(itertools.pairwise(parts))
+        known = [pair for pair in pairs if pair in merges]
+        if not known:
             return parts
-        i = list(zip(parts, parts[1:], strict=False)).index(min(pairs, key=merges.index))
+        i = pairs.index(min(known, key=merges.index))
         parts[i : i + 2] = ["".join(parts[i : i + 2])]
 
 
