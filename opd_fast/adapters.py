@@ -73,7 +73,7 @@ class _Renamed(nn.Module):
         super().__init__()
         self._named = modules
 
-    def named_modules(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Module]]:  # type: ignore[override]
+    def named_modules(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Module]]:
         yield from self._named.items()
 
 

@@ -197,7 +197,9 @@ def sample(
             following = following + h * x0
         if table.uses_history:
             x0 = x - sigma * velocity
-        if std > 0:
-            following = following + std * (philox_normal(keys, x.shape[1:], j) if noise is None else noise[j])
+        if std > 0 and noise is not None:
+            following = following + std * noise[j]
+        elif std > 0 and keys is not None:
+            following = following + std * philox_normal(keys, x.shape[1:], j)
         x = following
     return x
