@@ -105,8 +105,9 @@ def one_pass(
     rows = table.rows(weight, batch.keys.device)
     losses = torch.empty(steps, len(batch), device=batch.keys.device)
     states = []
-    for part_rows, part in batch.split(micro_batch):
-        states.append(_roll_out(model, student, teachers, part, table, rows, losses[:, part_rows], reduction))
+    with student.at_rest():
+        for part_rows, part in batch.split(micro_batch):
+            states.append(_roll_out(model, student, teachers, part, table, rows, losses[:, part_rows], reduction))
     return RoundOutput(losses, torch.cat(states))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from opd_fast.adapters import use_adapter
 from opd_fast.config import StudentConfig
 from opd_fast.lora import find_lora, read_lora
+from opd_fast.merged import MergedLayers
 from opd_fast.models.base import DiffusionModel
 from opd_fast.velocity import Conditioning, Velocities, velocities
 from opd_fast.weights import load_transformer
@@ -33,6 +34,7 @@ class Student:
         self._model = model
         self._named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
         self._ema_parameters = [p.detach().clone() for _, p in self._named]
+        self._merged = MergedLayers(transformer, ADAPTER) if config.kind == "lora" else None
         # Float32 adapters on a half-precision base compute in the base's type; without autocast PEFT would cast up.
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
@@ -64,6 +66,12 @@ class Student:
             return velocities(model, self.transformer, x, sigma, condition)
 
     @contextlib.contextmanager
+    def at_rest(self) -> Iterator[nn.Module]:
+        """The transformer while its weights stand still, as in a round: LoRA is merged, gradients flow all the same."""
+        with self._merged.active() if self._merged is not None else contextlib.nullcontext():
+            yield self.transformer
+
+    @contextlib.contextmanager
     def base(self) -> Iterator[nn.Module]:
         """The frozen base that student and teachers come from."""
         with use_adapter(self._model.transformer, None) as transformer:
@@ -86,7 +94,8 @@ class Student:
         held = [p.detach().clone() for p in self.parameters()]
         self._assign(self._ema_parameters)
         try:
-            yield self.transformer
+            with self.at_rest() as transformer:
+                yield transformer
         finally:
             self._assign(held)
 

@@ -18,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ LATENT_CHANNELS = 4
 TEXT_WIDTH = 96
 WIDTH = 192
 TOKENS = 16
-SHARES = {"composition": 0.45, "text": 0.35, "colour": 0.2}
+SHARES = {"composition": 0.6, "text": 0.25, "colour": 0.15}
 STAGES = ("prompts", "vae", "generalist", "base", "teachers")
 
 
@@ -41,16 +41,18 @@ class Recipe:
     """Sizes of each stage; the defaults make the committed bundle."""
 
     seed: int = 0
-    pool: int = 60_000
+    pool: int = 40_000
     vae_steps: int = 1500
     generalist_steps: int = 6000
-    base_steps: int = 500
-    swapped_captions: float = 0.5
+    base_steps: int = 1000
+    swapped_captions: float = 0.35
     """Share of composition and text captions swapped for another of the same task in the `base` stage."""
-    teacher_steps: int = 500
+    teacher_steps: dict[str, int] = field(
+        default_factory=lambda: {"composition": 700, "text": 600, "colour": 250}, hash=False
+    )
     teacher_pool: int = 12_000
     teacher_rank: int = 16
-    batch: int = 64
+    batch: int = 32
 
 
 def log(text: str) -> None:
@@ -379,7 +381,7 @@ def train_generator(recipe: Recipe, out: Path, work: Path, *, stage: str) -> Non
             swapped=0 if from_scratch else recipe.swapped_captions,
         ),
         steps=recipe.generalist_steps if from_scratch else recipe.base_steps,
-        lr=1.0e-3 if from_scratch else 3e-4,
+        lr=1.0e-3 if from_scratch else 6e-4,
         name=stage,
         on_step=on_step,
     )
@@ -419,7 +421,7 @@ def make_teacher(recipe: Recipe, out: Path, task: str) -> None:
         model,
         [p for p in transformer.parameters() if p.requires_grad],
         batches(pools, {task: 1.0}, tokenizer, recipe.batch),
-        steps=recipe.teacher_steps,
+        steps=recipe.teacher_steps[task],
         lr=1e-3,
         name=f"teacher {task}",
         on_step=average.update,

@@ -34,6 +34,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "magenta": (0.95, 0.2, 0.9),
 }
 RELATIONS = ("left of", "right of", "above", "below")
+RADII = {1: (6.0, 7.4), 2: (5.4, 6.6), 3: (4.7, 5.4)}
+"""Range of an object's radius in pixels, by how many share the scene."""
 COUNTS = {1: "a", 2: "two", 3: "three"}
 LETTERS = "ACEHKLOTXZ"
 TEXT_TEMPLATES = ('a sign that says "{}"', 'a poster with the word "{}"', 'a label that reads "{}"')
@@ -187,13 +189,14 @@ def _related(relation: str, x: float, y: float, anchor: Object) -> bool:
 
 
 def _composition_scene(record: dict[str, Any], rng: np.random.Generator) -> Scene:
+    total = sum(item["count"] for item in record["include"])
     while True:  # places are drawn until all objects fit; a dead end starts again
         objects: list[Object] = []
         for item in record["include"]:
             anchor = objects[item["position"][1]] if "position" in item else None
             for _ in range(item["count"]):
                 for _attempt in range(60):
-                    radius = rng.uniform(4.0, 5.2)
+                    radius = rng.uniform(*RADII[total])
                     x, y = rng.uniform(radius + 1, SIZE - radius - 1, 2)
                     if _apart(x, y, radius, objects) and (
                         anchor is None or _related(item["position"][0], x, y, anchor)
@@ -202,7 +205,7 @@ def _composition_scene(record: dict[str, Any], rng: np.random.Generator) -> Scen
                             Object(item["class"], float(x), float(y), float(radius), _tint(item["color"], rng))
                         )
                         break
-        if len(objects) == sum(item["count"] for item in record["include"]):
+        if len(objects) == total:
             return Scene(_dark(rng), tuple(objects))
 
 
@@ -221,7 +224,7 @@ def _paint(rng: np.random.Generator, vivid: bool, hue: float) -> Rgb:
 
 def _colour_scene(plan: dict[str, Any], rng: np.random.Generator, vivid: bool | None) -> Scene:
     if vivid is None:
-        vivid = rng.random() < 0.15
+        vivid = rng.random() < 0.25
     hue = rng.random()
     ground, second = _paint(rng, vivid, hue), _paint(rng, vivid, hue + rng.uniform(0.35, 0.65))
     radius = 3.5 if plan["size"] == "small" else 5.5
@@ -236,7 +239,7 @@ def _colour_scene(plan: dict[str, Any], rng: np.random.Generator, vivid: bool | 
 def scene(task: str, prompt: ScenePrompt, rng: np.random.Generator, *, vivid: bool | None = None) -> Scene:
     """A random scene that `prompt` describes.
 
-    `vivid` fixes the palette of a colour scene; None leaves it open (15 % vivid), as the prompt does.
+    `vivid` fixes the palette of a colour scene; None leaves it open (a quarter is vivid), as the prompt does.
     """
     if task == "composition":
         return _composition_scene(prompt.metadata, rng)
