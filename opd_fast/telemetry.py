@@ -163,16 +163,19 @@ class _Lines:
 
     def __init__(self, rounds: int, start: int) -> None:
         self._rounds, self._done = rounds, start
-        self._first, self._began, self._said = start, time.monotonic(), -PLAIN_SECONDS
+        self._first, self._last, self._said = start, time.monotonic(), -PLAIN_SECONDS
+        self._spent = 0.0
 
     def round(self, index: int, metrics: dict[str, float]) -> None:
         now = time.monotonic()
-        self._done = index + 1
+        # A round's own time where it is told: evaluations between rounds do not repeat with each.
+        self._spent += metrics.get("seconds", now - self._last)
+        self._done, self._last = index + 1, now
         if now - self._said < PLAIN_SECONDS and self._done < self._rounds:
             return
         self._said = now
         # The first round warms up caches and compilers, but it is all there is to go by at first.
-        left = (now - self._began) / max(self._done - self._first, 1) * (self._rounds - self._done)
+        left = self._spent / max(self._done - self._first, 1) * (self._rounds - self._done)
         print(
             f"round {self._done}/{self._rounds}  {_status(metrics)}  left {_clock(left)}", file=sys.stderr, flush=True
         )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from opd_fast.command import read_config
 from opd_fast.evaluate import EvalTask, evaluate, task_keys
 from opd_fast.lora import merge_into, read_lora
 from opd_fast.models import DiffusionModel, load_model
@@ -21,7 +22,8 @@ from opd_kernels import philox_normal
 from tests.runs import settings
 
 TASKS = ("composition", "text", "colour")
-PROMPTS = 48
+PROMPTS = 64
+RECIPE = Path(__file__).resolve().parents[1] / "opd_fast" / "recipes" / "bundled.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +33,25 @@ def model() -> DiffusionModel:
 
 @pytest.fixture(scope="module")
 def rewards(model: DiffusionModel) -> dict[str, dict[str, float]]:
-    """Rewards of the base, and of each teacher on its own task."""
+    """Rewards of the base, and of each teacher on its own task, with the guidance the recipe gives it."""
     prompts = {task: load_prompts(f"bundled/{task}", "test") for task in TASKS}
     tasks = {t: EvalTask(t, [p[i % len(p)] for i in range(PROMPTS)], [t]) for t, p in prompts.items()}
     text = EmbeddingCache.build(model, [p.text for source in prompts.values() for p in source])
-    table = solver_table("ode", model.sigmas(12, 32), 0.0)
+    table = solver_table("ode", model.sigmas(20, 32), 0.0)
 
-    def judge(transformer: torch.nn.Module, *names: str) -> dict[str, float]:
+    recipe = read_config(RECIPE)
+    guidance = {teacher.name: teacher.guidance for teacher in recipe.teachers}
+
+    def judge(transformer: torch.nn.Module, strength: float, *names: str) -> dict[str, float]:
         chosen, shape = [tasks[name] for name in names], model.latent_shape(32)
-        result = evaluate(model, transformer, chosen, table, shape=shape, guidance=1.0, seed=0, text=text)
+        result = evaluate(model, transformer, chosen, table, shape=shape, guidance=strength, seed=0, text=text)
         return {name: result.rewards[name][name] for name in names}
 
-    found = {"base": judge(model.transformer, *TASKS)}
+    found = {"base": judge(model.transformer, recipe.student.guidance, *TASKS)}
     for task in TASKS:
         teacher = copy.deepcopy(model.transformer)
         merge_into(teacher, read_lora(f"bundled/{task}"))
-        found[task] = judge(teacher, task)
+        found[task] = judge(teacher, guidance[task], task)
     return found
 
 
@@ -69,8 +74,7 @@ def test_diffusers_draws_what_the_engine_draws(model: DiffusionModel, tmp_path: 
     """After two rounds: the exported student in diffusers' own pipeline, from the same noise."""
     from diffusers import StableDiffusion3Pipeline
 
-    recipe = Path(__file__).resolve().parents[1] / "opd_fast" / "recipes" / "bundled.yaml"
-    config = settings(recipe, train__rounds=2, train__samples_per_task=4, evaluation__every=0, train__lr=1e-2)
+    config = settings(RECIPE, train__rounds=2, train__samples_per_task=4, evaluation__every=0, train__lr=1e-2)
     train(config, tmp_path)
 
     prompts = [load_prompts(f"bundled/{task}", "test")[0].text for task in TASKS]

@@ -48,15 +48,10 @@ def detect(image: Array) -> list[Found]:
         region = labels[box] == index
         if region.sum() < MIN_AREA:
             continue
-        rows = slice(max(box[0].start - 1, 0), box[0].stop + 1)
-        columns = slice(max(box[1].start - 1, 0), box[1].stop + 1)
-        mine = (labels[rows, columns] == index) | (labels[rows, columns] == 0)
         peak = np.quantile(bright[box][region], 0.8)
-        # Soft coverage keeps the anti-aliased rim, so that area and box do not jump by whole pixels.
-        cover = np.where(mine, np.clip((bright[rows, columns] - 0.16) / (peak - 0.16), 0, 1), 0)
-        cover[cover < 0.15] = 0
-        fill = cover.sum() / (cover.max(0).sum() * cover.max(1).sum())
-        shape = "triangle" if fill < 0.65 else "circle" if fill < 0.89 else "square"
+        solid = region & (bright[box] > 0.5 * peak)  # without the rim that edges and decoders blur
+        fill = solid.sum() / (np.ptp(solid.any(0).nonzero()) + 1) / (np.ptp(solid.any(1).nonzero()) + 1)
+        shape = "triangle" if fill < 0.66 else "circle" if fill < 0.875 else "square"
         rgb = image[:, box[0], box[1]][:, region & (bright[box] > 0.8 * peak)].mean(1)
         colour = _NAMES[int(np.argmax(_HUES @ (rgb / np.linalg.norm(rgb))))]
         y, x = ndimage.center_of_mass(region)

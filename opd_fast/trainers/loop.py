@@ -119,26 +119,30 @@ class _Run:
 
     # --- judging -----------------------------------------------------------------------------------------------------
 
-    def _judge(self, transformer: Any, *, keep_images: int = 0) -> Evaluation:
-        guidance = self.config.evaluation.guidance
+    def _judge(self, transformer: Any, guidance: float) -> Evaluation:
         return evaluate(
             self.setup.model,
             transformer,
             self.setup.tasks,
             self.setup.evaluation_table,
             shape=self.setup.shape,
-            guidance=self.config.student.guidance if guidance is None else guidance,
+            guidance=guidance,
             seed=self.config.train.seed,
             text=self.setup.text,
-            keep_images=keep_images,
+            keep_images=GRID_COLUMNS,
         )
+
+    def _guidance(self) -> float:
+        """The guidance of base and student; a teacher is judged with its own, as it teaches."""
+        asked = self.config.evaluation.guidance
+        return self.config.student.guidance if asked is None else asked
 
     def _judge_frozen(self) -> None:
         with self.setup.student.base() as transformer:
-            self._keep("base", self._judge(transformer, keep_images=GRID_COLUMNS))
+            self._keep("base", self._judge(transformer, self._guidance()))
         for index, teacher in enumerate(self.setup.teachers.teachers):
             with self.setup.teachers.active(index) as transformer:
-                self._keep(f"teacher:{teacher.name}", self._judge(transformer, keep_images=GRID_COLUMNS))
+                self._keep(f"teacher:{teacher.name}", self._judge(transformer, teacher.guidance))
 
     def _keep(self, row: str, evaluation: Evaluation) -> None:
         self.rows[row] = _flat(evaluation)
@@ -146,7 +150,7 @@ class _Run:
 
     def _judge_student(self) -> Evaluation:
         with self.setup.student.averaged() as transformer:
-            evaluation = self._judge(transformer, keep_images=GRID_COLUMNS)
+            evaluation = self._judge(transformer, self._guidance())
         self._grids(evaluation.images)
         return evaluation
 
