@@ -138,9 +138,7 @@ class EvaluationConfig:
     every: int = option("rounds between evaluations; base, teachers and student are judged at both ends; 0: never", 20)
     prompts: int = option("held-out prompts of each task", 64)
     steps: int = option("ODE steps of an evaluation's images", 20)
-    guidance: float | None = option(
-        "classifier-free guidance of base and student when judged; null: student.guidance", None
-    )
+    guidance: float | None = option("guidance of base and student when judged; null: student.guidance", None)
 
 
 @dataclass(kw_only=True)
