@@ -48,7 +48,7 @@ def test_merged_equals_unmerged(student: Student) -> None:
     assert gradients.keys() == theirs.keys()
     assert len(gradients) == len(student.parameters())
     for name, gradient in gradients.items():
-        assert float((theirs[name] - gradient).norm() / gradient.norm()) < 1e-5, name
+        assert (theirs[name] - gradient).norm() <= 1e-5 * gradient.norm(), name  # the last block has some of zero
 
 
 def test_merging_follows_the_weights_and_ends(student: Student) -> None:
