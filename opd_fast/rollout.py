@@ -22,9 +22,7 @@ from opd_fast.teachers import TeacherBank
 from opd_fast.telemetry import annotate
 from opd_fast.velocity import Conditioning, velocities
 from opd_kernels import fused_step, philox_normal
-
-INITIAL_NOISE = 2**31 - 1
-"""The Philox counter of the initial state; steps count from 0."""
+from opd_kernels.philox import INITIAL_NOISE
 
 
 @dataclass(frozen=True)

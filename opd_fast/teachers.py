@@ -60,7 +60,7 @@ class TeacherBank:
         configs: Sequence[TeacherConfig],
         placement: Literal["merged", "shared"] = "merged",
     ) -> TeacherBank:
-        """Load and check every teacher. Call it before the student is built on the same base.
+        """Load and check every teacher.
 
         Raises ValueError, naming the teacher, for weights that are missing, damaged, not finite or of another shape,
         and for a teacher that is no LoRA under `shared`.

@@ -15,11 +15,12 @@ from opd_fast.models.base import DiffusionModel
 from opd_fast.plan import resolve
 from opd_fast.prompts import EmbeddingCache, Prompt, PromptSource, load_prompts
 from opd_fast.rewards import REPORTED
-from opd_fast.rollout import INITIAL_NOISE
+from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
 from opd_fast.velocity import Conditioning
+from opd_kernels.philox import INITIAL_NOISE, philox_normal
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     teachers = TeacherBank.load(model, config.teachers, config.engine.placement)
     student = Student.build(model, config.student, seed=config.train.seed)
     sigma = table.sigmas[0].float().to(device)
-    probe = torch.randn(1, *shape, generator=torch.Generator().manual_seed(INITIAL_NOISE)).to(device)
+    probe = philox_normal(noise_keys(config.train.seed, samples=1).to(device), shape, INITIAL_NOISE)
     teachers.check(probe, sigma, Conditioning.build(text.negative, None, 1.0))
     if resolved.compile:
         compile_blocks(model, student, teachers)

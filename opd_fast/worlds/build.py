@@ -396,10 +396,12 @@ def make_teacher(recipe: Recipe, out: Path, task: str) -> None:
 
     The published method makes its teachers by reinforcement learning; whatever replaces this writes the same folder.
     """
+    from diffusers import SD3Transformer2DModel
     from peft import LoraConfig
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     from opd_fast.lora import save_lora
+    from opd_fast.models import SD3
 
     folder = out / "pipeline"
     torch.manual_seed(recipe.seed + 10 + shapes.TASKS.index(task))
@@ -408,9 +410,9 @@ def make_teacher(recipe: Recipe, out: Path, task: str) -> None:
         CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=torch.float32)
         for name in ("text_encoder", "text_encoder_2")
     ]
-    transformer = load_transformer(folder)
+    transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     model = TextToVelocity(encoders, transformer).requires_grad_(False)
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    targets = SD3.lora_targets["attention"]
     alpha = 2 * recipe.teacher_rank
     transformer.add_adapter(
         LoraConfig(r=recipe.teacher_rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
@@ -434,12 +436,6 @@ def make_teacher(recipe: Recipe, out: Path, task: str) -> None:
     tensors = {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
     save_lora(out / "teachers" / task, tensors, rank=recipe.teacher_rank, alpha=alpha, base_model="bundled")
     (out / "teachers" / task / "pytorch_lora_weights.safetensors").unlink()  # PEFT's layout alone is bundled
-
-
-def load_transformer(folder: Path) -> Any:
-    from diffusers import SD3Transformer2DModel
-
-    return SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
 
 
 def save_pipeline(model: TextToVelocity, tokenizer: Any, out: Path) -> None:
