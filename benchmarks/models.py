@@ -76,6 +76,7 @@ def random_model(shape: Shape, *, device: torch.device | str = "cpu", dtype: tor
         transformer=transformer,
         vae=SimpleNamespace(config=SimpleNamespace(block_out_channels=(1,) * shape.vae_levels)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=SimpleNamespace(model_max_length=min(shape.text_tokens, 77)),
     )
     return SD3("random", parts, max(shape.text_tokens - 77, 0), device, dtype)
 

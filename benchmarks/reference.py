@@ -15,7 +15,7 @@ models and the log-probabilities that the released rollout computes and never us
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,12 @@ class Embeds(Protocol):
         """(B, L, D)."""
 
     @property
-    def pooled(self) -> Tensor:
-        """(B, P)."""
+    def pooled(self) -> Any:
+        """(B, P); None for a family without a pooled vector."""
+
+    @property
+    def mask(self) -> Any:
+        """(B, L) bool; None for a family without text masks."""
 
 
 class Batch(Protocol):
@@ -115,6 +119,10 @@ class WeightsPolicy:
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.model.named_parameters()
+
+
+Predict = Callable[[nn.Module, Tensor, Tensor, Batch, slice, float], Tensor]
+"""Velocity (B, C, H, W) of (network, x, timestep (B,), batch, its rows, guidance)."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,9 @@ def adapters_on(transformer: nn.Module, student: Any, teachers: Sequence[tuple[s
 class Reference:
     """The published round over a student and its teachers; gradients accumulate in the student's parameters.
 
-    scheduler: a diffusers `FlowMatchEulerDiscreteScheduler`; `set_timesteps(steps)` is called here.
+    scheduler: a diffusers `FlowMatchEulerDiscreteScheduler`; `set_timesteps` is called here, with the number of steps or
+    with `schedule` (families whose pipeline hands over sigmas and a shift).
+    predict: calls the network as its family wants it and guides; None: as SD3 does.
     autocast: dtype of the forwards, over weights that stay as they are (float32 as released); None: no autocast.
     objective: "kl" (closed form under an SDE, half the squared distance of the means under an ODE), "l2" (the latter
     always) or "velocity" (the squared distance of the velocities). variance: "exact" divides by the variance of the
@@ -243,6 +253,8 @@ class Reference:
         reduction: Literal["mean", "sum"] = "mean",
         train_last: bool = False,
         autocast: torch.dtype | None = None,
+        schedule: Mapping[str, Any] | None = None,
+        predict: Predict | None = None,
     ) -> None:
         if solver not in STOCHASTIC + DETERMINISTIC:
             raise ValueError(f"solver {solver!r} is unknown; use one of {STOCHASTIC + DETERMINISTIC}")
@@ -253,6 +265,8 @@ class Reference:
         self.objective, self.variance, self.reduction = objective, variance, reduction
         self.train_last = train_last
         self.autocast = autocast
+        self.schedule = {"num_inference_steps": steps} if schedule is None else schedule
+        self.predict = guided_velocity if predict is None else predict
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The student's trained parameters by name."""
@@ -261,7 +275,7 @@ class Reference:
     def round(self, batch: Batch) -> Tensor:
         """One round: returns the losses (steps trained, B) float32, times `batch.scale`, and accumulates gradients."""
         device = batch.text.sequence.device
-        self.scheduler.set_timesteps(self.steps, device=device)
+        self.scheduler.set_timesteps(**self.schedule, device=device)
         trained = range(self.steps if self.train_last else self.steps - 1)
 
         # 1. Rollout of every task's samples, all N steps, no gradient.
@@ -282,7 +296,7 @@ class Reference:
                 x = trajectory.states[j]
                 timestep = self.scheduler.timesteps[j].expand(len(x))
                 with self._forward_context():
-                    v = guided_velocity(network, x, timestep, batch, rows, self.student.guidance)
+                    v = self.predict(network, x, timestep, batch, rows, self.student.guidance)
                 step = solver_step(self.scheduler, self.solver, self.eta, v, timestep, x, trajectory.history(j))
                 loss = batch.scale[rows] * self._divergence(v, step, target[j])
                 loss.sum().backward()
@@ -300,7 +314,7 @@ class Reference:
         for j, t in enumerate(self.scheduler.timesteps):
             timestep = t.expand(count)
             with self._forward_context():
-                v = guided_velocity(network, x, timestep, batch, rows, self.student.guidance)
+                v = self.predict(network, x, timestep, batch, rows, self.student.guidance)
             history = predictions[-1] if predictions else None
             step = solver_step(self.scheduler, self.solver, self.eta, v, timestep, x, history)
             noise = torch.randn_like(step.mean) if batch.noise is None else batch.noise[j, rows]
@@ -317,7 +331,7 @@ class Reference:
             x = trajectory.states[j]
             timestep = t.expand(len(x))
             with self._forward_context():
-                v = guided_velocity(network, x, timestep, batch, rows, teacher.guidance)
+                v = self.predict(network, x, timestep, batch, rows, teacher.guidance)
             step = solver_step(self.scheduler, self.solver, self.eta, v, timestep, x, trajectory.history(j))
             targets.append(v.float() if self.objective == "velocity" else step.mean)
         return targets

@@ -214,22 +214,25 @@ class EmbeddingCache:
     ) -> EmbeddingCache:
         """Encode every distinct text of ``prompts`` and "", ``batch`` at a time, calling ``progress(done, total)``."""
         texts = list(dict.fromkeys(["", *prompts]))
-        sequence = pooled = None
+        rows: TextEmbeds | None = None
         for start in range(0, len(texts), batch):
             part = model.encode(texts[start : start + batch])
-            if sequence is None or pooled is None:
+            if rows is None:
                 # Allocated once: collecting the parts and joining them would need twice the memory.
-                width = [math.prod(t.shape[1:]) * t.element_size() for t in (part.sequence, part.pooled)]
-                device = part.sequence.device if sum(width) * len(texts) <= device_limit else torch.device("cpu")
-                sequence = part.sequence.new_empty(len(texts), *part.sequence.shape[1:], device=device)
-                pooled = part.pooled.new_empty(len(texts), *part.pooled.shape[1:], device=device)
-            sequence[start : start + len(part)] = part.sequence.detach()
-            pooled[start : start + len(part)] = part.pooled.detach()
+                width = sum(math.prod(t.shape[1:]) * t.element_size() for t in part.tensors.values())
+                device = part.sequence.device if width * len(texts) <= device_limit else torch.device("cpu")
+                rows = TextEmbeds(
+                    **{
+                        name: t.new_empty(len(texts), *t.shape[1:], device=device)
+                        for name, t in part.tensors.items()
+                    }
+                )
+            for name, tensor in part.tensors.items():
+                rows.tensors[name][start : start + len(part)] = tensor.detach()
             if progress is not None:
                 progress(start + len(part), len(texts))
-        assert sequence is not None
-        assert pooled is not None
-        return cls({text: row for row, text in enumerate(texts)}, TextEmbeds(sequence, pooled), model.device)
+        assert rows is not None
+        return cls({text: row for row, text in enumerate(texts)}, rows, model.device)
 
     def __len__(self) -> int:
         """Number of distinct texts, "" among them."""

@@ -120,7 +120,7 @@ def _roll_out(
     reduction: Literal["mean", "sum"],
 ) -> Tensor:
     """`one_pass` of one micro-batch; fills losses (steps, B) and returns the state after the last of them."""
-    condition = Conditioning.build(batch.text, batch.negative, student.guidance)
+    condition = Conditioning.build(model, batch.text, batch.negative, student.guidance)
     guidance = torch.full_like(batch.scale, student.guidance)
     course = teachers.course(batch)
     sigmas = rows[:, -1]
@@ -184,7 +184,7 @@ def sample(
         x = philox_normal(keys, shape, INITIAL_NOISE)
     if table.stochastic and noise is None and keys is None:
         raise ValueError(f"solver {table.solver} adds noise: give noise, or keys to draw it from")
-    condition = Conditioning.build(text, negative, guidance)
+    condition = Conditioning.build(model, text, negative, guidance)
     x0 = None
     for j, (a, b, h, std, _, sigma) in enumerate(table.rows().tolist()):
         v = velocities(model, transformer, x, torch.tensor(sigma, device=x.device), condition)

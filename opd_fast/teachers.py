@@ -99,7 +99,8 @@ class TeacherBank:
         for index, rows in batch.tasks:
             strength = self.teachers[index].guidance
             guidance[rows] = strength
-            parts.append((index, rows, Conditioning.build(batch.text.index(rows), batch.negative, strength)))
+            text = batch.text.index(rows)
+            parts.append((index, rows, Conditioning.build(self.model, text, batch.negative, strength)))
         return Course(tuple(parts), guidance, any(condition.guided for _, _, condition in parts))
 
     @torch.no_grad()

@@ -21,20 +21,30 @@ class Velocities:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The text rows of a call, made once and used at every step."""
+    """The text rows of a call and its guidance, made once and used at every step."""
 
     text: TextEmbeds
     """B rows, or 2B when guided: all prompts, then the negative prompt B times."""
     guided: bool
+    """Whether there are two branches (classifier-free guidance)."""
+    embedded: float = 1.0
+    """Guidance that goes into the transformer, where the family has it there."""
 
     @classmethod
-    def build(cls, text: TextEmbeds, negative: TextEmbeds | None, guidance: float) -> Conditioning:
+    def build(
+        cls, model: DiffusionModel, text: TextEmbeds, negative: TextEmbeds | None, guidance: float
+    ) -> Conditioning:
         """Conditioning of B prompts; guidance 1 needs no negative branch and makes none.
 
-        Raises ValueError when guidance is asked for and `negative` (one row) is missing.
+        Raises ValueError when two branches are asked for and `negative` (one row) is missing, and for any guidance of a
+        model that has none.
         """
+        if model.guidance_kind == "embedded":
+            return cls(text, guided=False, embedded=guidance)
         if guidance == 1.0:
             return cls(text, guided=False)
+        if model.guidance_kind == "none":
+            raise ValueError(f"guidance {guidance} with family {model.name!r}, which has none; give 1")
         if negative is None:
             raise ValueError(f"guidance {guidance} needs the negative prompt's embedding: give RoundBatch.negative")
         return cls(TextEmbeds.cat([text, negative.expand(len(text))]), guided=True)
@@ -45,6 +55,6 @@ def velocities(
 ) -> Velocities:
     """Both guidance branches of `transformer` at x (B, C, H, W) float32 and sigma (0-dim float32), in one forward."""
     if not conditioning.guided:
-        return Velocities(model.velocity(transformer, x, sigma, conditioning.text), None)
+        return Velocities(model.velocity(transformer, x, sigma, conditioning.text, conditioning.embedded), None)
     both = model.velocity(transformer, torch.cat([x, x]), sigma, conditioning.text)
     return Velocities(both[: len(x)], both[len(x) :])

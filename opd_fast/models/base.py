@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -16,47 +16,69 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 @dataclass(frozen=True)
 class TextEmbeds:
-    """Text conditioning, one row per prompt: ``sequence`` (B, L, D) and ``pooled`` (B, P), of one dtype and device."""
+    """Text conditioning, one row per prompt, on one device."""
 
     sequence: Tensor
-    pooled: Tensor
+    """(B, L, D), padded to one length."""
+    pooled: Tensor | None = None
+    """(B, P), of the sequence's dtype; None where the family has no pooled vector."""
+    mask: Tensor | None = None
+    """(B, L) bool, True at the prompt's own tokens; None where every token counts."""
 
     def __len__(self) -> int:
         return self.sequence.shape[0]
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by field."""
+        named = {"sequence": self.sequence, "pooled": self.pooled, "mask": self.mask}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TextEmbeds:
+        return TextEmbeds(**{name: change(tensor) for name, tensor in self.tensors.items()})
+
     def index(self, idx: Tensor | Sequence[int] | slice) -> TextEmbeds:
         """The chosen rows: a view for a slice, a gather for indices (a list, or an int64 tensor on any device)."""
         if isinstance(idx, slice):
-            return TextEmbeds(self.sequence[idx], self.pooled[idx])
+            return self._map(lambda tensor: tensor[idx])
         rows = torch.as_tensor(idx, dtype=torch.int64).to(self.sequence.device)
-        return TextEmbeds(self.sequence.index_select(0, rows), self.pooled.index_select(0, rows))
+        return self._map(lambda tensor: tensor.index_select(0, rows))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeds:
-        return TextEmbeds(self.sequence.to(device=device, dtype=dtype), self.pooled.to(device=device, dtype=dtype))
+        """On another device, or the floating-point tensors in another dtype."""
+        return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
     def expand(self, n: int) -> TextEmbeds:
         """A single row seen as ``n`` rows, without copying."""
         if len(self) != 1:
             raise ValueError(f"only a single row can be expanded, this has {len(self)}")
-        return TextEmbeds(self.sequence.expand(n, -1, -1), self.pooled.expand(n, -1))
+        return self._map(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
 
     @staticmethod
     def cat(parts: Sequence[TextEmbeds]) -> TextEmbeds:
-        return TextEmbeds(torch.cat([p.sequence for p in parts]), torch.cat([p.pooled for p in parts]))
+        names = parts[0].tensors
+        return TextEmbeds(**{name: torch.cat([part.tensors[name] for part in parts]) for name in names})
 
 
 class DiffusionModel(ABC):
-    """One model family's frozen components.  Subclasses are listed in ``opd_fast.models.FAMILIES``."""
+    """One model family's frozen components.  Subclasses are listed in ``opd_fast.models.FAMILIES``.
+
+    ``load`` makes a whole model.  ``outline`` makes one from configuration files alone, its transformer on the meta
+    device: it answers everything about shapes, levels and names, and nothing that needs weights.
+    """
 
     name: ClassVar[str]
     pipeline_class: ClassVar[str]  # diffusers' pipeline class, as model_index.json names it
     lora_targets: ClassVar[dict[str, list[str]]]  # named sets of LoRA target modules (suffixes of module names)
+    # cfg: two branches, v = uncond + g * (cond - uncond).  embedded: g is an input of the transformer, one branch.
+    # none: the model has no guidance, g is 1.
     guidance_kind: ClassVar[Literal["cfg", "embedded", "none"]]
 
     path: str  # what the user named
     transformer: nn.Module  # the base, in eval mode, requires_grad False
     device: torch.device
     dtype: torch.dtype
+    text_tokens: int  # rows of a prompt's sequence
 
     @classmethod
     @abstractmethod
@@ -64,6 +86,11 @@ class DiffusionModel(ABC):
         cls, path: str | Path, *, device: torch.device | str, dtype: torch.dtype, max_sequence_length: int | None = None
     ) -> Self:
         """Load the frozen components from a diffusers pipeline folder (or a hub id)."""
+
+    @classmethod
+    @abstractmethod
+    def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
+        """The model of a pipeline folder's configuration files, without weights."""
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> TextEmbeds:
@@ -78,15 +105,21 @@ class DiffusionModel(ABC):
         """(C, H, W) of a square image of ``resolution`` pixels.  Raises ValueError if it does not divide."""
 
     @abstractmethod
+    def image_tokens(self, resolution: int) -> int:
+        """Tokens that the transformer makes of such an image."""
+
+    @abstractmethod
     def sigmas(self, steps: int, resolution: int) -> Tensor:
         """The model's own noise levels, (steps+1,) float64 on the CPU, from its scheduler's configuration."""
 
     @abstractmethod
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbeds) -> Tensor:
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbeds, guidance: float = 1.0
+    ) -> Tensor:
         """v(x, sigma, text) by ``transformer`` (the base, a student, a teacher).
 
-        x (B, C, H, W) float32; sigma (B,) or 0-dim, float32, on x's device; text B rows.
-        Returns (B, C, H, W) in the model's dtype.
+        x (B, C, H, W) float32; sigma (B,) or 0-dim, float32, on x's device; text B rows; ``guidance`` is read by
+        families whose ``guidance_kind`` is "embedded" alone.  Returns (B, C, H, W) in the model's dtype.
         """
 
     @abstractmethod

@@ -6,9 +6,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from opd_fast.models.base import ASSETS
+import torch
+from torch import nn
+
+from opd_fast.models.base import ASSETS, DiffusionModel
 
 # Weights are read from safetensors only: the other formats can run code when they are opened.
 _NOT_NEEDED = ["*.bin", "*.msgpack", "*.onnx*", "*.ckpt", "*.pt", "*.gguf", "*.fp16.*", "*.non_ema.*"]
@@ -65,13 +69,66 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} is no diffusers pipeline: it has no model_index.json; give the pipeline's top folder"
         )
+    index = _read_json(file)
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{file} is damaged (it names no _class_name); fetch the pipeline again")
+    return index
+
+
+def check_index(folder: Path, family: type[DiffusionModel]) -> dict[str, Any]:
+    """``read_index``, refusing a pipeline of another class than the family's."""
+    index = read_index(folder)
+    if index["_class_name"] != family.pipeline_class:
+        raise ValueError(
+            f"{folder} holds a {index['_class_name']!r} pipeline, family {family.name!r} needs "
+            f"{family.pipeline_class}; use family auto, or name another folder"
+        )
+    return index
+
+
+def check_components(folder: Path, index: dict[str, Any], names: Sequence[str]) -> None:
+    """Raise ValueError for a component of ``names`` that model_index.json does not list."""
+    for name in names:
+        if not has_component(index, name):
+            raise ValueError(
+                f"{folder}/model_index.json lists no {name!r}, which {index['_class_name']} needs; fetch it again"
+            )
+
+
+def read_config(folder: Path, name: str) -> SimpleNamespace:
+    """What stands for component ``name`` in an outline: its configuration file, as ``.config.KEY``."""
+    for file in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+        if (folder / name / file).is_file():
+            return SimpleNamespace(config=SimpleNamespace(**_read_json(folder / name / file)))
+    raise ValueError(f"pipeline {folder} lacks the configuration of its component {name!r}; fetch the pipeline again")
+
+
+def meta_transformer(folder: Path) -> nn.Module:
+    """The pipeline's transformer without weights: shapes and names only."""
+    import diffusers
+
+    config = _read_json(folder / "transformer" / "config.json")
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if kind is None:
+        raise ValueError(
+            f"{folder}/transformer/config.json names the class {config.get('_class_name')}, which diffusers does not "
+            f"have; update diffusers, or fetch the pipeline again"
+        )
+    with torch.device("meta"):
+        transformer: nn.Module = kind.from_config(config)
+    return transformer.eval().requires_grad_(False)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-            raise ValueError("it names no _class_name")
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({_first_line(error)}); fetch the pipeline again") from None
     except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"{file} is damaged ({_first_line(error)}); fetch the pipeline again") from None
-    return index
+    return found
 
 
 def has_component(index: dict[str, Any], name: str) -> bool:

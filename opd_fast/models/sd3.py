@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from opd_fast.models.base import DiffusionModel, TextEmbeds
-from opd_fast.models.folder import has_component, load_component, read_index, resolve_pipeline
+from opd_fast.models.folder import (
+    check_components,
+    check_index,
+    has_component,
+    load_component,
+    meta_transformer,
+    read_config,
+    resolve_pipeline,
+)
 from opd_fast.solvers import sd3_sigmas
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -45,7 +54,7 @@ class SD3(DiffusionModel):
     }
 
     def __init__(self, path: str, pipeline: Any, max_sequence_length: int, device: torch.device, dtype: torch.dtype):
-        """``pipeline``: an assembled StableDiffusion3Pipeline whose components already sit on ``device``."""
+        """``pipeline``: an assembled StableDiffusion3Pipeline on ``device``, or what stands for one in an outline."""
         self.path = path
         self.device = device
         self.dtype = dtype
@@ -54,6 +63,7 @@ class SD3(DiffusionModel):
         self.vae: Any = pipeline.vae
         self._pipeline: Any = pipeline
         self._config: Any = pipeline.transformer.config
+        self.text_tokens = int(pipeline.tokenizer.model_max_length) + max_sequence_length
         self._timesteps = int(pipeline.scheduler.config.num_train_timesteps)
         self._shift = float(pipeline.scheduler.config.shift)
 
@@ -66,31 +76,28 @@ class SD3(DiffusionModel):
         ``max_sequence_length``: T5 tokens, 0 to 512; None takes 128 (the published setting) with a T5 encoder and 0
         without one.  0 leaves T5 out altogether.  Raises ValueError naming what is missing or damaged.
         """
-        if max_sequence_length is not None and not 0 <= max_sequence_length <= 512:
-            raise ValueError(f"max_sequence_length is {max_sequence_length}; T5 takes 0 (left out) to 512 tokens")
-        index_folder = resolve_pipeline(path)
-        index = read_index(index_folder)
-        if index["_class_name"] != cls.pipeline_class:
-            raise ValueError(
-                f"{index_folder} holds a {index['_class_name']!r} pipeline, family 'sd3' needs {cls.pipeline_class}; "
-                f"use family auto, or name another folder"
-            )
-        use_t5 = has_component(index, "text_encoder_3") and max_sequence_length != 0
-        names = ["transformer", "vae", "scheduler", *_TEXT_PARTS, *(_T5_PARTS if use_t5 else ())]
-        for name in names:
-            if not has_component(index, name):
-                raise ValueError(f"{index_folder}/model_index.json lists no {name!r}, which SD3 needs; fetch it again")
+        names, tokens = _wanted(cls, resolve_pipeline(path), max_sequence_length)
         folder = resolve_pipeline(path, names)
-
         device = torch.device(device)
-        parts = _load_parts(folder, use_t5, device, dtype)
+        parts = _load_parts(folder, tokens > 0, device, dtype)
         _check_scheduler(folder, parts["scheduler"].config)
-        if max_sequence_length is None:
-            max_sequence_length = 128 if use_t5 else 0
 
         from diffusers import StableDiffusion3Pipeline
 
-        return cls(str(path), StableDiffusion3Pipeline(**parts), max_sequence_length, device, dtype)
+        return cls(str(path), StableDiffusion3Pipeline(**parts), tokens, device, dtype)
+
+    @classmethod
+    def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
+        """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
+        _, tokens = _wanted(cls, folder, max_sequence_length)
+        parts = SimpleNamespace(
+            transformer=meta_transformer(folder),
+            vae=read_config(folder, "vae"),
+            scheduler=read_config(folder, "scheduler"),
+            tokenizer=read_config(folder, "tokenizer").config,
+        )
+        _check_scheduler(folder, vars(parts.scheduler.config))
+        return cls(str(folder), parts, tokens, torch.device("meta"), dtype)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextEmbeds:
@@ -141,7 +148,13 @@ class SD3(DiffusionModel):
         """SD3's levels do not depend on the resolution."""
         return sd3_sigmas(steps, self._shift, num_train_timesteps=self._timesteps)
 
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbeds) -> Tensor:
+    def image_tokens(self, resolution: int) -> int:
+        _, height, width = self.latent_shape(resolution)
+        return height * width // int(self._config.patch_size) ** 2
+
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbeds, guidance: float = 1.0
+    ) -> Tensor:
         # The timestep stays a float32 number: truncating it to an integer, or rounding it to bfloat16, moves the level.
         timestep = (sigma.to(torch.float32) * self._timesteps).expand(x.shape[0])
         dtype = self._input_dtype(transformer)
@@ -172,6 +185,19 @@ class SD3(DiffusionModel):
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return list(transformer.transformer_blocks)  # type: ignore[arg-type]
+
+
+def _wanted(cls: type[SD3], folder: Path, max_sequence_length: int | None) -> tuple[list[str], int]:
+    """The components that a pipeline folder must hold, and T5's tokens, of which 0 leaves T5 out."""
+    if max_sequence_length is not None and not 0 <= max_sequence_length <= 512:
+        raise ValueError(f"max_sequence_length is {max_sequence_length}; T5 takes 0 (left out) to 512 tokens")
+    index = check_index(folder, cls)
+    use_t5 = has_component(index, "text_encoder_3") and max_sequence_length != 0
+    names = ["transformer", "vae", "scheduler", *_TEXT_PARTS, *(_T5_PARTS if use_t5 else ())]
+    check_components(folder, index, names)
+    if not use_t5:
+        return names, 0
+    return names, 128 if max_sequence_length is None else max_sequence_length
 
 
 def _load_parts(folder: Path, use_t5: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     student = Student.build(model, config.student, seed=config.train.seed)
     sigma = table.sigmas[0].float().to(device)
     probe = philox_normal(noise_keys(config.train.seed, samples=1).to(device), shape, INITIAL_NOISE)
-    teachers.check(probe, sigma, Conditioning.build(text.negative, None, 1.0))
+    teachers.check(probe, sigma, Conditioning.build(model, text.negative, None, 1.0))
     if resolved.compile:
         compile_blocks(model, student, teachers)
     trainable = sum(p.numel() for p in student.parameters())
