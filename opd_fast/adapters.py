@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -33,29 +34,31 @@ def use_adapter(transformer: nn.Module, name: str | None) -> Iterator[nn.Module]
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def add_frozen(transformer: nn.Module, name: str, lora: LoraWeights) -> None:
+def add_frozen(transformer: nn.Module, name: str, lora: LoraWeights, *, allow_partial: bool = False) -> list[str]:
     """Put `lora` on the transformer as the frozen adapter `name`, in float32, beside those already there.
 
-    Raises ValueError where it does not fit (see `lora.match`).
+    Returns the changed modules. Raises ValueError where it does not fit (see `lora.match`).
     """
     from peft import LoraConfig
 
-    match(lora, _without_wrappers(transformer))
-    ranks = {module: a.shape[0] for module, (a, _) in lora.tensors.items()}
-    settings = LoraConfig(
-        r=max(ranks.values()), rank_pattern=ranks, target_modules=list(lora.tensors), init_lora_weights=False
-    )
+    modules = match(lora, unwrapped(transformer), allow_partial=allow_partial)
+    # One expression of whole names: in a list, PEFT takes `proj_out` for the ending of every block's proj_out too.
+    targets = "|".join(re.escape(module) for module in modules)
+    ranks = {f"^{re.escape(module)}": lora.tensors[module][0].shape[0] for module in modules}
+    settings = LoraConfig(r=max(ranks.values()), rank_pattern=ranks, target_modules=targets, init_lora_weights=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
         transformer.add_adapter(settings, adapter_name=name)  # type: ignore[operator]
     with torch.no_grad():
-        for module, halves in lora.tensors.items():
+        for module in modules:
+            halves = lora.tensors[module]
             layer = transformer.get_submodule(module)
             layer.scaling[name] = lora.scale[module]  # type: ignore[operator, index]
             for kind, value in zip(("lora_A", "lora_B"), halves, strict=True):
                 weight = getattr(layer, kind)[name].weight
                 weight.data = value.to(weight.device, torch.float32)
                 weight.requires_grad_(False)
+    return modules
 
 
 def plain_copy(transformer: nn.Module) -> nn.Module:
@@ -77,7 +80,7 @@ class _Renamed(nn.Module):
         yield from self._named.items()
 
 
-def _without_wrappers(transformer: nn.Module) -> nn.Module:
+def unwrapped(transformer: nn.Module) -> nn.Module:
     """The transformer as a LoRA file names it, where PEFT's layers stand for the ones they wrap."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

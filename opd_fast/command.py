@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -164,6 +165,7 @@ def _recipe_file(recipe: str) -> Path:
 def _overlaid(parser: Any, argv: list[str], base: dict[str, Any], source: str) -> Config:
     """Defaults, then `base`, then `argv`."""
     check_known(base, source)
+    base = _words(base)
     typed = strict(lambda: parser.parse_object(base, defaults=False), source).as_dict()
     flat = {f"{s}.{k}": v for s, values in typed.items() if isinstance(values, dict) for k, v in values.items()}
     fresh = build_parser()
@@ -177,6 +179,21 @@ def _overlaid(parser: Any, argv: list[str], base: dict[str, Any], source: str) -
     if found["seed"] is not None:
         data["train"]["seed"] = found["seed"]
     return from_dict(data)
+
+
+def _words(base: dict[str, Any]) -> dict[str, Any]:
+    """`off` and `on`, which YAML 1.1 reads as booleans, where a setting takes them as words."""
+    words = {key for key, (hint, _, _) in leaves().items() if hint is str or "off" in get_args(hint)}
+
+    def word(key: str, value: Any) -> Any:
+        return ("on" if value else "off") if isinstance(value, bool) and key in words else value
+
+    return {
+        section: {key: word(f"{section}.{key}", value) for key, value in values.items()}
+        if isinstance(values, dict)
+        else values
+        for section, values in base.items()
+    }
 
 
 def _typed_teacher(index: int, teacher: dict[str, Any], source: str) -> dict[str, Any]:
@@ -261,24 +278,38 @@ def looks_like_hub_id(text: str) -> bool:
     """Whether `text` reads as `organisation/name` (or a folder in it) and not as a path of this machine."""
     head, _, tail = text.partition("/")
     shape = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)+", text) is not None
-    return shape and not Path(head).exists() and Path(tail).suffix not in (".safetensors", ".bin", ".pt", ".json")
+    # One file of a repository is `organisation/name/file.safetensors`.
+    files = (".bin", ".pt", ".json") if "/" in tail else (".safetensors", ".bin", ".pt", ".json")
+    return shape and not Path(head).exists() and Path(tail).suffix not in files
 
 
 def check_paths(config: Config) -> None:
-    """Raise `UserError` for weights or prompt files that are not there, or hold nothing.
+    """Raise `UserError` for weights or prompt files that are not there, or hold nothing."""
+    for error in problems(config):
+        raise error
+
+
+def problems(config: Config) -> Iterator[UserError]:
+    """What keeps a run from beginning: weights and prompt files in the configuration's order, resolution, rewards.
 
     A name of the form `org/name` that is no local path is taken for a hub id, and is looked up when it is loaded.
     """
-    _check_weights("model.path", config.model.path, "pipeline")
-    if config.student.start is not None:
-        _check_weights("student.start", config.student.start, "teachers")
+    checks: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+    checks.append((_check_weights, ("model.path", config.model.path, "pipeline")))
+    if config.student.start not in (None, "merged"):
+        checks.append((_check_weights, ("student.start", config.student.start, "teachers")))
     for i, teacher in enumerate(config.teachers):
-        _check_weights(f"teachers[{i}].weights", teacher.weights, "teachers", f" of teacher {teacher.name!r}")
-        _check_prompts(f"teachers[{i}].prompts", teacher.prompts, "train")
+        of = f" of teacher {teacher.name!r}"
+        checks.append((_check_weights, (f"teachers[{i}].weights", teacher.weights, "teachers", of)))
+        checks.append((_check_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
         if teacher.eval_prompts is not None and config.evaluation.every > 0:
-            _check_prompts(f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")
-    _check_resolution(config)
-    _check_rewards(config)
+            checks.append((_check_prompts, (f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")))
+    checks += [(_check_resolution, (config,)), (_check_rewards, (config,))]
+    for check, arguments in checks:
+        try:
+            check(*arguments)
+        except UserError as error:
+            yield error
 
 
 def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
@@ -303,19 +334,23 @@ def _bundled_remedy(name: str, folder: Path) -> str:
 
 
 def _check_prompts(key: str, source: str, split: str) -> None:
-    remedy = "give a .txt or GenEval .jsonl file, a folder with one for each split, or bundled/NAME"
+    from opd_fast.prompts import SUFFIXES
+
+    remedy = f"give a file ({', '.join(SUFFIXES)}), a folder with one for each split, or bundled/NAME"
     path = Path(source).expanduser()
     if source.startswith("bundled/"):
         path = package_file("assets", "prompts", source.removeprefix("bundled/"))
         if not path.is_dir():
             raise UserError(key, f"{source} is not in the package", _bundled_remedy(source, path.parent))
     if path.is_dir():
-        files = [p for p in sorted(path.glob(f"{split}*")) if p.suffix in (".jsonl", ".txt")]
+        files = [p for p in sorted(path.glob(f"{split}*")) if p.suffix in SUFFIXES]
         if not files:
-            raise UserError(key, f"{source} has no {split}*.jsonl or {split}*.txt", remedy)
+            raise UserError(key, f"{source} has no prompt file {split}*", remedy)
         path = files[0]
     if not path.is_file():
         raise UserError(key, f"{source} does not exist", remedy)
+    if path.suffix == ".parquet":  # no text: the loader looks inside
+        return
     try:
         with path.open(encoding="utf-8") as lines:
             if not any(line.strip() for line in lines):

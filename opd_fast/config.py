@@ -24,7 +24,7 @@ from opd_fast.errors import UserError, did_you_mean
 Solver = Literal["ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm1", "dpm2"]
 DETERMINISTIC: tuple[str, ...] = ("ode", "dpm1", "dpm2")
 # What may change when a run is resumed: how long it goes on and what it writes down, never what it learns from.
-RESUMABLE = ("train.rounds", "logging.", "evaluation.", "checkpoint.")
+RESUMABLE = ("train.rounds", "model.text_cache", "logging.", "evaluation.", "checkpoint.")
 
 
 def option(help: str, default: Any = MISSING) -> Any:
@@ -43,12 +43,22 @@ class ModelConfig:
 
     path: str = option("diffusers pipeline folder or hub id; bundled: the small pipeline in the package", "bundled")
     family: str = option("model family (sd3); auto reads it from the pipeline", "auto")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "of the frozen weights and of every forward; auto: bfloat16 on a GPU that has it, float32 elsewhere", "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "of the frozen weights and of every forward; auto: bfloat16 on a GPU that has it, float32 elsewhere; float16 "
+        "trains with a gradient scaler",
+        "auto",
     )
     resolution: int = option("height and width of the images, in pixels", 32)
     max_sequence_length: int | None = option(
         "T5 tokens of a prompt, at most 512; 0 leaves T5 out; null: 128 where the pipeline has a T5 encoder", None
+    )
+    text_cache: str = option(
+        "folder that keeps the prompts' embeddings from run to run; off: none; auto: opd_fast/text in the user's cache "
+        "directory ($XDG_CACHE_HOME, else ~/.cache) for text encoders above 256 MiB, none for smaller ones",
+        "auto",
+    )
+    text_device: Literal["auto", "cpu"] = option(
+        "where the text encoders run; auto: as the model; cpu: slower, without their memory on the GPU", "auto"
     )
 
 
@@ -62,7 +72,11 @@ class StudentConfig:
     targets: str | list[str] = option(
         "LoRA targets: attention, all, or a list of module name endings such as [attn.to_q]", "attention"
     )
-    start: str | None = option("weights to start from, in any form a teacher can have; null: the base", None)
+    start: str | None = option(
+        "weights to start from, in any form a teacher can have; merged: the mean of the teachers' weight differences "
+        "by teachers[].weight, cut to the rank (a folder of that name is ./merged); null: the base",
+        None,
+    )
     guidance: float = option("classifier-free guidance of the student while it trains; 1 makes no negative pass", 1.0)
 
 
@@ -71,10 +85,18 @@ class TeacherConfig:
     """One frozen teacher and the task it teaches."""
 
     name: str = option("name in tables, files and logs")
-    weights: str = option("PEFT folder, diffusers LoRA file, transformer or pipeline folder, hub id, or bundled/NAME")
-    prompts: str = option("training prompts: a .txt or GenEval .jsonl file, or bundled/NAME")
+    weights: str = option(
+        "PEFT folder, LoRA file (diffusers, kohya, ComfyUI, ...), transformer or pipeline folder, hub id (and a folder "
+        "or file in it), or bundled/NAME"
+    )
+    partial: bool = option("take a LoRA of which only some modules exist in the model; false refuses it", False)
+    prompts: str = option(
+        "training prompts: a GenEval .jsonl, .txt, .csv, .tsv or .parquet file, a folder with one for each split, or "
+        "bundled/NAME"
+    )
     guidance: float = option("classifier-free guidance of the teacher; 1 makes no negative pass", 1.0)
     weight: float = option("factor on this task's loss", 1.0)
+    share: float = option("how often the weighted schedule takes this task, relative to the other tasks", 1.0)
     eval_prompts: str | None = option("held-out prompts that the reward needs; null: those of bundled/NAME", None)
     reward: str | None = option("reward that judges this task in evaluations; null: none", None)
 
@@ -102,6 +124,7 @@ class ObjectiveConfig:
         "variance the KL divides by; exact: that of the step's noise; published: the released code's", "exact"
     )
     reduction: Literal["mean", "sum"] = option("over the elements of a sample", "mean")
+    steps: Literal["sum", "mean"] = option("over the trained steps; sum: the paper's; mean: the released code's", "sum")
 
 
 @dataclass(kw_only=True)
@@ -111,6 +134,12 @@ class TrainConfig:
     method: Literal["opd"] = option("opd: on-policy distillation", "opd")
     rounds: int = option("optimizer steps", 80)
     samples_per_task: int = option("rollouts of each task in a round", 8)
+    tasks_per_round: int | None = option("tasks that a round takes; null: as many as there are", None)
+    task_schedule: Literal["round_robin", "weighted"] = option(
+        "how tasks come to their rounds; round_robin: in turn; weighted: at random in proportion to teachers[].share, "
+        "so that one may come several times in a round and weighs by how often it comes",
+        "round_robin",
+    )
     micro_batch: int | None = option("samples in one student forward; null: all of the round", None)
     lr: float = option("peak learning rate of AdamW", 1e-3)
     schedule: Literal["constant", "cosine", "linear"] = option("of the learning rate after the warm-up", "constant")
@@ -139,6 +168,8 @@ class EvaluationConfig:
     prompts: int = option("held-out prompts of each task", 64)
     steps: int = option("ODE steps of an evaluation's images", 20)
     guidance: float | None = option("guidance of base and student when judged; null: student.guidance", None)
+    batch: int = option("images drawn at once", 64)
+    vae_tiling: bool = option("decode in overlapping tiles: less memory at high resolutions, faint seams", False)
 
 
 @dataclass(kw_only=True)
@@ -206,6 +237,7 @@ def _check_ranges(config: Config) -> None:
         ("sampler.eta", config.sampler.eta, 0),
         ("train.rounds", t.rounds, 1),
         ("train.samples_per_task", t.samples_per_task, 1),
+        ("train.tasks_per_round", t.tasks_per_round, 1),
         ("train.micro_batch", t.micro_batch, 1),
         ("train.warmup", t.warmup, 0),
         ("train.weight_decay", t.weight_decay, 0),
@@ -217,6 +249,7 @@ def _check_ranges(config: Config) -> None:
         ("evaluation.prompts", config.evaluation.prompts, 1),
         ("evaluation.steps", config.evaluation.steps, 1),
         ("evaluation.guidance", config.evaluation.guidance, 0),
+        ("evaluation.batch", config.evaluation.batch, 1),
     ]
     for key, value, least in at_least:
         if value is not None and value < least:
@@ -236,6 +269,8 @@ def _check_ranges(config: Config) -> None:
             raise UserError(key, f"{share} is not in [0, 1)", "give a decay below 1")
     if t.warmup >= t.rounds:
         raise UserError("train.warmup", f"{t.warmup} is not below train.rounds = {t.rounds}", "shorten the warm-up")
+    if not config.model.text_cache:
+        raise UserError("model.text_cache", "is empty", "name a folder, or give auto or off")
 
 
 def _check_sampler(config: Config) -> None:
@@ -258,6 +293,11 @@ def _check_teachers(config: Config) -> None:
         raise UserError(
             "teachers", "none is given", "list at least one as {name, weights, prompts}, or start from a recipe"
         )
+    most = len(config.teachers)
+    if (config.train.tasks_per_round or 1) > most:
+        raise UserError(
+            "train.tasks_per_round", f"{config.train.tasks_per_round} of {most} tasks", f"give {most} or less, or null"
+        )
     seen: set[str] = set()
     for i, teacher in enumerate(config.teachers):
         if not teacher.name or not all(c.isalnum() or c in "-_." for c in teacher.name):
@@ -273,6 +313,16 @@ def _check_teachers(config: Config) -> None:
         if teacher.weight <= 0:
             raise UserError(
                 f"teachers[{i}].weight", f"{teacher.weight} is not above 0", "give a positive one or drop the teacher"
+            )
+        if teacher.share <= 0:
+            raise UserError(
+                f"teachers[{i}].share", f"{teacher.share} is not above 0", "give a positive one or drop the teacher"
+            )
+        if teacher.share != 1 and config.train.task_schedule != "weighted":
+            raise UserError(
+                f"teachers[{i}].share",
+                f"{teacher.share} is read by the weighted schedule alone",
+                "set train.task_schedule weighted, or give weight instead",
             )
 
 
@@ -392,8 +442,10 @@ def _dumper() -> Any:
 
 
 def config_hash(config: Config) -> str:
-    """Twelve hexadecimal digits over everything but `logging` and `checkpoint`, which change no number of a run."""
+    """Twelve hexadecimal digits over everything but what changes no number of a run: `logging`, `checkpoint` and
+    `model.text_cache`."""
     data = {key: value for key, value in to_dict(config).items() if key not in ("logging", "checkpoint")}
+    del data["model"]["text_cache"]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -25,8 +25,9 @@ from opd_fast.telemetry import quiet_libraries
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from opd_fast.embeddings import EmbeddingCache
     from opd_fast.models.base import DiffusionModel
-    from opd_fast.prompts import EmbeddingCache, Prompt
+    from opd_fast.prompts import Prompt
     from opd_fast.solvers import SolverTable
 
 
@@ -255,9 +256,9 @@ def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
 
 
 def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
+    from opd_fast.embeddings import EmbeddingCache
     from opd_fast.models import load_model
     from opd_fast.plan import pick_device, pick_dtype
-    from opd_fast.prompts import EmbeddingCache
     from opd_fast.solvers import solver_table
     from opd_fast.weights import load_transformer
 

@@ -1,53 +1,43 @@
 """LoRA files: read, check, merge, write.  W' = W + scale*B@A, scale = alpha/r (https://arxiv.org/abs/2106.09685).
 
-Two layouts hold the same numbers.  PEFT's folder: adapter_config.json (rank, alpha) and adapter_model.safetensors, keys
-``base_model.model.MODULE.lora_A.weight``.  Diffusers' file: pytorch_lora_weights.safetensors, keys
-``transformer.MODULE.lora_A.weight``, the alpha in the header's ``lora_adapter_metadata`` (absent from many files in
-circulation: then alpha = r is what diffusers assumes, and what is assumed here).  Neither is ever unpickled.
+PEFT's folder holds adapter_config.json (rank, alpha) and adapter_model.safetensors; every other layout is one
+safetensors file, by its own name or as diffusers' pytorch_lora_weights.safetensors.  Where such a file gives no alpha,
+alpha = r is what diffusers assumes, and what is assumed here.  Their keys: ``opd_fast.lora_formats``.  Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opd_fast.models.base import ASSETS
+from opd_fast.lora_formats import (
+    DIFFUSERS_PREFIX,
+    PEFT_PREFIX,
+    Format,
+    read_keys,
+    read_pairs,
+    rename,
+    scales_from_config,
+)
+from opd_fast.models.base import ASSETS, DiffusionModel
 from opd_fast.models.folder import fetch
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
+_NAMES = (PEFT_CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)
 _METADATA_KEY = "lora_adapter_metadata"  # diffusers' name of the header entry
-_PEFT_PREFIX = "base_model.model."
-_DIFFUSERS_PREFIX = "transformer."
-_KEY = re.compile(r"(?P<module>.+)\.(?:lora_(?P<ab>[AB])(?:\.\w+)?|lora\.(?P<du>down|up))\.weight")
-# Settings of PEFT's LoRA that change the forward beyond scale*B@A.
-_OTHER_ADAPTERS = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "kasa_config",
-    "monteclora_config",
-    "alora_invocation_tokens",
-    "arrow_config",
-)
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class LoraWeights:
     """
 
     path: Path
-    format: Literal["peft", "diffusers"]
+    format: Format
     tensors: dict[str, tuple[Tensor, Tensor]]
     scale: dict[str, float]
     sha256: str
@@ -74,8 +64,8 @@ class LoraWeights:
 def find_lora(path: str | Path) -> Path | None:
     """The file or folder of the LoRA that ``path`` names, or None if it names something else (or nothing).
 
-    ``path``: a PEFT folder, a diffusers LoRA file or its folder, ``bundled/NAME``, or a hub id with an optional folder,
-    ``owner/name/folder`` (fetched, or found in the hub's cache; ValueError if it can be neither).
+    ``path``: a PEFT folder, a LoRA file, a folder with diffusers', ``bundled/NAME``, or a hub id, ``owner/name``, with
+    an optional folder or file after it (fetched, or found in the hub's cache; ValueError if it can be neither).
     """
     name = str(path)
     if name.startswith("bundled/"):
@@ -84,17 +74,20 @@ def find_lora(path: str | Path) -> Path | None:
         local = Path(path).expanduser()
         if not local.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)+", name):
             owner, repo, *inside = name.split("/")
-            files = ["/".join([*inside, file]) for file in (PEFT_CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)]
-            local = fetch(f"{owner}/{repo}", files).joinpath(*inside)
+            wanted = ["/".join([*inside, file]) for file in _NAMES]
+            if inside and inside[-1].endswith(".safetensors"):
+                wanted = ["/".join(inside)]
+            local = fetch(f"{owner}/{repo}", wanted).joinpath(*inside)
     if local.is_file():
         return local if local.suffix == ".safetensors" and _holds_lora(local) else None
-    names = (PEFT_CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)
-    return local if any((local / file).is_file() for file in names) else None
+    return local if any((local / file).is_file() for file in _NAMES) else None
 
 
-def read_lora(path: str | Path) -> LoraWeights:
-    """Read a LoRA in either layout; a folder with both is read as PEFT's.
+def read_lora(path: str | Path, model: DiffusionModel | None = None) -> LoraWeights:
+    """Read a LoRA; a folder with PEFT's and diffusers' layouts is read as PEFT's.
 
+    ``model`` is the one that it will change, or its outline: files in layouts other than these two are read by its
+    modules' names and its family's converter, and without it not at all.
     Raises ValueError, in one line with the file and the remedy, for a missing or damaged file, for what is no plain
     LoRA of the transformer (DoRA, biases, text-encoder weights, half a pair), and for NaN or infinite weights.
     """
@@ -102,9 +95,9 @@ def read_lora(path: str | Path) -> LoraWeights:
     if found is None:
         raise ValueError(f"{path} is no LoRA: {_why_not(path)}")
     if found.is_file():
-        return _read_peft(found.parent) if found.name == PEFT_WEIGHTS else _read_diffusers(found)
+        return _read_peft(found.parent) if found.name == PEFT_WEIGHTS else _read_file(found, model)
     is_peft = (found / PEFT_CONFIG).is_file() or (found / PEFT_WEIGHTS).is_file()
-    return _read_peft(found) if is_peft else _read_diffusers(found / DIFFUSERS_WEIGHTS)
+    return _read_peft(found) if is_peft else _read_file(found / DIFFUSERS_WEIGHTS, model)
 
 
 def _why_not(source: str | Path) -> str:
@@ -113,7 +106,7 @@ def _why_not(source: str | Path) -> str:
         return f"choose one of {', '.join(known)}" if known else "build them: python -m opd_fast.worlds.build"
     path = Path(source).expanduser()
     if path.is_file():
-        return "the file holds no LoRA weights in safetensors; give a PEFT folder or a diffusers .safetensors file"
+        return "the file holds no LoRA weights in safetensors; give a PEFT folder or a LoRA's .safetensors file"
     if not path.is_dir():
         return f"there is no such file or folder; give a folder with {PEFT_CONFIG}, or a .safetensors file"
     pickled = [p.name for p in path.glob("*.bin")] + [p.name for p in path.glob("*.pt")]
@@ -122,6 +115,8 @@ def _why_not(source: str | Path) -> str:
     inside = sorted({p.parent for name in (PEFT_CONFIG, DIFFUSERS_WEIGHTS) for p in path.glob(f"*/{name}")})
     if inside:
         return f"but {inside[0]} is one; name that folder"
+    if files := sorted(file for file in path.glob("*.safetensors") if _holds_lora(file)):
+        return f"but {files[0]} is one; name that file"
     return f"the folder has neither {PEFT_CONFIG} with {PEFT_WEIGHTS} nor {DIFFUSERS_WEIGHTS}"
 
 
@@ -136,29 +131,29 @@ def _read_peft(folder: Path) -> LoraWeights:
             raise ValueError("not a JSON object")
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); copy the adapter again") from None
-    tensors, _ = _load(folder / PEFT_WEIGHTS)
-    pairs, alphas = _pairs(folder / PEFT_WEIGHTS, tensors, _PEFT_PREFIX)
+    weights = folder / PEFT_WEIGHTS
+    raw, alphas = read_pairs(weights, _load(weights)[0])
     if alphas:
-        raise ValueError(f"{folder / PEFT_WEIGHTS} holds .alpha tensors, which PEFT does not write; convert it again")
-    scale = _scales_from_config(file, config, pairs)
-    return LoraWeights(folder, "peft", pairs, scale, _sha256(folder / PEFT_WEIGHTS, file))
+        raise ValueError(f"{weights} holds .alpha tensors, which PEFT does not write; convert it again")
+    pairs, _ = rename(weights, raw, {}, {module: module.removeprefix(PEFT_PREFIX) for module in raw})
+    return LoraWeights(folder, "peft", pairs, scales_from_config(file, config, pairs), sha256(weights, file))
 
 
-def _read_diffusers(file: Path) -> LoraWeights:
+def _read_file(file: Path, model: DiffusionModel | None) -> LoraWeights:
     tensors, header = _load(file)
-    pairs, alphas = _pairs(file, tensors, _DIFFUSERS_PREFIX)
+    pairs, alphas, layout = read_keys(file, tensors, model)
     if header.get(_METADATA_KEY):
         if alphas:
             raise ValueError(f"{file} gives alpha twice, in its header and as .alpha tensors; keep one of them")
         try:
             metadata = json.loads(header[_METADATA_KEY])
-            config = {k.removeprefix(_DIFFUSERS_PREFIX): v for k, v in metadata.items()}
+            config = {k.removeprefix(DIFFUSERS_PREFIX): v for k, v in metadata.items()}
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{file}: damaged {_METADATA_KEY} in its header ({error}); save the LoRA again") from None
-        scale = _scales_from_config(file, config, pairs)
+        scale = scales_from_config(file, config, pairs)
     else:
         scale = {module: alphas.get(module, a.shape[0]) / a.shape[0] for module, (a, _) in pairs.items()}
-    return LoraWeights(file, "diffusers", pairs, scale, _sha256(file))
+    return LoraWeights(file, layout, pairs, scale, sha256(file))
 
 
 def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -186,88 +181,19 @@ def _holds_lora(file: Path) -> bool:
 
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            return any("lora" in key for key in opened.keys())  # noqa: SIM118 - not a mapping
+            words = ("lora", "lokr", "hada")  # reading refuses LoKr and LoHa by name
+            return any(word in key for key in opened.keys() for word in words)  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError):
         return True  # damaged: reading it says so
 
 
-def _pairs(
-    file: Path, tensors: dict[str, Tensor], prefix: str
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
-    """Sort a file's tensors into {module: (A, B)} and {module: alpha}, refusing whatever is neither."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
-    for key, tensor in tensors.items():
-        if key.startswith(("text_encoder.", "text_encoder_2.")):
-            raise ValueError(f"{file} also changes the text encoders ({key}), which stay as they are; strip those keys")
-        name = key.removeprefix(prefix)
-        if name.endswith(".alpha"):
-            alphas[name.removesuffix(".alpha")] = float(tensor)
-        elif found := _KEY.fullmatch(name):
-            half = found["ab"] or {"down": "A", "up": "B"}[found["du"]]
-            halves.setdefault(found["module"], {})[half] = tensor
-        else:
-            raise ValueError(
-                f"{file}: key {key} is no plain LoRA weight; supported are MODULE.lora_A.weight and lora_B.weight "
-                f"(no DoRA, no biases, no other adapters): convert the file, or merge it into a full transformer"
-            )
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for module, half in halves.items():
-        if set(half) != {"A", "B"}:
-            raise ValueError(f"{file}: module {module} has only lora_{next(iter(half))}; the file is incomplete")
-        a, b = half["A"], half["B"]
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-            raise ValueError(
-                f"{file}: module {module} has A {tuple(a.shape)} and B {tuple(b.shape)}, not (r, in) and (out, r); "
-                f"only LoRA of linear layers is supported"
-            )
-        pairs[module] = (a, b)
-    if stray := sorted(set(alphas) - set(pairs)):
-        raise ValueError(f"{file}: {stray[0]}.alpha belongs to no LoRA weight; the file is incomplete, copy it again")
-    return pairs, alphas
-
-
-def _scales_from_config(
-    file: Path, config: dict[str, Any], pairs: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, float]:
-    """alpha/r per module (alpha/sqrt(r) with rsLoRA), patterns as PEFT resolves them."""
-    kind = str(config.get("peft_type", "LORA")).rpartition(".")[2]
-    if kind != "LORA":
-        raise ValueError(f"{file}: a {kind} adapter; only LORA is supported: merge it into a full transformer")
-    for option in _OTHER_ADAPTERS:
-        if config.get(option):
-            raise ValueError(f"{file}: {option} is set, which is no plain LoRA; merge it into a full transformer")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{file}: bias is {config['bias']!r}; only LoRA without trained biases is supported")
-    try:
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{file} gives no rank r and lora_alpha; the adapter's configuration is incomplete") from None
-    scales: dict[str, float] = {}
-    for module, (a, _) in pairs.items():
-        r = int(_by_pattern(config.get("rank_pattern") or {}, module, rank))
-        if r != a.shape[0]:
-            raise ValueError(
-                f"{file} gives module {module} rank {r}, its lora_A has {a.shape[0]} rows {tuple(a.shape)}; "
-                f"configuration and weights belong to different adapters"
-            )
-        module_alpha = float(_by_pattern(config.get("alpha_pattern") or {}, module, alpha))
-        scales[module] = module_alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-    return scales
-
-
-def _by_pattern(pattern: Mapping[str, Any], module: str, default: float) -> Any:
-    # PEFT: the first key that matches the module's name, or a tail of it that starts after a dot, as an expression.
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
-def _sha256(*files: Path) -> str:
+def sha256(*files: Path) -> str:
+    """The hash over the files' content, one after the other, in hexadecimal."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.read_bytes())
+        with file.open("rb") as opened:
+            while part := opened.read(2**24):
+                digest.update(part)
     return digest.hexdigest()
 
 
@@ -285,12 +211,12 @@ def match(lora: LoraWeights, transformer: nn.Module, *, allow_partial: bool = Fa
     if not modules:
         raise ValueError(
             f"LoRA {lora.path} fits no module of the transformer (its first: {absent[0]}); "
-            f"it was made for another model family"
+            f"it was made for another model family, or its names are none that diffusers converts for this one"
         )
     if absent and not allow_partial:
         raise ValueError(
             f"LoRA {lora.path} fits {len(modules)} of its {len(lora.tensors)} modules; the transformer has no "
-            f"{absent[0]}: it was made for another model of the family"
+            f"{absent[0]}: it was made for another model of the family (teachers[].partial takes what fits)"
         )
     for name, module in modules.items():
         weight = getattr(module, "weight", None)
@@ -374,13 +300,13 @@ def save_lora(
         "inference_mode": True,
         **config,
     }
-    prefixed = {_DIFFUSERS_PREFIX + key: value for key, value in config.items()}
+    prefixed = {DIFFUSERS_PREFIX + key: value for key, value in config.items()}
     header = {"format": "pt", _METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True)}
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(folder / PEFT_WEIGHTS, tensors, _PEFT_PREFIX, {"format": "pt"})
-    _write_tensors(folder / DIFFUSERS_WEIGHTS, tensors, _DIFFUSERS_PREFIX, header)
+    _write_tensors(folder / PEFT_WEIGHTS, tensors, PEFT_PREFIX, {"format": "pt"})
+    _write_tensors(folder / DIFFUSERS_WEIGHTS, tensors, DIFFUSERS_PREFIX, header)
     text = json.dumps(peft_config, indent=2, sort_keys=True) + "\n"
     _replace(folder / PEFT_CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return folder

@@ -5,8 +5,8 @@ The transformer is built on the meta device, so nothing is loaded and a model of
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from opd_fast.models.base import DiffusionModel
     from opd_fast.solvers import SolverTable
 
-CLIP_TOKENS = 77
 SAVED_PER_BLOCK = {"lora": 18, "full": 24}
 """Values that autograd keeps for each token, unit of width and MMDiT block: modulated norms, q, k, v, what attention
 and the feed-forward read again. Upper ends of measurements on SD3's blocks; tests/test_plan.py measures them again."""
@@ -89,6 +89,9 @@ class Plan:
     samples: int
     student_rows: int
     teacher_rows: dict[str, int]
+    """When the teacher's task has a turn."""
+    turns: dict[str, float]
+    """Of each task in a round, on average."""
     forwards_per_step: int
     trained_steps: int
     latent: tuple[int, int, int]
@@ -110,7 +113,9 @@ class Plan:
         return {
             "student forward": student,
             "student backward": student,
-            "teacher forward": sum(self.teacher_rows.values()) * self.trained_steps,
+            "teacher forward": round(
+                sum(rows * self.turns[name] for name, rows in self.teacher_rows.items()) * self.trained_steps
+            ),
         }
 
 
@@ -120,118 +125,70 @@ def make_plan(config: Config) -> Plan:
     Raises:
         ValueError: the model's folder is missing or damaged, or does not fit the settings.
     """
-    from opd_fast.models.folder import has_component, read_index
+    from opd_fast.models import outline_model
     from opd_fast.objectives import step_weights
-    from opd_fast.solvers import sd3_sigmas, solver_table
+    from opd_fast.prompts import TaskSchedule
+    from opd_fast.solvers import solver_table
 
     resolved = resolve(config)
-    folder = _config_folder(config.model.path)
-    index = read_index(folder)
-    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
-    vae = _json(folder / "vae" / "config.json")
-    transformer = meta_transformer(folder)
-    shape: Any = transformer.config
-    patch = int(shape.patch_size)
-    size = config.model.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
-    s = config.sampler
-    sigmas = sd3_sigmas(
-        s.steps, float(scheduler["shift"]), num_train_timesteps=int(scheduler.get("num_train_timesteps", 1000))
+    settings = config.model
+    model = outline_model(
+        settings.path, settings.family, dtype=resolved.dtype, max_sequence_length=settings.max_sequence_length
     )
-    table = solver_table(s.solver, sigmas, s.eta, variance=config.objective.variance)
-
+    check_guidance(config, model)
+    branches = 2 if model.guidance_kind == "cfg" else 1
+    s = config.sampler
+    table = solver_table(
+        s.solver, model.sigmas(s.steps, settings.resolution), s.eta, variance=config.objective.variance
+    )
     per_task = config.train.samples_per_task
-    samples = per_task * len(config.teachers)
-    default_t5 = 128 if has_component(index, "text_encoder_3") else 0
-    t5_tokens = config.model.max_sequence_length
-    text_tokens = _clip_tokens(folder) + (default_t5 if t5_tokens is None else t5_tokens)
-    targets = _targets(config, index)
-    modules = None if config.student.kind == "full" else lora_modules(transformer, targets)
-    parameters = sum(p.numel() for p in transformer.parameters())
+    shares = [teacher.share for teacher in config.teachers]
+    schedule = TaskSchedule(shares, config.train.tasks_per_round, config.train.task_schedule)
+    samples = per_task * schedule.per_round
+    modules = None
+    if config.student.kind == "lora":
+        modules = lora_modules(model.transformer, model.targets(config.student.targets))
+    parameters = sum(p.numel() for p in model.transformer.parameters())
     trainable = parameters
     if modules is not None:
         trainable = sum(config.student.rank * (i + o) for i, o in modules.values())
-    image_tokens = (size // patch) ** 2
-    evaluations, evaluation_rows = _evaluation(config)
+    image_tokens = model.image_tokens(settings.resolution)
+    evaluations, evaluation_rows = _evaluation(config, branches)
     return Plan(
         resolved=resolved,
         samples=samples,
-        student_rows=samples * _branches(config.student.guidance),
-        teacher_rows={t.name: per_task * _branches(t.guidance) for t in config.teachers},
+        student_rows=samples * _branches(config.student.guidance, branches),
+        teacher_rows={t.name: per_task * _branches(t.guidance, branches) for t in config.teachers},
+        turns={t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)},
         forwards_per_step=math.ceil(samples / (config.train.micro_batch or samples)),
         trained_steps=s.steps if s.train_last else s.steps - 1,
-        latent=(int(shape.in_channels), size, size),
+        latent=model.latent_shape(settings.resolution),
         image_tokens=image_tokens,
-        text_tokens=text_tokens,
+        text_tokens=model.text_tokens,
         table=table,
         weight=step_weights(table, config.objective.kind).tolist(),
         parameters=parameters,
         trainable=trainable,
         lora_modules=None if modules is None else len(modules),
-        bytes=_memory(config, resolved, transformer, trainable, samples, image_tokens + text_tokens),
+        bytes=_memory(config, resolved, model, trainable, samples, image_tokens + model.text_tokens, branches),
         evaluations=evaluations,
         evaluation_rows=evaluation_rows,
     )
 
 
-def _branches(guidance: float) -> int:
-    return 1 if guidance == 1 else 2
+def check_guidance(config: Config, model: DiffusionModel) -> None:
+    """Raise `UserError` for guidance other than 1 with a model that has none."""
+    if model.guidance_kind != "none":
+        return
+    wanted = {"student.guidance": config.student.guidance, "evaluation.guidance": config.evaluation.guidance or 1.0}
+    wanted |= {f"teachers.{t.name}.guidance": t.guidance for t in config.teachers}
+    for key, value in wanted.items():
+        if value != 1:
+            raise UserError(key, f"{value:g} with a {model.name} model that has no guidance", "give 1")
 
 
-def _config_folder(path: str) -> Path:
-    """The pipeline's folder with its configuration files; of a hub model nothing else is fetched."""
-    from opd_fast.command import looks_like_hub_id
-    from opd_fast.models.folder import fetch, resolve_pipeline
-
-    if path != "bundled" and not Path(path).expanduser().exists() and looks_like_hub_id(path):
-        return fetch(path, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/tokenizer_config.json"])
-    return resolve_pipeline(path)
-
-
-def _clip_tokens(folder: Path) -> int:
-    """The length the pipeline pads CLIP's prompts to: its first tokenizer's, or CLIP's own."""
-    path = folder / "tokenizer" / "tokenizer_config.json"
-    return int(_json(path).get("model_max_length", CLIP_TOKENS)) if path.is_file() else CLIP_TOKENS
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError("model.path", f"{path} cannot be read ({error})", "give a whole diffusers pipeline") from error
-    return data
-
-
-def meta_transformer(folder: Path) -> nn.Module:
-    """The pipeline's transformer without weights: shapes and names only."""
-    import diffusers
-    import torch
-
-    config = _json(folder / "transformer" / "config.json")
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if kind is None:
-        name = config.get("_class_name")
-        raise UserError("model.path", f"transformer/config.json names the class {name}", "give a diffusers pipeline")
-    with torch.device("meta"):
-        transformer: nn.Module = kind.from_config(config)
-    return transformer
-
-
-def _targets(config: Config, index: dict[str, Any]) -> list[str]:
-    from opd_fast.models import FAMILIES
-
-    families = {model.pipeline_class: model for model in FAMILIES.values()}
-    if config.model.family != "auto" and config.model.family not in FAMILIES:
-        raise UserError("model.family", f"unknown family {config.model.family!r}", f"use auto or {', '.join(FAMILIES)}")
-    family = families.get(index["_class_name"])
-    if family is None:
-        raise UserError("model.path", f"holds a {index['_class_name']}", f"supported: {', '.join(families)}")
-    targets = config.student.targets
-    if isinstance(targets, list):
-        return targets
-    if targets not in family.lora_targets:
-        names = ", ".join(family.lora_targets)
-        raise UserError("student.targets", f"unknown set {targets!r}", f"use {names} or a list of module names")
-    return family.lora_targets[targets]
+def _branches(guidance: float, most: int) -> int:
+    return 1 if guidance == 1 else most
 
 
 def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[int, int]]:
@@ -256,17 +213,24 @@ def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[
 
 
 def _memory(
-    config: Config, resolved: Resolved, transformer: nn.Module, trainable: int, samples: int, tokens: int
+    config: Config,
+    resolved: Resolved,
+    model: DiffusionModel,
+    trainable: int,
+    samples: int,
+    tokens: int,
+    branches: int,
 ) -> dict[str, int]:
     """Bytes by purpose, a rough estimate. Frozen weights count in the model's dtype; what is trained in float32, five
     times: itself, gradient, AdamW's two moments, exponential average. Activations are those of one student step."""
     item = resolved.dtype.itemsize
+    transformer: Any = model.transformer
     parameters = sum(p.numel() for p in transformer.parameters())
     copies = len(config.teachers) if config.engine.placement == "merged" else 0
-    size: Any = transformer.config
-    width = int(size.num_attention_heads) * int(size.attention_head_dim)
-    rows = min(samples, config.train.micro_batch or samples) * _branches(config.student.guidance)
-    blocks = int(size.num_layers)
+    size = transformer.config
+    width = int(size.get("dim") or size.num_attention_heads * size.attention_head_dim)
+    rows = min(samples, config.train.micro_batch or samples) * _branches(config.student.guidance, branches)
+    blocks = len(model.blocks(transformer))
     return {
         "base weights": parameters * item,
         "teacher copies": copies * parameters * item,
@@ -275,7 +239,7 @@ def _memory(
     }
 
 
-def _evaluation(config: Config) -> tuple[int, int]:
+def _evaluation(config: Config, branches: int) -> tuple[int, int]:
     """(evaluations of the student, rows forwarded in all of them and in judging base and teachers once)."""
     e = config.evaluation
     tasks = sum(teacher.reward is not None for teacher in config.teachers)
@@ -284,14 +248,14 @@ def _evaluation(config: Config) -> tuple[int, int]:
     student = len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end
     guidance = config.student.guidance if e.guidance is None else e.guidance
     models = student + 1 + len(config.teachers)
-    return student, models * tasks * e.prompts * e.steps * _branches(guidance)
+    return student, models * tasks * e.prompts * e.steps * _branches(guidance, branches)
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------
 
 
-def print_plan(plan: Plan, config: Config, run_dir: Path) -> None:
-    """Print the settings and the plan."""
+def print_plan(plan: Plan, config: Config, run_dir: Path, missing: Iterable[UserError] = ()) -> None:
+    """Print the settings and the plan, and what a run would miss."""
     from rich.console import Console
     from rich.table import Table
 
@@ -315,12 +279,19 @@ def print_plan(plan: Plan, config: Config, run_dir: Path) -> None:
         trained = "yes" if j < plan.trained_steps else "no"
         rows.add_row(str(j), *(f"{number:.5f}" for number in numbers), f"{plan.weight[j]:.3e}", trained)
     console.print(rows)
+    if lines := [str(error) for error in missing]:
+        console.rule("missing before it can run", align="left")
+        console.print("\n".join(lines), markup=False)
 
 
 def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     r = plan.resolved
     switches = f"compile {'on' if r.compile else 'off'}"
-    tasks = len(config.teachers)
+    tasks = f"{len(config.teachers)} tasks of {config.train.samples_per_task}"
+    if plan.samples < len(config.teachers) * config.train.samples_per_task:
+        tasks = f"{config.train.tasks_per_round} of {tasks}"
+    if config.train.task_schedule == "weighted":
+        tasks += " (" + ", ".join(f"{name} {turns:.2f}" for name, turns in plan.turns.items()) + " turns on average)"
     work = ", ".join(f"{name} {rows}" for name, rows in plan.round_rows.items())
     c, h, w = plan.latent
     lora = "" if plan.lora_modules is None else f" in {plan.lora_modules} LoRA modules of rank {config.student.rank}"
@@ -336,7 +307,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
         ("device", f"{r.device}, {str(r.dtype).removeprefix('torch.')}{', TF32' if r.tf32 else ''}, {switches}"),
         (
             "rounds",
-            f"{config.train.rounds} of {plan.samples} samples: {tasks} tasks of {config.train.samples_per_task}",
+            f"{config.train.rounds} of {plan.samples} samples: {tasks}",
         ),
         ("solver steps", f"{plan.table.steps}, of which {plan.trained_steps} are run and trained"),
         ("student batch", f"({plan.student_rows},{c},{h},{w}) in {plan.forwards_per_step} forward(s) a step"),

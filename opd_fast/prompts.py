@@ -1,32 +1,39 @@
-"""Prompt files, the order in which a run draws from them, and the cache of their embeddings.
+"""Prompt files, and the order in which a run draws from them.
 
 Formats: GenEval's metadata lines (https://arxiv.org/abs/2310.11513), one JSON object a line with the prompt and what
-the picture must show; plain text, one prompt a line; and text whose every line quotes exactly one target, as the OCR
-reward's files do.
+the picture must show; plain text, one prompt a line; text whose every line quotes exactly one target, as the OCR
+reward's files do; and tables (comma- or tab-separated, or parquet) with a column of prompts, as DrawBench's list
+(https://arxiv.org/abs/2205.11487) is published.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from opd_fast.models.base import ASSETS, DiffusionModel, TextEmbeds
+from opd_fast.config import package_file
 
 Split = Literal["train", "test"]
-_SPLIT_FILES = ("{split}_metadata.jsonl", "{split}.jsonl", "{split}.txt")
+ASSETS = package_file("assets")
+SUFFIXES = (".jsonl", ".txt", ".csv", ".tsv", ".parquet")
+COLUMNS = ("prompt", "prompts", "caption", "text")
+"""What the column of prompts may be called, in any case."""
+_SPLIT_FILES = ("{split}_metadata.jsonl", *(f"{{split}}{suffix}" for suffix in SUFFIXES))
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """``metadata`` is the GenEval record, ``{"target": words}`` for a line of an OCR file, or ``{}``."""
+    """``metadata`` is the GenEval record, ``{"target": words}`` for a line of an OCR file, the other columns of a
+    table's row, or ``{}``.
+    """
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -36,14 +43,18 @@ class Prompt:
 
 
 def load_prompts(source: str | Path, split: Split = "train") -> list[Prompt]:
-    """The prompts of ``source``: a .jsonl or .txt file, a folder with train/test files, or ``bundled/NAME``.
+    """The prompts of ``source``: a file of any format above, a folder with train/test files, or ``bundled/NAME``.
 
-    ``split`` chooses the file in a folder (``{split}_metadata.jsonl``, ``{split}.jsonl`` or ``{split}.txt``); a file is
-    taken as it is.  Blank lines are skipped, spaces around a line are dropped.
+    ``split`` chooses the file in a folder (``{split}_metadata.jsonl``, or ``{split}`` with one of ``SUFFIXES``); a file
+    is taken as it is.  Blank lines are skipped, spaces around a prompt are dropped.
     Raises ValueError naming the file and the line for anything that cannot be read, and for a file without prompts.
     """
     path = prompt_file(source, split)
+    if path.suffix == ".parquet":
+        return _parquet(path)
     lines = list(_lines(path))
+    if path.suffix in (".csv", ".tsv") or (path.suffix == ".txt" and lines and _is_drawbench(lines[0][1])):
+        return _separated(path)
     if not lines:
         raise ValueError(f"{path} holds no prompt; write one on each line")
     if path.suffix == ".jsonl":
@@ -75,9 +86,12 @@ def prompt_file(source: str | Path, split: Split = "train") -> Path:
             raise ValueError(f"{path} holds {which} of {', '.join(names)}; name the file itself")
         return found[0]
     if not path.is_file():
-        raise ValueError(f"prompt file {path} does not exist; give a .jsonl or .txt file, a folder, or bundled/NAME")
-    if path.suffix not in (".jsonl", ".txt"):
-        raise ValueError(f"{path} is neither .jsonl (GenEval) nor .txt (one prompt a line); rename or convert it")
+        raise ValueError(f"prompt file {path} does not exist; give a file, a folder, or bundled/NAME")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{path} is neither .jsonl (GenEval) nor .txt (one prompt a line) nor a table (.csv, .tsv, .parquet); "
+            f"rename or convert it"
+        )
     return path
 
 
@@ -99,14 +113,19 @@ def write_lines(path: str | Path, lines: Sequence[str]) -> None:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, stripped text) of the lines that are not blank."""
+    for number, line in enumerate(_raw_lines(path), 1):
+        if text := line.strip():
+            yield number, text
+
+
+def _raw_lines(path: Path) -> Iterator[str]:
+    """Every line as it stands, without its line feed."""
     # Split at line feeds only: str.splitlines also breaks at characters that may stand inside a prompt.
     for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
-            text = raw.decode("utf-8").strip()
+            yield raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-        if text:
-            yield number, text
 
 
 def _target(line: str) -> str | None:
@@ -150,14 +169,100 @@ def _check_entry(entry: Any, included: int, where: str) -> None:
             raise ValueError(f'{where} has "position" {position!r}; give [relation, index of an entry of "include"]')
 
 
+def _is_drawbench(line: str) -> bool:
+    """Whether a text file is DrawBench's table, whose header would be no prompt."""
+    return [cell.strip().casefold() for cell in line.replace("\t", ",").split(",")] == ["prompts", "category"]
+
+
+def _separated(path: Path) -> list[Prompt]:
+    """A table with a header; its separator is the tab in a .tsv file and wherever the header has one, else a comma."""
+    lines = [f"{line}\n" for line in _raw_lines(path)]
+    header = next((line for line in lines if line.strip()), "")
+    separator = "\t" if path.suffix == ".tsv" or "\t" in header else ","
+    rows = csv.reader(lines, delimiter=separator, strict=True)
+    columns: list[str] | None = None
+    column = 0
+    prompts: list[Prompt] = []
+    while True:
+        where = f"{path}, line {rows.line_num + 1}"
+        try:
+            cells = next(rows)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            raise ValueError(
+                f"{where}: not readable as a table ({error}); put it in double quotes, doubled inside"
+            ) from None
+        if not any(cell.strip() for cell in cells):
+            continue
+        if columns is None:
+            columns = [cell.strip() for cell in cells]
+            column = _prompt_column(path, columns)
+        elif len(cells) != len(columns):
+            raise ValueError(
+                f"{where}: {len(cells)} cells where the header has {len(columns)}; put a cell that holds the separator "
+                f"in double quotes"
+            )
+        else:
+            prompts.append(_row(dict(zip(columns, cells, strict=True)), columns[column], where))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write a header and one prompt on each line")
+    return prompts
+
+
+def _parquet(path: Path) -> list[Prompt]:
+    try:
+        from datasets import Dataset
+    except ImportError:
+        raise ValueError(
+            f"{path} is read by the package datasets, which is not installed; pip install 'opd_fast[datasets]', or "
+            f"convert the file to .csv"
+        ) from None
+    try:
+        table = Dataset.from_parquet(str(path))
+    except Exception as error:  # datasets wraps pyarrow's errors in its own, of no common base
+        raise ValueError(
+            f"{path} cannot be read as parquet ({type(error).__name__}: {' '.join(str(error).split())[:200]}); write "
+            f"it again"
+        ) from None
+    columns = list(table.column_names)
+    column = columns[_prompt_column(path, columns)]
+    prompts = [_row(row, column, f"{path}, row {number}") for number, row in enumerate(table, 1)]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; it has no rows")
+    return prompts
+
+
+def _prompt_column(path: Path, columns: Sequence[str]) -> int:
+    """Which column holds the prompts.  Raises ValueError unless exactly one is called so, and for a name used twice."""
+    found = [i for i, name in enumerate(columns) if name.casefold() in COLUMNS]
+    if len(found) != 1:
+        raise ValueError(
+            f"{path} has {'several columns' if found else 'no column'} for the prompts among {', '.join(columns)}; "
+            f"call exactly one of them {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}"
+        )
+    twice = [name for i, name in enumerate(columns) if name in columns[:i]]
+    if twice:
+        raise ValueError(f"{path} has two columns named {twice[0]!r}; rename one of them")
+    return found[0]
+
+
+def _row(cells: dict[str, Any], column: str, where: str) -> Prompt:
+    text = cells.pop(column)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: the column {column!r} holds no text; write a prompt there or drop the row")
+    return Prompt(text.strip(), cells)
+
+
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
 class PromptSource:
     """Which prompts a task's rounds see: epochs, each a shuffle keyed by (seed, stream, epoch), laid end to end.
 
-    Round r takes places r*n to r*n + n - 1 of that sequence, so any round is known without the rounds before it, and a
-    resumed run needs no state.  ``n`` must stay the same throughout a run.
+    Rounds are the task's own: its turns, where a `TaskSchedule` leaves it out now and then.  Round r takes places r*n
+    to r*n + n - 1 of that sequence, so any round is known without the rounds before it, and a resumed run needs no
+    state.  ``n`` must stay the same throughout a run.
     """
 
     def __init__(self, count: int, seed: int, stream: int = 0) -> None:
@@ -186,66 +291,68 @@ def _shuffle(count: int, seed: int, stream: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, stream, epoch]).permutation(count)
 
 
-# --- embeddings ------------------------------------------------------------------------------------------------------
+_SCHEDULE_STREAM = 2**32 - 1
+"""Sets the schedule's draws apart from the tasks' shuffles, whose streams count from 0."""
 
 
-class EmbeddingCache:
-    """Text embeddings of distinct prompts, each encoded once, with "" for the unconditional branch.
+class TaskSchedule:
+    """Which tasks a round takes.
 
-    The rows lie on the model's device while they fit ``device_limit`` bytes, else in host memory; ``rows`` answers on
-    the model's device either way.  (SD3.5 with 128 T5 tokens: 1.7 MB a prompt in bfloat16, so 8 GiB hold 5,000.)
+    A round has ``per_round`` places.  ``round_robin`` hands them out in turn, round after round.  ``weighted`` draws
+    them in proportion to the tasks' shares by systematic sampling (Madow 1949): a task holds ``expected`` places on
+    average, and in each round that number rounded down or up, so that a task may hold several and another none.
+    Either follows from (seed, round) alone, so a resumed run needs no state.
     """
 
-    def __init__(self, index: dict[str, int], embeds: TextEmbeds, device: torch.device) -> None:
-        """``index``: prompt -> row of ``embeds``; ``device``: where ``rows`` answers.  Use ``build``."""
-        self._index = index
-        self._embeds = embeds
-        self.device = device
+    def __init__(
+        self,
+        shares: Sequence[float],
+        per_round: int | None = None,
+        kind: Literal["round_robin", "weighted"] = "round_robin",
+        seed: int = 0,
+    ) -> None:
+        """``shares``: one positive number a task, read by ``weighted`` alone; ``per_round``: None for one place a task.
 
-    @classmethod
-    def build(
-        cls,
-        model: DiffusionModel,
-        prompts: Sequence[str],
-        batch: int = 64,
-        progress: Callable[[int, int], None] | None = None,
-        *,
-        device_limit: int = 8 * 2**30,
-    ) -> EmbeddingCache:
-        """Encode every distinct text of ``prompts`` and "", ``batch`` at a time, calling ``progress(done, total)``."""
-        texts = list(dict.fromkeys(["", *prompts]))
-        rows: TextEmbeds | None = None
-        for start in range(0, len(texts), batch):
-            part = model.encode(texts[start : start + batch])
-            if rows is None:
-                # Allocated once: collecting the parts and joining them would need twice the memory.
-                width = sum(math.prod(t.shape[1:]) * t.element_size() for t in part.tensors.values())
-                device = part.sequence.device if width * len(texts) <= device_limit else torch.device("cpu")
-                rows = TextEmbeds(
-                    **{
-                        name: t.new_empty(len(texts), *t.shape[1:], device=device)
-                        for name, t in part.tensors.items()
-                    }
-                )
-            for name, tensor in part.tensors.items():
-                rows.tensors[name][start : start + len(part)] = tensor.detach()
-            if progress is not None:
-                progress(start + len(part), len(texts))
-        assert rows is not None
-        return cls({text: row for row, text in enumerate(texts)}, rows, model.device)
+        Raises ValueError for less than one task or place.
+        """
+        self.tasks = len(shares)
+        self.per_round = self.tasks if per_round is None else per_round
+        if self.tasks < 1 or self.per_round < 1:
+            raise ValueError(f"no schedule of {self.tasks} tasks with {self.per_round} places a round; give 1 or more")
+        self._kind = kind
+        self._key = (seed % 2**64, _SCHEDULE_STREAM)
+        weights = list(shares) if kind == "weighted" else [1.0] * self.tasks
+        self.expected = [self.per_round * weight / math.fsum(weights) for weight in weights]
+        """Places of each task in a round, on average."""
+        self._before = [[0] * self.tasks]  # of the weighted schedule: turns taken before each round, as far as asked
 
-    def __len__(self) -> int:
-        """Number of distinct texts, "" among them."""
-        return len(self._index)
+    def round(self, index: int) -> list[tuple[int, range]]:
+        """(task, its turns) for each task of round ``index`` (from 0), ascending; a task's turns count from 0 through
+        the whole run, and turn t sees batch t of its `PromptSource`.
+        """
+        if index < 0:
+            raise ValueError(f"no round {index}; rounds count from 0")
+        spans = zip(self.turns(index), self.turns(index + 1), strict=True)
+        return [(task, range(start, stop)) for task, (start, stop) in enumerate(spans) if start < stop]
 
-    def rows(self, prompts: Sequence[str]) -> TextEmbeds:
-        """One row per prompt, in order, on the model's device.  Raises KeyError for a prompt that was not built."""
-        missing = [text for text in prompts if text not in self._index]
-        if missing:
-            raise KeyError(f"{len(missing)} prompts were not encoded beforehand, e.g. {missing[0]!r}")
-        return self._embeds.index([self._index[text] for text in prompts]).to(self.device)
+    def turns(self, rounds: int) -> list[int]:
+        """How many turns each task has had after ``rounds`` rounds."""
+        if self._kind == "round_robin":
+            return [(rounds * self.per_round + self.tasks - 1 - task) // self.tasks for task in range(self.tasks)]
+        while len(self._before) <= rounds:
+            drawn = self._draw(len(self._before) - 1)
+            self._before.append([had + places for had, places in zip(self._before[-1], drawn, strict=True)])
+        return list(self._before[rounds])
 
-    @property
-    def negative(self) -> TextEmbeds:
-        """The one row of the empty prompt."""
-        return self.rows([""])
+    def _draw(self, index: int) -> list[int]:
+        """Each task's places in a round: the whole numbers that fall into its stretch of a line shifted at random."""
+        rng = np.random.default_rng([*self._key, index])
+        order = rng.permutation(self.tasks)
+        ends = np.cumsum(np.asarray(self.expected)[order])
+        ends[-1] = self.per_round  # whatever rounding has made of it
+        ends -= rng.random()
+        places = np.diff(np.ceil(ends), prepend=0.0)
+        drawn = [0] * self.tasks
+        for task, count in zip(order, places, strict=True):
+            drawn[int(task)] = int(count)
+        return drawn

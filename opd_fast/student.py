@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from opd_fast.adapters import use_adapter
 from opd_fast.config import StudentConfig
-from opd_fast.lora import find_lora, read_lora
 from opd_fast.merged import MergedLayers
 from opd_fast.models.base import DiffusionModel
+from opd_fast.start import MERGED, MeanDifference, add_mean, passed_over, start_from_lora, start_from_mean
+from opd_fast.teachers import TeacherBank
 from opd_fast.velocity import Conditioning, Velocities, velocities
 from opd_fast.weights import load_transformer
 
@@ -31,6 +32,8 @@ class Student:
     def __init__(self, model: DiffusionModel, transformer: nn.Module, config: StudentConfig) -> None:
         self.transformer, self.config = transformer, config
         self.guidance = config.guidance
+        self.began = "the base" if config.start is None else config.start
+        """Where its weights started, in words."""
         self._model = model
         self._named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
         self._ema_parameters = [p.detach().clone() for _, p in self._named]
@@ -39,19 +42,35 @@ class Student:
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
     @classmethod
-    def build(cls, model: DiffusionModel, config: StudentConfig, *, seed: int = 0) -> Student:
-        """A student on `model`, starting from the base or from `config.start`.
+    def build(
+        cls, model: DiffusionModel, config: StudentConfig, *, seed: int = 0, teachers: TeacherBank | None = None
+    ) -> Student:
+        """A student on `model`, starting from the base or from `config.start`, `merged` being the mean of `teachers`.
 
         LoRA is injected into `model.transformer` itself; A is Gaussian with standard deviation 1 / rank and B zero, as
         published, drawn from `seed`. Raises ValueError where `config.start` does not fit.
         """
+        mean = None
+        if config.start == MERGED:
+            if teachers is None:
+                raise ValueError(f"student.start {MERGED} is the mean of the teachers, and here are none; give weights")
+            mean = MeanDifference(model, teachers)
         if config.kind == "full":
-            transformer = load_transformer(model, config.start, what="student.start")
-            return cls(model, transformer.float().requires_grad_(True), config)
-        _inject(model, config, seed)
-        if config.start is not None:
-            _start_from(model.transformer, config)
-        return cls(model, model.transformer, config)
+            transformer = load_transformer(model, None if mean else config.start, what="student.start").float()
+            if mean is not None:
+                add_mean(transformer, mean)
+            student = cls(model, transformer.requires_grad_(True), config)
+            share = 1.0
+        else:
+            _inject(model, config, seed)
+            if mean is not None:
+                share = start_from_mean(model.transformer, ADAPTER, config, mean)
+            elif config.start is not None:
+                start_from_lora(model, ADAPTER, config)
+            student = cls(model, model.transformer, config)
+        if mean is not None:
+            student.began = f"the mean of its teachers{passed_over()}, {share:.2%} of its square in what is trained"
+        return student
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The trainable parameters, float32, in a fixed order."""
@@ -166,26 +185,3 @@ def _inject(model: DiffusionModel, config: StudentConfig, seed: int) -> None:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / config.rank)
             else:
                 parameter.data.zero_()
-
-
-@torch.no_grad()
-def _start_from(transformer: nn.Module, config: StudentConfig) -> None:
-    """Put a LoRA of the same or a lower rank into the first rows of the student's."""
-    assert config.start is not None
-    if find_lora(config.start) is None:
-        raise ValueError(
-            f"student.start {config.start} is no LoRA, so that a LoRA student cannot begin there and still be exported "
-            f"on this base; name a LoRA, or merge it into model.path"
-        )
-    lora = read_lora(config.start)
-    parameters = dict(transformer.named_parameters())
-    for module, (a, b) in lora.tensors.items():
-        mine = [parameters.get(f"{module}.lora_{half}.{ADAPTER}.weight") for half in "AB"]
-        if mine[0] is None or mine[1] is None:
-            raise ValueError(f"student.start changes {module}, which student.targets leave out; add it there")
-        if len(a) > config.rank:
-            raise ValueError(f"student.start has rank {len(a)}, the student {config.rank}; raise student.rank")
-        if mine[0].shape[1] != a.shape[1] or mine[1].shape[0] != b.shape[0]:
-            raise ValueError(f"student.start was made for another width at {module}; name a LoRA of this model")
-        mine[0][: len(a)] = a
-        mine[1][:, : len(a)] = b.float() * (lora.scale[module] * config.rank / config.alpha)

@@ -19,7 +19,7 @@ from opd_fast.config import TeacherConfig
 from opd_fast.lora import find_lora, read_lora
 from opd_fast.models.base import DiffusionModel
 from opd_fast.velocity import Conditioning, Velocities, velocities
-from opd_fast.weights import load_transformer
+from opd_fast.weights import Origin, check_weights, load_with_origin
 
 if TYPE_CHECKING:
     from opd_fast.rollout import RoundBatch
@@ -44,6 +44,9 @@ class Teacher:
     transformer: nn.Module
     adapter: str | None
     """Its adapter on a shared base; None where the weights are merged."""
+    origin: Origin
+    weight: float = 1.0
+    """The factor on its task's loss, and its share of a student that starts from the teachers' mean."""
 
 
 class TeacherBank:
@@ -63,20 +66,20 @@ class TeacherBank:
         """Load and check every teacher.
 
         Raises ValueError, naming the teacher, for weights that are missing, damaged, not finite or of another shape,
-        and for a teacher that is no LoRA under `shared`.
+        for a LoRA of which only a part fits unless the teacher is `partial`, and for what is no LoRA under `shared`.
         """
         teachers = []
         for config in configs:
-            try:
+            with _naming(config):
                 if placement == "merged":
-                    transformer = load_transformer(model, config.weights, what="weights")
-                    teacher = Teacher(config.name, config.guidance, transformer, None)
+                    transformer, origin = load_with_origin(
+                        model, config.weights, what="weights", partial=config.partial
+                    )
+                    adapter = None
                 else:
-                    adapter = _add(model, config)
-                    teacher = Teacher(config.name, config.guidance, model.transformer, adapter)
-            except ValueError as error:
-                raise ValueError(f"teacher {config.name!r}: {error}") from error
-            teachers.append(teacher)
+                    transformer = model.transformer
+                    adapter, origin = _add(model, config)
+            teachers.append(Teacher(config.name, config.guidance, transformer, adapter, origin, config.weight))
         return cls(model, teachers)
 
     def __len__(self) -> int:
@@ -137,12 +140,36 @@ class TeacherBank:
                 )
 
 
-def _add(model: DiffusionModel, config: TeacherConfig) -> str:
-    """Put a LoRA beside others on the base as a frozen adapter; its name there."""
+def check_teachers(
+    outline: DiffusionModel, configs: Sequence[TeacherConfig], placement: Literal["merged", "shared"] = "merged"
+) -> None:
+    """Raise what `TeacherBank.load` would for names and shapes, on a model without weights."""
+    for config in configs:
+        with _naming(config):
+            if placement == "shared":
+                _need_lora(config)
+            check_weights(outline, config.weights, what="weights", partial=config.partial)
+
+
+@contextlib.contextmanager
+def _naming(config: TeacherConfig) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"teacher {config.name!r}: {error}") from error
+
+
+def _need_lora(config: TeacherConfig) -> None:
     if find_lora(config.weights) is None:
         raise ValueError(
             f"{config.weights} is no LoRA, and engine.placement shared keeps teachers as adapters; use merged"
         )
+
+
+def _add(model: DiffusionModel, config: TeacherConfig) -> tuple[str, Origin]:
+    """Put a LoRA beside others on the base as a frozen adapter; its name there."""
+    _need_lora(config)
     name = f"teacher_{config.name}".replace(".", "_")
-    add_frozen(model.transformer, name, read_lora(config.weights))
-    return name
+    lora = read_lora(config.weights, model)
+    modules = add_frozen(model.transformer, name, lora, allow_partial=config.partial)
+    return name, Origin.of_lora(config.weights, lora, modules)

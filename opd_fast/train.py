@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from opd_fast.command import check_paths, parse, prepare_run_dir
+from opd_fast.command import check_paths, parse, prepare_run_dir, problems
 from opd_fast.errors import main_guard
 from opd_fast.telemetry import quiet_libraries
 
@@ -16,14 +16,15 @@ from opd_fast.telemetry import quiet_libraries
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
     command = parse(argv)
-    check_paths(command.config)
     if command.dry_run:
         quiet_libraries()
         from opd_fast.plan import make_plan, print_plan
 
-        print_plan(make_plan(command.config), command.config, command.run_dir)
+        # A plan needs no prompts and no weights: what a run would still miss is told beneath it.
+        print_plan(make_plan(command.config), command.config, command.run_dir, problems(command.config))
         return 0
 
+    check_paths(command.config)
     prepare_run_dir(command)
     quiet_libraries()
     from opd_fast.trainers.loop import train

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from opd_fast.command import read_config
+from opd_fast.embeddings import EmbeddingCache
 from opd_fast.evaluate import EvalTask, evaluate, task_keys
 from opd_fast.lora import merge_into, read_lora
 from opd_fast.models import DiffusionModel, load_model
 from opd_fast.models.base import ASSETS
-from opd_fast.prompts import EmbeddingCache, load_prompts
+from opd_fast.prompts import load_prompts
 from opd_fast.rollout import INITIAL_NOISE, sample
 from opd_fast.solvers import solver_table
 from opd_fast.trainers.loop import train

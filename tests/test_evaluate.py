@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from opd_fast import evaluate as module
+from opd_fast.embeddings import EmbeddingCache
 from opd_fast.evaluate import EvalTask, Evaluation, evaluate, task_keys
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
-from opd_fast.prompts import EmbeddingCache, Prompt
+from opd_fast.prompts import Prompt
 from opd_fast.rewards import get_reward
 from opd_fast.solvers import solver_table
 from tests.tiny import save_tiny

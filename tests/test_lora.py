@@ -367,6 +367,10 @@ def test_foreign_paths_are_named(saved, tmp_path, monkeypatch):
     save_file({"proj_out.weight": torch.ones(2)}, tmp_path / "full.safetensors")
     assert find_lora(tmp_path / "full.safetensors") is None
     assert find_lora(saved) == saved
+    (tmp_path / "named").mkdir()
+    shutil.copy(saved / DIFFUSERS_WEIGHTS, tmp_path / "named" / "by_hand.safetensors")
+    with pytest.raises(ValueError, match=r"named/by_hand\.safetensors is one; name that file"):
+        read_lora(tmp_path / "named")
     monkeypatch.setattr("opd_fast.lora.ASSETS", tmp_path)
     with pytest.raises(ValueError, match=r"bundled/text is no LoRA: build them: python -m opd_fast\.worlds\.build"):
         read_lora("bundled/text")

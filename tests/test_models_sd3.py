@@ -284,7 +284,7 @@ def edit_index(folder: Path, **changes) -> None:
 def test_damaged_folders_are_named_in_one_line(copy, damage, said):
     damage(copy)
     with pytest.raises(ValueError, match=said) as caught:
-        load(copy)
+        load(copy).encode(["a red square"])
     assert str(copy) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.__suppress_context__ or caught.value.__context__ is None

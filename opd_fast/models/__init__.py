@@ -1,19 +1,25 @@
-"""Model families.  To add one: a file with a DiffusionModel subclass, and a line in FAMILIES."""
+"""Model families.  To add one: a file with a DiffusionModel subclass, and a line in FAMILIES (docs/families.md)."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from opd_fast.models.base import DiffusionModel, TextEmbeds
-from opd_fast.models.folder import read_index, resolve_pipeline
+from opd_fast.models.flux import Flux
+from opd_fast.models.folder import read_index, resolve_configs, resolve_pipeline
+from opd_fast.models.qwen_image import QwenImage
 from opd_fast.models.sd3 import SD3
+from opd_fast.models.z_image import ZImage
 
-FAMILIES: dict[str, type[DiffusionModel]] = {"sd3": SD3}
+FAMILIES: dict[str, type[DiffusionModel]] = {"sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "z_image": ZImage}
 
-__all__ = ["FAMILIES", "SD3", "DiffusionModel", "TextEmbeds", "load_model"]
+__all__ = ["FAMILIES", "SD3", "DiffusionModel", "TextEmbeds", "find_family", "load_model", "outline_model"]
 
 
 def load_model(
@@ -23,27 +29,67 @@ def load_model(
     device: torch.device | str,
     dtype: torch.dtype,
     max_sequence_length: int | None = None,
+    text_device: torch.device | str | None = None,
 ) -> DiffusionModel:
     """Load a model's frozen components onto ``device`` in ``dtype`` (the VAE stays float32).
 
-    ``path``: a diffusers pipeline folder, a hub id, or "bundled".  ``family``: "auto" reads the pipeline class from
-    model_index.json.  ``max_sequence_length``: T5 tokens; None takes 128 with a T5 encoder and 0 without.
+    ``path``: a diffusers pipeline folder, a hub id, or "bundled".  ``family``: see ``find_family``.
+    ``max_sequence_length``: tokens of the family's long text encoder; None takes the family's own default.
+    ``text_device``: of the text encoders; None takes ``device``.
     Raises ValueError, in one line that names the remedy, for anything missing, damaged or of another family.
     """
-    if family == "auto":
-        folder = resolve_pipeline(path)
-        found = read_index(folder)["_class_name"]
+    kind = find_family(family, lambda: resolve_pipeline(path))
+    model = kind.load(path, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
+    model.text_device = None if text_device is None else torch.device(text_device)
+    return model
+
+
+def outline_model(
+    path: str | Path, family: str = "auto", *, dtype: torch.dtype, max_sequence_length: int | None = None
+) -> DiffusionModel:
+    """The model of ``path`` without weights, from its configuration files; see ``DiffusionModel.outline``.
+
+    Of a hub model that is not in the hub's cache only those files are fetched; for the models in ``assets/configs``
+    the package has them.  Raises ValueError as ``load_model`` does.
+    """
+    folder = resolve_configs(path)
+    kind = find_family(family, lambda: folder)
+    return kind.outline(folder, dtype=dtype, max_sequence_length=max_sequence_length)
+
+
+def find_family(name: str, folder: Callable[[], Path]) -> type[DiffusionModel]:
+    """The class of a family: by its name, by "package.module:Class" for one from elsewhere, or, for "auto", by the
+    pipeline class in the model_index.json of ``folder()``.
+
+    Raises ValueError for an unknown name, a class that is no family, or a pipeline that none of them serves.
+    """
+    if name == "auto":
+        where = folder()
+        found = read_index(where)["_class_name"]
         known = {model.pipeline_class: model for model in FAMILIES.values()}
         if found not in known:
             raise ValueError(
-                f"{folder} holds a {found!r} pipeline; supported are "
-                f"{', '.join(known)} (families {', '.join(FAMILIES)})"
+                f"{where} holds a {found!r} pipeline; supported are {', '.join(known)} (families "
+                f"{', '.join(FAMILIES)}); for another, give model.family as package.module:Class"
             )
-        model = known[found]
-    elif family in FAMILIES:
-        model = FAMILIES[family]
-    else:
-        guess = difflib.get_close_matches(family, FAMILIES, n=1, cutoff=0.4)
-        hint = f"; did you mean {guess[0]!r}?" if guess else ""
-        raise ValueError(f"unknown model family {family!r}; choose auto or one of {', '.join(FAMILIES)}{hint}")
-    return model.load(path, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
+        return known[found]
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if ":" in name:
+        return _imported(name)
+    guess = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.4)
+    hint = f"; did you mean {guess[0]!r}?" if guess else ""
+    raise ValueError(
+        f"unknown model family {name!r}; choose auto, one of {', '.join(FAMILIES)}, or package.module:Class{hint}"
+    )
+
+
+def _imported(name: str) -> type[DiffusionModel]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model family {name} cannot be imported ({error}); check the path and the name") from None
+    if not (isinstance(found, type) and issubclass(found, DiffusionModel)) or inspect.isabstract(found):
+        raise ValueError(f"model family {name} is no complete subclass of opd_fast.models.DiffusionModel")
+    return found

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,28 @@ class TextEmbeds:
         return TextEmbeds(**{name: torch.cat([part.tensors[name] for part in parts]) for name in names})
 
 
+class TextEncoders:
+    """What ``encode`` needs, loaded when it is first asked for: where every embedding is kept on disk, never."""
+
+    def __init__(self, load: Callable[[torch.device], Any]) -> None:
+        """``load(device)``: the family's assembled pipeline, its text encoders on ``device``."""
+        self._load: Callable[[torch.device], Any] | None = load
+        self._loaded: Any = None
+
+    def get(self, device: torch.device) -> Any:
+        """The pipeline; the first call decides the device.  Raises RuntimeError after ``release``."""
+        if self._load is None:
+            raise RuntimeError("the text encoders were released; encode every prompt before release_text_encoders()")
+        if self._loaded is None:
+            self._loaded = self._load(device)
+        return self._loaded
+
+    def release(self) -> None:
+        self._load = self._loaded = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 class DiffusionModel(ABC):
     """One model family's frozen components.  Subclasses are listed in ``opd_fast.models.FAMILIES``.
 
@@ -71,14 +93,16 @@ class DiffusionModel(ABC):
     pipeline_class: ClassVar[str]  # diffusers' pipeline class, as model_index.json names it
     lora_targets: ClassVar[dict[str, list[str]]]  # named sets of LoRA target modules (suffixes of module names)
     # cfg: two branches, v = uncond + g * (cond - uncond).  embedded: g is an input of the transformer, one branch.
-    # none: the model has no guidance, g is 1.
+    # none: the model has no guidance, g is 1.  Checkpoints of a family may differ: FLUX.1 sets it on the instance.
     guidance_kind: ClassVar[Literal["cfg", "embedded", "none"]]
 
     path: str  # what the user named
     transformer: nn.Module  # the base, in eval mode, requires_grad False
+    vae: Any  # diffusers' autoencoder, float32
     device: torch.device
     dtype: torch.dtype
     text_tokens: int  # rows of a prompt's sequence
+    text_device: torch.device | None = None  # of the text encoders, set before the first encode(); None: as device
 
     @classmethod
     @abstractmethod
@@ -94,7 +118,22 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> TextEmbeds:
-        """Embed the prompts in one call, without gradient; the caller chooses the batch."""
+        """Embed the prompts in one call, without gradient, onto ``device``; the caller chooses the batch.
+
+        The text encoders are loaded at the first call (``TextEncoders``), onto ``text_device``.
+        """
+
+    def text_folders(self) -> list[Path]:
+        """The folders that the text encoders and tokenizers are loaded from; what is in them decides what ``encode``
+        returns.  Empty for a model that keeps them elsewhere: its embeddings are not kept on disk.
+        """
+        from opd_fast.models.folder import resolve_pipeline
+
+        try:
+            folder = resolve_pipeline(self.path)
+        except ValueError:  # a family from elsewhere may have no pipeline folder
+            return []
+        return sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith(("text_encoder", "tokenizer")))
 
     @abstractmethod
     def release_text_encoders(self) -> None:

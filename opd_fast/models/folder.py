@@ -14,6 +14,7 @@ from torch import nn
 
 from opd_fast.models.base import ASSETS, DiffusionModel
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights are read from safetensors only: the other formats can run code when they are opened.
 _NOT_NEEDED = ["*.bin", "*.msgpack", "*.onnx*", "*.ckpt", "*.pt", "*.gguf", "*.fp16.*", "*.non_ema.*"]
 
@@ -34,11 +35,23 @@ def resolve_pipeline(path: str | Path, components: Sequence[str] = ()) -> Path:
         return folder
     if folder.exists():
         raise ValueError(f"model path {folder} is a file; give the pipeline's folder (the one with model_index.json)")
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)):
+    if _HUB_ID.fullmatch(str(path)):
         return fetch(str(path), ["model_index.json", *(f"{name}/*" for name in components)])
     raise ValueError(
         f"model path {path} does not exist; give a diffusers pipeline folder, a hub id (owner/name), or bundled"
     )
+
+
+def resolve_configs(path: str | Path) -> Path:
+    """As ``resolve_pipeline``, where only configuration files are wanted; of a hub model nothing else is fetched, and
+    nothing at all where the package has its configuration.
+    """
+    if not _HUB_ID.fullmatch(str(path)) or Path(path).expanduser().exists():
+        return resolve_pipeline(path)
+    shipped = ASSETS / "configs" / str(path).replace("/", "--")
+    if shipped.is_dir():
+        return shipped
+    return fetch(str(path), ["model_index.json", "*/config.json", "scheduler/*", "tokenizer*/tokenizer_config.json"])
 
 
 def fetch(repo: str, patterns: Sequence[str]) -> Path:

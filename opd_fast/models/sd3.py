@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
 from opd_fast.models.folder import (
     check_components,
     check_index,
@@ -54,14 +54,14 @@ class SD3(DiffusionModel):
     }
 
     def __init__(self, path: str, pipeline: Any, max_sequence_length: int, device: torch.device, dtype: torch.dtype):
-        """``pipeline``: an assembled StableDiffusion3Pipeline on ``device``, or what stands for one in an outline."""
+        """``pipeline``: the parts of a StableDiffusion3Pipeline but the text encoders, or what stands for them."""
         self.path = path
         self.device = device
         self.dtype = dtype
         self.max_sequence_length = max_sequence_length
         self.transformer: nn.Module = pipeline.transformer
         self.vae: Any = pipeline.vae
-        self._pipeline: Any = pipeline
+        self._text: TextEncoders | None = None
         self._config: Any = pipeline.transformer.config
         self.text_tokens = int(pipeline.tokenizer.model_max_length) + max_sequence_length
         self._timesteps = int(pipeline.scheduler.config.num_train_timesteps)
@@ -74,17 +74,24 @@ class SD3(DiffusionModel):
         """Load the components of a StableDiffusion3Pipeline folder.
 
         ``max_sequence_length``: T5 tokens, 0 to 512; None takes 128 (the published setting) with a T5 encoder and 0
-        without one.  0 leaves T5 out altogether.  Raises ValueError naming what is missing or damaged.
+        without one.  0 leaves T5 out altogether.  The text encoders wait for the first ``encode``.
+        Raises ValueError naming what is missing or damaged.
         """
         names, tokens = _wanted(cls, resolve_pipeline(path), max_sequence_length)
         folder = resolve_pipeline(path, names)
         device = torch.device(device)
-        parts = _load_parts(folder, tokens > 0, device, dtype)
+        parts = _load_parts(folder, device, dtype)
         _check_scheduler(folder, parts["scheduler"].config)
+        tokenizer = read_config(folder, "tokenizer").config
+        model = cls(str(path), SimpleNamespace(**parts, tokenizer=tokenizer), tokens, device, dtype)
 
-        from diffusers import StableDiffusion3Pipeline
+        def pipeline(device: torch.device) -> Any:
+            from diffusers import StableDiffusion3Pipeline
 
-        return cls(str(path), StableDiffusion3Pipeline(**parts), tokens, device, dtype)
+            return StableDiffusion3Pipeline(**parts, **_load_text(folder, tokens > 0, device, dtype))
+
+        model._text = TextEncoders(pipeline)
+        return model
 
     @classmethod
     def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
@@ -105,25 +112,24 @@ class SD3(DiffusionModel):
 
         Raises ValueError for an empty list, RuntimeError after ``release_text_encoders``.
         """
-        if self._pipeline is None:
-            raise RuntimeError("the text encoders were released; encode every prompt before release_text_encoders()")
         if not prompts:
             raise ValueError("encode() needs at least one prompt")
-        sequence, _, pooled, _ = self._pipeline.encode_prompt(
+        assert self._text is not None  # an outline has no weights
+        device = self.text_device or self.device
+        sequence, _, pooled, _ = self._text.get(device).encode_prompt(
             prompt=list(prompts),
             prompt_2=None,
             prompt_3=None,
-            device=self.device,
+            device=device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
-        return TextEmbeds(sequence.to(self.dtype), pooled.to(self.dtype))
+        return TextEmbeds(sequence, pooled).to(self.device, self.dtype)
 
     def release_text_encoders(self) -> None:
         """Free the text encoders (for SD3.5 with T5, about 10 GiB in bfloat16)."""
-        self._pipeline = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self._text is not None:
+            self._text.release()
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""
@@ -200,20 +206,28 @@ def _wanted(cls: type[SD3], folder: Path, max_sequence_length: int | None) -> tu
     return names, 128 if max_sequence_length is None else max_sequence_length
 
 
-def _load_parts(folder: Path, use_t5: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments of StableDiffusion3Pipeline, networks on ``device``; T5 parts are None without T5."""
+def _load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of StableDiffusion3Pipeline that are no text, networks on ``device``."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    transformer = load_component(SD3Transformer2DModel, folder, "transformer", torch_dtype=dtype)
+    return {
+        "scheduler": load_component(FlowMatchEulerDiscreteScheduler, folder, "scheduler"),
+        "transformer": transformer.to(device),
+        "vae": load_component(AutoencoderKL, folder, "vae", torch_dtype=torch.float32).to(device),
+    }
+
+
+def _load_text(folder: Path, use_t5: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Its other arguments, text encoders on ``device``; T5 parts are None without T5."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     def network(cls: Any, name: str, **options: Any) -> Any:
         return load_component(cls, folder, name, **options).to(device)
 
     parts: dict[str, Any] = {
-        "scheduler": load_component(FlowMatchEulerDiscreteScheduler, folder, "scheduler"),
         "tokenizer": load_component(CLIPTokenizer, folder, "tokenizer"),
         "tokenizer_2": load_component(CLIPTokenizer, folder, "tokenizer_2"),
-        "transformer": network(SD3Transformer2DModel, "transformer", torch_dtype=dtype),
-        "vae": network(AutoencoderKL, "vae", torch_dtype=torch.float32),
         "text_encoder": network(CLIPTextModelWithProjection, "text_encoder", dtype=dtype),
         "text_encoder_2": network(CLIPTextModelWithProjection, "text_encoder_2", dtype=dtype),
         "text_encoder_3": None,

@@ -52,6 +52,8 @@ class _Run:
         self.setup, self.config, self.run_dir, self.checkpoints = setup, setup.config, run_dir, checkpoints
         self.method = METHODS[self.config.train.method](setup)
         self.optimizer = make_optimizer(setup.student, self.config)
+        # Half precision has no room for small gradients: scale them up, and leave out a round that overflows.
+        self.scaler = torch.amp.GradScaler(setup.model.device.type, enabled=setup.model.dtype == torch.float16)
         self.rounds = 0
         self.rows: dict[str, dict[str, float]] = {}
         """Mean rewards of base and teachers, measured once."""
@@ -87,15 +89,19 @@ class _Run:
     def _round(self, telemetry: Telemetry) -> None:
         begun = time.monotonic()
         with annotate("round"):
-            output = self.method.accumulate(self.rounds)
+            output = self.method.accumulate(self.rounds, self.scaler)
         with annotate("optimizer"):
+            self.scaler.unscale_(self.optimizer)
             parameters = self.setup.student.parameters()
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip)
             rate = learning_rate(self.config, self.rounds)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            metrics = {**self._metrics(output), "gradient_norm": float(norm), "lr": rate}
-            self.optimizer.step()
+            metrics = {**self._metrics(output), "lr": rate}
+            if math.isfinite(norm):  # else the scaler leaves the round out
+                metrics["gradient_norm"] = float(norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             self.optimizer.zero_grad()
             self.setup.student.update_ema(self.rounds, self.config.train.ema)
         seconds = time.monotonic() - begun
@@ -107,7 +113,7 @@ class _Run:
     def _metrics(self, output: Any) -> dict[str, float]:
         """The method's metrics; numbers that are not finite end the run before they reach the weights."""
         try:
-            return self.method.metrics(output)
+            return self.method.metrics(self.rounds, output)
         except FloatingPointError as error:
             raise UserError(
                 f"round {self.rounds}",
@@ -129,6 +135,7 @@ class _Run:
             guidance=guidance,
             seed=self.config.train.seed,
             text=self.setup.text,
+            batch=self.config.evaluation.batch,
             keep_images=GRID_COLUMNS,
         )
 
@@ -174,12 +181,14 @@ class _Run:
         for row, images in self.images.items():
             tensors |= {f"images.{row}.{task}": pixels for task, pixels in images.items()}
         meta = {"rows": self.rows, "train_seconds": self.train_seconds, "total_seconds": self._total_seconds()}
+        meta["scaler"] = self.scaler.state_dict()
         self.checkpoints.save(self.rounds, tensors, meta)
         self.setup.student.export(self.run_dir / "student")
 
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         self.setup.student.load_state(tensors)
         load_optimizer(self.optimizer, tensors)
+        self.scaler.load_state_dict(meta.get("scaler", {}))
         for name, pixels in tensors.items():
             if name.startswith("images."):
                 _, row, task = name.split(".", 2)

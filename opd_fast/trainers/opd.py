@@ -1,14 +1,16 @@
 """On-policy distillation (DiffusionOPD, arXiv 2605.15055): the gradients of one round.
 
-A round takes the next prompts of every task, rolls the student out on all of them together, and asks each task's
-teacher at the states the student visits. The loss is the mean over a task's samples of the steps' summed KL, averaged
-over the tasks by their weights.
+A round takes the next prompts of its tasks, rolls the student out on all of them together, and asks each task's
+teacher at the states the student visits. The loss is the mean over a task's samples of the steps' KL, summed or
+averaged over the steps, and averaged over the tasks by their weights. Where a round leaves tasks out, that average is
+the mean over rounds: each task counts by its weight and by how often it comes.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor
 
 from opd_fast.objectives import step_weights
 from opd_fast.rollout import RoundBatch, RoundOutput, one_pass
@@ -27,59 +29,72 @@ class OPD:
         config = setup.config
         self.weight = step_weights(setup.table, config.objective.kind)
         per_task = config.train.samples_per_task
-        total = sum(teacher.weight for teacher in config.teachers)
-        shares = [teacher.weight / total / per_task for teacher in config.teachers]
-        self.scale = torch.tensor(shares, device=setup.model.device).repeat_interleave(per_task)
-        self.tasks = tuple((i, slice(i * per_task, (i + 1) * per_task)) for i in range(len(config.teachers)))
-        self.samples = len(self.scale)
+        trained = setup.table.steps if config.sampler.train_last else setup.table.steps - 1
+        expected = setup.schedule.expected
+        total = sum(teacher.weight * places for teacher, places in zip(config.teachers, expected, strict=True))
+        total *= trained if config.objective.steps == "mean" else 1
+        self.scales = [teacher.weight / total / per_task for teacher in config.teachers]
+        """Of a sample of each task in the round's loss."""
+        self.samples = per_task * setup.schedule.per_round
+
+    def tasks(self, index: int) -> tuple[tuple[int, slice], ...]:
+        """The tasks of round `index` and the rows of the batch that each has."""
+        per_task, start = self.setup.config.train.samples_per_task, 0
+        found = []
+        for task, turns in self.setup.schedule.round(index):
+            found.append((task, slice(start, start := start + per_task * len(turns))))
+        return tuple(found)
 
     def batch(self, index: int) -> RoundBatch:
         """The samples of round `index`; they follow from (seed, round, task, sample) alone."""
         setup, seed, per_task = self.setup, self.setup.config.train.seed, self.setup.config.train.samples_per_task
         texts = [
-            prompts[i].text
-            for prompts, source in zip(setup.prompts, setup.sources, strict=True)
-            for i in source.batch(index, per_task)
+            setup.prompts[task][i].text
+            for task, turns in setup.schedule.round(index)
+            for turn in turns
+            for i in setup.sources[task].batch(turn, per_task)
         ]
-        keys = [noise_keys(seed, ROLLOUT_STREAM, index, task, samples=per_task) for task, _ in self.tasks]
+        tasks = [(task, rows.stop - rows.start) for task, rows in self.tasks(index)]
+        keys = [noise_keys(seed, ROLLOUT_STREAM, index, task, samples=count) for task, count in tasks]
+        scale = [self.scales[task] for task, count in tasks for _ in range(count)]
         return RoundBatch(
             text=setup.text.rows(texts),
             negative=setup.text.negative,
-            tasks=self.tasks,
+            tasks=self.tasks(index),
             keys=torch.cat(keys).to(setup.model.device),
-            scale=self.scale,
+            scale=torch.tensor(scale, device=setup.model.device),
             shape=setup.shape,
         )
 
-    def accumulate(self, index: int) -> RoundOutput:
-        """Add the gradient of round `index` to the student's parameters."""
+    def accumulate(self, index: int, scaler: torch.amp.GradScaler) -> RoundOutput:
+        """Add the gradient of round `index`, times the scaler's factor, to the student's parameters."""
         config, setup = self.setup.config, self.setup
-        return one_pass(
+        batch = self.batch(index)
+        output = one_pass(
             setup.model,
             setup.student,
             setup.teachers,
-            self.batch(index),
+            replace(batch, scale=scaler.scale(batch.scale)),
             setup.table,
             self.weight,
             train_last=config.sampler.train_last,
             reduction=config.objective.reduction,
             micro_batch=config.train.micro_batch,
         )
+        return replace(output, losses=output.losses / scaler.get_scale()) if scaler.is_enabled() else output
 
-    def metrics(self, output: RoundOutput) -> dict[str, float]:
+    def metrics(self, index: int, output: RoundOutput) -> dict[str, float]:
         """The round's loss, whole, by step and by task; raises FloatingPointError naming where it is not finite."""
         losses = output.losses.double().cpu()
         names = [teacher.name for teacher in self.setup.config.teachers]
-        self._refuse_nonfinite(losses, names)
-        metrics = {"loss": float(losses.sum())}
-        # Steps differ in weight by orders of magnitude, so that a sum alone would show only the heaviest.
-        metrics |= {f"loss/step_{j:02d}": float(value) for j, value in enumerate(losses.sum(1))}
-        metrics |= {f"loss/task_{names[i]}": float(losses[:, rows].sum()) for i, rows in self.tasks}
-        return metrics
-
-    def _refuse_nonfinite(self, losses: Tensor, names: list[str]) -> None:
+        tasks = self.tasks(index)
         bad = torch.nonzero(~torch.isfinite(losses))
         if len(bad):
             step, sample = bad[0].tolist()
-            task = next(names[i] for i, rows in self.tasks if rows.start <= sample < rows.stop)
+            task = next(names[i] for i, rows in tasks if rows.start <= sample < rows.stop)
             raise FloatingPointError(f"the loss of task {task!r} is not finite at step {step}")
+        metrics = {"loss": float(losses.sum())}
+        # Steps differ in weight by orders of magnitude, so that a sum alone would show only the heaviest.
+        metrics |= {f"loss/step_{j:02d}": float(value) for j, value in enumerate(losses.sum(1))}
+        metrics |= {f"loss/task_{names[i]}": float(losses[:, rows].sum()) for i, rows in tasks}
+        return metrics

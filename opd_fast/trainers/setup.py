@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from opd_fast.config import Config, TeacherConfig
+from opd_fast.embeddings import EmbeddingCache, TextStore, encoding_progress
 from opd_fast.errors import UserError
 from opd_fast.evaluate import EvalTask
-from opd_fast.models import load_model
+from opd_fast.models import load_model, outline_model
 from opd_fast.models.base import DiffusionModel
-from opd_fast.plan import resolve
-from opd_fast.prompts import EmbeddingCache, Prompt, PromptSource, load_prompts
+from opd_fast.plan import check_guidance, lora_modules, resolve
+from opd_fast.prompts import Prompt, PromptSource, TaskSchedule, load_prompts
 from opd_fast.rewards import REPORTED
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable, solver_table
+from opd_fast.start import MERGED
 from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank
+from opd_fast.teachers import TeacherBank, check_teachers
 from opd_fast.velocity import Conditioning
+from opd_fast.weights import check_weights
 from opd_kernels.philox import INITIAL_NOISE, philox_normal
 
 
@@ -39,7 +42,9 @@ class Setup:
     prompts: list[list[Prompt]]
     """The training prompts of each teacher's task."""
     sources: list[PromptSource]
-    """Which of them a round takes."""
+    """Which of them a task's turn takes."""
+    schedule: TaskSchedule
+    """Which tasks a round takes."""
     tasks: list[EvalTask]
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
@@ -49,6 +54,14 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     """Load what `config` names. Raises ValueError, naming the setting, for what is missing or does not fit."""
     resolved = resolve(config)
     device, dtype = resolved.device, resolved.dtype
+    check_fit(config, dtype)
+    train = config.train
+    prompts = [load_prompts(teacher.prompts) for teacher in config.teachers]
+    sources = [PromptSource(len(p), train.seed, stream) for stream, p in enumerate(prompts)]
+    shares = [teacher.share for teacher in config.teachers]
+    schedule = TaskSchedule(shares, train.tasks_per_round, train.task_schedule, train.seed)
+    tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config)) is not None]
+
     torch.backends.cuda.matmul.allow_tf32 = resolved.tf32
     model = load_model(
         config.model.path,
@@ -56,7 +69,10 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
         device=device,
         dtype=dtype,
         max_sequence_length=config.model.max_sequence_length,
+        text_device="cpu" if config.model.text_device == "cpu" else None,
     )
+    if config.evaluation.vae_tiling:
+        model.vae.enable_tiling()
     resolution = config.model.resolution
     shape = model.latent_shape(resolution)
     sampler = config.sampler
@@ -65,28 +81,50 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     )
     evaluation_table = solver_table("ode", model.sigmas(config.evaluation.steps, resolution), 0.0)
 
-    prompts = [load_prompts(teacher.prompts) for teacher in config.teachers]
-    sources = [PromptSource(len(p), config.train.seed, stream) for stream, p in enumerate(prompts)]
-    tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config)) is not None]
     # Only what this run will meet: a prompt's T5 embedding is large, and files hold many times a run's prompts.
-    train = config.train
     met = [
-        p[i].text for p, s in zip(prompts, sources, strict=True) for i in s.seen(train.rounds, train.samples_per_task)
+        p[i].text
+        for p, source, turns in zip(prompts, sources, schedule.turns(train.rounds), strict=True)
+        for i in source.seen(turns, train.samples_per_task)
     ]
-    text = EmbeddingCache.build(model, met + [p.text for task in tasks for p in task.prompts])
+    met += [p.text for task in tasks for p in task.prompts]
+    store = TextStore.open(config.model.text_cache, model)
+    with encoding_progress() as progress:
+        text = EmbeddingCache.build(model, met, progress=progress, store=store)
     model.release_text_encoders()
-    say(f"encoded {len(text)} distinct prompts")
+    read = f", read {len(text) - text.encoded} from {store.folder}" if store is not None else ""
+    say(f"encoded {text.encoded} distinct prompts{read}")
 
     teachers = TeacherBank.load(model, config.teachers, config.engine.placement)
-    student = Student.build(model, config.student, seed=config.train.seed)
+    for teacher in teachers.teachers:
+        say(f"teacher {teacher.name}: {teacher.origin}")
+    student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
     sigma = table.sigmas[0].float().to(device)
     probe = philox_normal(noise_keys(config.train.seed, samples=1).to(device), shape, INITIAL_NOISE)
     teachers.check(probe, sigma, Conditioning.build(model, text.negative, None, 1.0))
     if resolved.compile:
         compile_blocks(model, student, teachers)
     trainable = sum(p.numel() for p in student.parameters())
+    say(f"student starts from {student.began}")
     say(f"student trains {trainable:,} parameters in {dtype}".replace("torch.", "") + f" on {device}")
-    return Setup(config, model, student, teachers, table, evaluation_table, shape, prompts, sources, tasks, text)
+    return Setup(
+        config, model, student, teachers, table, evaluation_table, shape, prompts, sources, schedule, tasks, text
+    )
+
+
+def check_fit(config: Config, dtype: torch.dtype) -> None:
+    """Raise ValueError for settings that the model's configuration files contradict, before any weight is read."""
+    settings = config.model
+    outline = outline_model(
+        settings.path, settings.family, dtype=dtype, max_sequence_length=settings.max_sequence_length
+    )
+    outline.latent_shape(settings.resolution)
+    check_guidance(config, outline)
+    if config.student.kind == "lora":
+        lora_modules(outline.transformer, outline.targets(config.student.targets))
+    check_teachers(outline, config.teachers, config.engine.placement)
+    if config.student.start not in (None, MERGED):
+        check_weights(outline, str(config.student.start), what="student.start")
 
 
 def compile_blocks(model: DiffusionModel, student: Student, teachers: TeacherBank) -> None:

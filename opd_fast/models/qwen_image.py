@@ -1,0 +1,113 @@
+"""Qwen-Image (double-stream MMDiT, https://arxiv.org/abs/2508.02324), from a diffusers pipeline folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from opd_fast.models.base import TextEmbeds
+from opd_fast.models.padded import PATCH, PaddedTextModel
+
+_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+_FEED_FORWARD = ["img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"]
+_MOST_TOKENS = 1024  # the pipeline's own limit
+# Variants that are called with more than image, text and level.
+_VARIANTS = {
+    "guidance_embeds": "a guidance-distilled transformer",
+    "use_additional_t_cond": "Qwen-Image-Layered's transformer",
+    "use_layer3d_rope": "Qwen-Image-Layered's transformer",
+}
+
+
+class QwenImage(PaddedTextModel):
+    """Qwen-Image: Qwen2.5-VL as text encoder, packed 2x2 latents, 8x VAE on single-frame video latents.
+
+    Guidance is linear, v = u + g (c - u).  QwenImagePipeline has the same g as ``true_cfg_scale``, and then rescales
+    the guided prediction of each packed token to the norm of the conditional one, which this engine does not: the two
+    agree at guidance 1 alone.
+    """
+
+    name: ClassVar[str] = "qwen_image"
+    pipeline_class: ClassVar[str] = "QwenImagePipeline"
+    lora_targets: ClassVar[dict[str, list[str]]] = {
+        "attention": [f"attn.{name}" for name in _ATTENTION],
+        "all": [f"attn.{name}" for name in _ATTENTION] + _FEED_FORWARD,
+    }
+
+    @classmethod
+    def _classes(cls) -> dict[str, Any]:
+        from diffusers import (
+            AutoencoderKLQwenImage,
+            FlowMatchEulerDiscreteScheduler,
+            QwenImagePipeline,
+            QwenImageTransformer2DModel,
+        )
+        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+        return {
+            "pipeline": QwenImagePipeline,
+            "transformer": QwenImageTransformer2DModel,
+            "vae": AutoencoderKLQwenImage,
+            "scheduler": FlowMatchEulerDiscreteScheduler,
+            "text_encoder": Qwen2_5_VLForConditionalGeneration,
+            "tokenizer": Qwen2Tokenizer,
+        }
+
+    @classmethod
+    def _most_tokens(cls, folder: Path, transformer: Mapping[str, Any]) -> int:
+        for key, what in _VARIANTS.items():
+            if transformer.get(key):
+                raise ValueError(
+                    f"{folder}/transformer sets {key} ({what}), which family {cls.name!r} does not support; "
+                    f"use Qwen-Image itself"
+                )
+        return _MOST_TOKENS
+
+    def _embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        sequence, mask = pipeline.encode_prompt(prompt=prompts, device=device, max_sequence_length=self.text_tokens)
+        # The pipeline leaves out a mask that is all true.
+        return sequence, torch.ones_like(sequence[..., 0], dtype=torch.bool) if mask is None else mask
+
+    @property
+    def _channels(self) -> int:
+        return int(self._config.in_channels) // PATCH**2
+
+    @property
+    def _vae_factor(self) -> int:
+        return int(2 ** len(self.vae.config.temperal_downsample))
+
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbeds, guidance: float = 1.0
+    ) -> Tensor:
+        # Two things diffusers' forward does by itself: it rounds the level to the transformer's dtype, and, given a
+        # mask, it copies the text length from host to device, a short stop at every call.  Rotary tables are kept on
+        # the device, and what depends on the mask stays there.
+        batch, channels, height, width = x.shape
+        rows, columns = height // PATCH, width // PATCH
+        dtype = self._dtype_of(getattr(transformer, "img_in", None))
+        packed = x.to(dtype).reshape(batch, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
+        v: Tensor = transformer(
+            hidden_states=packed.reshape(batch, rows * columns, channels * PATCH**2),
+            timestep=sigma.to(torch.float32).expand(batch),
+            encoder_hidden_states=text.sequence.to(dtype),
+            encoder_hidden_states_mask=text.mask,
+            img_shapes=[[(1, rows, columns)]] * batch,
+            return_dict=False,
+        )[0]
+        unpacked = v.view(batch, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+        return unpacked.reshape(batch, channels, height, width)
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        config = self.vae.config
+        mean, std = (
+            torch.tensor(v, device=z.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
+        )
+        frames: Tensor = self.vae.decode((z * std + mean).unsqueeze(2), return_dict=False)[0]
+        return frames[:, :, 0]
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        return list(transformer.transformer_blocks)  # type: ignore[arg-type]

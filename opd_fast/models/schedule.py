@@ -1,0 +1,62 @@
+"""Noise levels as diffusers' FlowMatchEulerDiscreteScheduler makes them of linspace(1, 1/N, N)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CLASS = "FlowMatchEulerDiscreteScheduler"
+# Options under which the levels are not those of flow_sigmas.
+_OTHER_SCHEDULES = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "stochastic_sampling",
+)
+
+
+def flow_sigmas(steps: int, image_tokens: int, config: Mapping[str, Any]) -> Tensor:
+    """(steps+1,) float64 from 1 to 0, by the keys of scheduler_config.json; absent keys have diffusers' defaults.
+
+    u = linspace(1, 1/steps, steps) is shifted to sigma = s*u / (1 + (s - 1)*u).  With ``use_dynamic_shifting`` s grows
+    with the image: s = exp(mu), or mu for the linear kind, mu a line through (base_image_seq_len, base_shift) and
+    (max_image_seq_len, max_shift).  ``shift_terminal`` then stretches 1 - sigma so that the last level before 0 has
+    that value; a single step has no level to stretch.  diffusers computes in float32: the two agree to about 1e-7.
+    """
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least 1 step, got steps={steps}")
+    u = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
+    shift = float(config.get("shift", 1.0))
+    if config.get("use_dynamic_shifting"):
+        tokens, most = (
+            config.get(key, value) for key, value in (("base_image_seq_len", 256), ("max_image_seq_len", 4096))
+        )
+        low, high = float(config.get("base_shift", 0.5)), float(config.get("max_shift", 1.15))
+        mu = low + (high - low) * (image_tokens - tokens) / (most - tokens)
+        shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    # S(1) is 1, whatever floating point makes of it: the solvers treat sigma == 1 apart.
+    sigmas[0] = 1.0
+    terminal = config.get("shift_terminal")
+    if terminal and steps > 1:
+        sigmas = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def check_schedule(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a scheduler of another class, or with options that ``flow_sigmas`` does not follow."""
+    kind = config.get("_class_name", _CLASS)
+    if kind != _CLASS:
+        raise ValueError(f"{folder}/scheduler is a {kind}, supported is {_CLASS}; put the published scheduler back")
+    for option in _OTHER_SCHEDULES:
+        if config.get(option):
+            raise ValueError(
+                f"{folder}/scheduler sets {option}={config[option]}, which the published schedule does not; switch it "
+                f"off in scheduler_config.json"
+            )
