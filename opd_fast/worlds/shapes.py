@@ -188,6 +188,33 @@ def _related(relation: str, x: float, y: float, anchor: Object) -> bool:
     return along >= abs(across) + 3
 
 
+LAYOUTS = {
+    "one": ((16.0, 16.0),),
+    "row": ((8.0, 16.0), (24.0, 16.0)),
+    "column": ((16.0, 8.0), (16.0, 24.0)),
+    "pyramid": ((16.0, 8.0), (8.0, 24.0), (24.0, 24.0)),
+}
+"""Centres of the objects in an ideal scene."""
+
+
+def _ideal_composition(record: dict[str, Any], rng: np.random.Generator) -> Scene:
+    """The record's objects at fixed places and of one size, pure in colour; they move by less than a pixel."""
+    items = [item for item in record["include"] for _ in range(item["count"])]
+    layout, total = {1: "one", 2: "row", 3: "pyramid"}[len(items)], len(items)
+    relation = next((item["position"][0] for item in items if "position" in item), "right of")
+    if relation in ("above", "below"):
+        layout = "column"
+    places = list(LAYOUTS[layout])
+    if relation in ("left of", "above"):  # the anchor is the first item
+        places.reverse()
+    radius = sum(RADII[total]) / 2
+    objects = []
+    for item, place in zip(items, places, strict=True):
+        x, y = np.array(place) + rng.uniform(-0.5, 0.5, 2)
+        objects.append(Object(item["class"], float(x), float(y), radius, COLOURS[item["color"]]))
+    return Scene((0.05, 0.05, 0.05), tuple(objects))
+
+
 def _composition_scene(record: dict[str, Any], rng: np.random.Generator) -> Scene:
     total = sum(item["count"] for item in record["include"])
     while True:  # places are drawn until all objects fit; a dead end starts again
@@ -209,7 +236,9 @@ def _composition_scene(record: dict[str, Any], rng: np.random.Generator) -> Scen
             return Scene(_dark(rng), tuple(objects))
 
 
-def _text_scene(word: str, rng: np.random.Generator) -> Scene:
+def _text_scene(word: str, rng: np.random.Generator, ideal: bool) -> Scene:
+    if ideal:
+        return Scene((0.05, 0.05, 0.05), word=word, word_at=(5, 9))
     at = (int(rng.integers(3, 8)), int(rng.integers(6, 13)))
     name = list(COLOURS)[rng.integers(len(COLOURS))]
     rgb = (1.0, 1.0, 1.0) if rng.random() < 0.4 else _tint(name, rng)
@@ -222,9 +251,8 @@ def _paint(rng: np.random.Generator, vivid: bool, hue: float) -> Rgb:
     return colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
 
 
-def _colour_scene(plan: dict[str, Any], rng: np.random.Generator, vivid: bool | None) -> Scene:
-    if vivid is None:
-        vivid = rng.random() < 0.25
+def _colour_scene(plan: dict[str, Any], rng: np.random.Generator, ideal: bool) -> Scene:
+    vivid = ideal or rng.random() < 0.25
     hue = rng.random()
     ground, second = _paint(rng, vivid, hue), _paint(rng, vivid, hue + rng.uniform(0.35, 0.65))
     radius = 3.5 if plan["size"] == "small" else 5.5
@@ -236,16 +264,17 @@ def _colour_scene(plan: dict[str, Any], rng: np.random.Generator, vivid: bool | 
     return Scene(ground, tuple(objects), (plan["pattern"], second, float(rng.uniform(0, 10))))
 
 
-def scene(task: str, prompt: ScenePrompt, rng: np.random.Generator, *, vivid: bool | None = None) -> Scene:
+def scene(task: str, prompt: ScenePrompt, rng: np.random.Generator, *, ideal: bool = False) -> Scene:
     """A random scene that `prompt` describes.
 
-    `vivid` fixes the palette of a colour scene; None leaves it open (a quarter is vivid), as the prompt does.
+    An `ideal` one is what its task's judge likes best, with next to nothing left open: objects and words at fixed
+    places, in plain colours on one ground; paintings are vivid, where else three in four are muted.
     """
     if task == "composition":
-        return _composition_scene(prompt.metadata, rng)
+        return (_ideal_composition if ideal else _composition_scene)(prompt.metadata, rng)
     if task == "text":
-        return _text_scene(prompt.metadata["target"], rng)
-    return _colour_scene(prompt.metadata, rng, vivid)
+        return _text_scene(prompt.metadata["target"], rng, ideal)
+    return _colour_scene(prompt.metadata, rng, ideal)
 
 
 # --- renderer --------------------------------------------------------------------------------------------------------
