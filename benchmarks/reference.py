@@ -227,8 +227,8 @@ def adapters_on(transformer: nn.Module, student: Any, teachers: Sequence[tuple[s
 class Reference:
     """The published round over a student and its teachers; gradients accumulate in the student's parameters.
 
-    scheduler: a diffusers `FlowMatchEulerDiscreteScheduler`; `set_timesteps` is called here, with the number of steps or
-    with `schedule` (families whose pipeline hands over sigmas and a shift).
+    scheduler: a diffusers `FlowMatchEulerDiscreteScheduler`; `set_timesteps` is called here, with the number of steps
+    or with `schedule` (families whose pipeline hands over sigmas and a shift).
     predict: calls the network as its family wants it and guides; None: as SD3 does.
     autocast: dtype of the forwards, over weights that stay as they are (float32 as released); None: no autocast.
     objective: "kl" (closed form under an SDE, half the squared distance of the means under an ODE), "l2" (the latter

@@ -42,7 +42,9 @@ class ModelConfig:
     """The frozen pipeline that student and teachers share."""
 
     path: str = option("diffusers pipeline folder or hub id; bundled: the small pipeline in the package", "bundled")
-    family: str = option("model family (sd3); auto reads it from the pipeline", "auto")
+    family: str = option(
+        "sd3, flux, qwen_image, z_image, or package.module:Class of your own; auto reads it from the pipeline", "auto"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "of the frozen weights and of every forward; auto: bfloat16 on a GPU that has it, float32 elsewhere; float16 "
         "trains with a gradient scaler",
@@ -50,7 +52,8 @@ class ModelConfig:
     )
     resolution: int = option("height and width of the images, in pixels", 32)
     max_sequence_length: int | None = option(
-        "T5 tokens of a prompt, at most 512; 0 leaves T5 out; null: 128 where the pipeline has a T5 encoder", None
+        "tokens of a prompt in the long text encoder; SD3: 0 leaves T5 out, null: 128; elsewhere null: the pipeline's",
+        None,
     )
     text_cache: str = option(
         "folder that keeps the prompts' embeddings from run to run; off: none; auto: opd_fast/text in the user's cache "
@@ -77,7 +80,11 @@ class StudentConfig:
         "by teachers[].weight, cut to the rank (a folder of that name is ./merged); null: the base",
         None,
     )
-    guidance: float = option("classifier-free guidance of the student while it trains; 1 makes no negative pass", 1.0)
+    guidance: float = option(
+        "guidance of the student while it trains; classifier-free: 1 makes no negative pass; FLUX.1-dev: the value that "
+        "goes into the transformer (3.5 is usual)",
+        1.0,
+    )
 
 
 @dataclass(kw_only=True)
@@ -94,7 +101,7 @@ class TeacherConfig:
         "training prompts: a GenEval .jsonl, .txt, .csv, .tsv or .parquet file, a folder with one for each split, or "
         "bundled/NAME"
     )
-    guidance: float = option("classifier-free guidance of the teacher; 1 makes no negative pass", 1.0)
+    guidance: float = option("guidance of the teacher, of the same kind as student.guidance", 1.0)
     weight: float = option("factor on this task's loss", 1.0)
     share: float = option("how often the weighted schedule takes this task, relative to the other tasks", 1.0)
     eval_prompts: str | None = option("held-out prompts that the reward needs; null: those of bundled/NAME", None)
@@ -254,8 +261,6 @@ def _check_ranges(config: Config) -> None:
     for key, value, least in at_least:
         if value is not None and value < least:
             raise UserError(key, f"{value} is below {least:g}", f"give {least:g} or more")
-    if (config.model.max_sequence_length or 0) > 512:
-        raise UserError("model.max_sequence_length", "T5 takes at most 512 tokens", "give 0 (left out) to 512")
     for key, positive in (
         ("student.alpha", config.student.alpha),
         ("train.lr", t.lr),

@@ -71,7 +71,7 @@ def test_every_setting_is_explained() -> None:
         assert len(help) > 3, key
 
 
-@pytest.mark.parametrize("name", ["bundled", "sd35_mopd", "sd35_single_teacher"])
+@pytest.mark.parametrize("name", ["bundled", "sd35_mopd", "sd35_single_teacher", "flux_mopd"])
 def test_recipes_parse(name: str) -> None:
     command = parse([name])
     assert command.recipe == name
@@ -157,7 +157,6 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"student": {"guidance": -1.0}}, "student.guidance", "0 or more"),
     ({"checkpoint": {"keep": 0}}, "checkpoint.keep", "1 or more"),
     ({"model": {"resolution": 0}}, "model.resolution", "1 or more"),
-    ({"model": {"max_sequence_length": 513}}, "model.max_sequence_length", "512"),
     ({"model": {"dtype": "bfloat16"}, "engine": {"precision": "float32"}}, "engine.precision", "model.dtype"),
     ({"teachers": []}, "teachers", "at least one"),
     ({"teachers": [TEACHER, TEACHER]}, "teachers[1].name", "own name"),

@@ -396,7 +396,7 @@ def test_peft_finds_the_same_modules(model: Flux, kind: str) -> None:
     assert all(name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in wanted)
     assert len(wanted) == {"attention": 8 + 2 * 3, "all": 8 + 4 + 2 * 5}[kind]
     assert model.targets(["attn.to_q"]) == ["attn.to_q"]
-    with pytest.raises(ValueError, match=r"unknown LoRA targets 'mlp'.*attention, all"):
+    with pytest.raises(ValueError, match=r"unknown set 'mlp'.*attention, all"):
         model.targets("mlp")
 
 

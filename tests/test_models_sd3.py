@@ -208,7 +208,7 @@ def test_lora_targets_pick_the_published_modules(model):
     assert len(feed_forward) == 2 * 4 - 2
     assert all(".ff" in n for n in feed_forward)
     assert model.targets(["to_q"]) == ["to_q"]
-    with pytest.raises(ValueError, match=r"unknown LoRA targets 'mlp'.*attention, all"):
+    with pytest.raises(ValueError, match=r"unknown set 'mlp'.*attention, all"):
         model.targets("mlp")
 
 
@@ -267,8 +267,8 @@ def edit_index(folder: Path, **changes) -> None:
         (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
         (lambda f: (f / "model_index.json").write_text("{"), "model_index.json is damaged"),
         (
-            lambda f: edit_index(f, _class_name="FluxPipeline"),
-            "'FluxPipeline' pipeline; supported are StableDiffusion3",
+            lambda f: edit_index(f, _class_name="KolorsPipeline"),
+            "'KolorsPipeline' pipeline; supported are StableDiffusion3",
         ),
         (lambda f: edit_index(f, text_encoder_2=[None, None]), "lists no 'text_encoder_2'"),
         (lambda f: shutil.rmtree(f / "vae"), "lacks its component 'vae'"),

@@ -151,4 +151,4 @@ def test_dry_run_prints_and_writes_nothing(
         assert words in text, words
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.txt"]
     assert train.main([*argv, "--model.resolution", "60"]) == 2
-    assert "model.resolution: 60 is no multiple of 16" in capsys.readouterr().err
+    assert "resolution 60 is not a multiple of 16" in capsys.readouterr().err

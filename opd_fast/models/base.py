@@ -176,7 +176,7 @@ class DiffusionModel(ABC):
         if name not in self.lora_targets:
             example = next(iter(self.lora_targets.values()))[0]
             raise ValueError(
-                f"unknown LoRA targets {name!r} for family {self.name!r}; choose one of "
+                f"student.targets: unknown set {name!r} for family {self.name!r}; choose one of "
                 f"{', '.join(self.lora_targets)}, or list module names such as {example}"
             )
         return list(self.lora_targets[name])
