@@ -144,8 +144,9 @@ class TextStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for part in self.folder.glob(".*.part"):  # of a run that was killed
-                if time.time() - part.stat().st_mtime > _ABANDONED:
-                    part.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # one of a run beside this one, just finished
+                    if time.time() - part.stat().st_mtime > _ABANDONED:
+                        part.unlink()
         except OSError as error:
             raise UserError(
                 "model.text_cache", f"{self.folder} cannot be made or read ({error.strerror})", "name another, or off"

@@ -6,6 +6,7 @@ The transformer is built on the meta device, so nothing is loaded and a model of
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,12 +224,14 @@ def _memory(
 ) -> dict[str, int]:
     """Bytes by purpose, a rough estimate. Frozen weights count in the model's dtype; what is trained in float32, five
     times: itself, gradient, AdamW's two moments, exponential average. Activations are those of one student step."""
+    from torch import nn
+
     item = resolved.dtype.itemsize
     transformer: Any = model.transformer
     parameters = sum(p.numel() for p in transformer.parameters())
     copies = len(config.teachers) if config.engine.placement == "merged" else 0
-    size = transformer.config
-    width = int(size.get("dim") or size.num_attention_heads * size.attention_head_dim)
+    linear = [m.in_features for m in transformer.modules() if isinstance(m, nn.Linear)]
+    width = statistics.mode(linear)  # the residual stream feeds most of them
     rows = min(samples, config.train.micro_batch or samples) * _branches(config.student.guidance, branches)
     blocks = len(model.blocks(transformer))
     return {

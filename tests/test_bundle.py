@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from opd_fast.command import read_config
 from opd_fast.embeddings import EmbeddingCache
 from opd_fast.evaluate import EvalTask, evaluate, task_keys
 from opd_fast.lora import merge_into, read_lora
@@ -34,25 +33,22 @@ def model() -> DiffusionModel:
 
 @pytest.fixture(scope="module")
 def rewards(model: DiffusionModel) -> dict[str, dict[str, float]]:
-    """Rewards of the base, and of each teacher on its own task, with the guidance the recipe gives it."""
+    """Rewards of the base, and of each teacher on its own task."""
     prompts = {task: load_prompts(f"bundled/{task}", "test") for task in TASKS}
     tasks = {t: EvalTask(t, [p[i % len(p)] for i in range(PROMPTS)], [t]) for t, p in prompts.items()}
     text = EmbeddingCache.build(model, [p.text for source in prompts.values() for p in source])
     table = solver_table("ode", model.sigmas(20, 32), 0.0)
 
-    recipe = read_config(RECIPE)
-    guidance = {teacher.name: teacher.guidance for teacher in recipe.teachers}
-
-    def judge(transformer: torch.nn.Module, strength: float, *names: str) -> dict[str, float]:
+    def judge(transformer: torch.nn.Module, *names: str) -> dict[str, float]:
         chosen, shape = [tasks[name] for name in names], model.latent_shape(32)
-        result = evaluate(model, transformer, chosen, table, shape=shape, guidance=strength, seed=0, text=text)
+        result = evaluate(model, transformer, chosen, table, shape=shape, guidance=1.0, seed=0, text=text)
         return {name: result.rewards[name][name] for name in names}
 
-    found = {"base": judge(model.transformer, recipe.student.guidance, *TASKS)}
+    found = {"base": judge(model.transformer, *TASKS)}
     for task in TASKS:
         teacher = copy.deepcopy(model.transformer)
         merge_into(teacher, read_lora(f"bundled/{task}"))
-        found[task] = judge(teacher, guidance[task], task)
+        found[task] = judge(teacher, task)
     return found
 
 

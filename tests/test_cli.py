@@ -70,7 +70,7 @@ MISTAKES: list[tuple[list[str], str, str]] = [
     (teachers(wieght=2.0), "teachers[0].wieght", "did you mean weight?"),
     (teachers(guidance="strong"), "teachers[0].guidance", "default is 1.0"),
     (["--teachers", "[{name: t, weights: adapter}]"], "teachers[0].prompts", "bundled/NAME"),
-    (teachers(weights="absent/adapter/folder.safetensors"), "teachers[0].weights", "hub id"),
+    (teachers(weights="absent/adapter.safetensors"), "teachers[0].weights", "hub id"),
     (teachers(weights="./absent"), "teachers[0].weights", "hub id"),
     (teachers(weights="bundled/nothing"), "teachers[0].weights", "bundle"),
     (teachers(weights="vacant"), "teachers[0].weights", "folder"),

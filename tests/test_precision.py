@@ -30,9 +30,10 @@ def losses(config: Config, run_dir: Path, **options: Any) -> list[float]:
 def test_half_precision_trains_as_float32_does(world: Path, tmp_path: Path, dtype: str) -> None:
     whole = losses(settings(world, evaluation__every=0), tmp_path / "float32")
     half = losses(settings(world, evaluation__every=0, model__dtype=dtype), tmp_path / dtype)
-    # The first rounds overflow under the scaler's opening factor and are left out, so later ones may lag.
-    assert half[0] == pytest.approx(whole[0], rel=0.03)
-    assert all(value < 1.2 * whole[0] for value in half)
+    # A loss is the square of a small gap between two rounded numbers.
+    assert half[0] == pytest.approx(whole[0], rel=0.03 if dtype == "float16" else 0.2)
+    # Rounds that overflow under the scaler's opening factor are left out, so later ones may lag.
+    assert all(value < 1.5 * whole[0] for value in half)
 
 
 def test_the_scaler_resumes_and_an_overflow_is_left_out(

@@ -77,7 +77,7 @@ def test_loss_of_the_released_code(tmp_path: Path, solver: str, eta: float) -> N
         evaluation__every=0,
     )
     for teacher in config.teachers:
-        teacher.guidance = 1.0
+        teacher.guidance = teacher.weight = 1.0
     setup = prepare(config, say=lambda text: None)
     method = OPD(setup)
     found = method.accumulate(0, torch.amp.GradScaler("cpu", enabled=False)).losses.sum()

@@ -119,8 +119,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights(
 ) -> None:
     original = loop.METHODS["opd"].accumulate
 
-    def poisoned(self: Any, index: int) -> Any:
-        output = original(self, index)
+    def poisoned(self: Any, index: int, scaler: Any) -> Any:
+        output = original(self, index, scaler)
         if index == 3:
             output.losses[1, 2] = float("nan")
         return output

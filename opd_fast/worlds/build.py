@@ -53,7 +53,7 @@ class Recipe:
     swapped_captions: float = 0.35
     """Share of composition and text captions swapped for another of the same task in the `base` stage."""
     teacher_steps: dict[str, int] = field(
-        default_factory=lambda: {"composition": 800, "text": 350, "colour": 150}, hash=False
+        default_factory=lambda: {"composition": 400, "text": 250, "colour": 120}, hash=False
     )
     teacher_pool: int = 12_000
     teacher_rank: int = 16
