@@ -81,8 +81,8 @@ class StudentConfig:
         None,
     )
     guidance: float = option(
-        "guidance of the student while it trains; classifier-free: 1 makes no negative pass; FLUX.1-dev: the value that "
-        "goes into the transformer (3.5 is usual)",
+        "guidance of the student while it trains; classifier-free: 1 makes no negative pass; FLUX.1-dev: the value "
+        "that goes into the transformer (3.5 is usual)",
         1.0,
     )
 
