@@ -105,7 +105,11 @@ def parse(argv: list[str]) -> Command:
     config.validate()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = Path(first.run_dir or f"runs/{Path(recipe).stem}-{stamp}").expanduser()
-    return Command(config, run_dir, resume=False, dry_run=first.dry_run, recipe=recipe)
+    if first.run_dir is None and not first.dry_run and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise UserError("--run-dir", "not given while torchrun may restart the run", "name one for it to find")
+    # After a failure torchrun starts the same command again: it goes on with what the first start began.
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (run_dir / "config.yaml").is_file()
+    return Command(config, run_dir, resume=again, dry_run=first.dry_run, recipe=recipe)
 
 
 def _resumed(parser: Any, argv: list[str], first: Any) -> Command:
@@ -389,8 +393,8 @@ def _check_rewards(config: Config) -> None:
             raise UserError(key, f"unknown reward {reward!r}", did_you_mean(reward, REWARDS))
 
 
-def prepare_run_dir(command: Command) -> None:
-    """Make the run directory and write config.yaml into it.
+def prepare_run_dir(command: Command) -> Path:
+    """Make the run directory, write config.yaml into it and return it.
 
     Raises:
         UserError: the directory cannot be made or written, or holds more than the config.yaml of a run that never began
@@ -398,12 +402,16 @@ def prepare_run_dir(command: Command) -> None:
     """
     run_dir = command.run_dir
     key = "--resume" if command.resume else "--run-dir"
-    if not command.resume and run_dir.is_dir() and any(p.name != "config.yaml" for p in run_dir.iterdir()):
+    beginning = {"config.yaml", ".config.yaml.part"}
+    if not command.resume and run_dir.is_dir() and any(p.name not in beginning for p in run_dir.iterdir()):
         raise UserError(key, f"{run_dir} is not empty", f"give another, or go on with --resume {run_dir}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(command.config), encoding="utf-8")
+        part = run_dir / ".config.yaml.part"
+        part.write_text(to_yaml(command.config), encoding="utf-8")
+        os.replace(part, run_dir / "config.yaml")
     except OSError as error:
         raise UserError(
             key, f"{run_dir} cannot be written ({error.strerror or error})", "give a directory you may write"
         ) from error
+    return run_dir

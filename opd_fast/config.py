@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,8 +22,8 @@ from opd_fast.errors import UserError, did_you_mean
 
 Solver = Literal["ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm1", "dpm2"]
 DETERMINISTIC: tuple[str, ...] = ("ode", "dpm1", "dpm2")
-# What may change when a run is resumed: how long it goes on and what it writes down, never what it learns from.
-RESUMABLE = ("train.rounds", "model.text_cache", "logging.", "evaluation.", "checkpoint.")
+# What may change when a run is resumed: how long it goes on, where, and what it writes down, never what it learns from.
+RESUMABLE = ("train.rounds", "model.text_cache", "logging.", "evaluation.", "checkpoint.", "parallel.")
 
 
 def option(help: str, default: Any = MISSING) -> Any:
@@ -155,6 +154,9 @@ class TrainConfig:
     betas: tuple[float, float] = option("of AdamW", (0.9, 0.999))
     eps: float = option("of AdamW", 1e-8)
     clip: float = option("largest gradient norm", 1.0)
+    skip_limit: int = option(
+        "rounds in a row whose loss or gradient is not finite before the run stops; each is left out", 3
+    )
     ema: float = option("decay of the exponential average that is evaluated and exported; 0 follows the weights", 0.9)
     seed: int = option("of prompts, noise and adapters; --seed is short for it", 0)
 
@@ -181,9 +183,21 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Several devices."""
+    """Several devices, one process on each: torchrun --nproc-per-node N -m opd_fast.train ..."""
 
-    strategy: Literal["auto", "single"] = option("auto: what the launch asks for; single: one device", "auto")
+    strategy: Literal["auto", "single", "ddp", "fsdp2", "hsdp"] = option(
+        "ddp: all weights on every device; fsdp2: sharded over all devices; hsdp: sharded within groups, replicated "
+        "between them; single: one device; auto: ddp for LoRA where it fits, else fsdp2, single for one process",
+        "auto",
+    )
+    shard_size: int | None = option("devices of an hsdp group; null: those of one machine", None)
+    reshard: Literal["step", "block", "round"] = option(
+        "how long sharded weights stay gathered; step: from a step's forward to its backward; block: only while their "
+        "block computes, gathered twice a step; round: as long as the weights stand still, which needs room for all",
+        "step",
+    )
+    offload_teachers: bool = option("keep merged teachers in CPU memory, on the GPU only while asked", False)
+    timeout: float = option("minutes that a process waits for another before it gives up", 30.0)
 
 
 @dataclass(kw_only=True)
@@ -247,6 +261,7 @@ def _check_ranges(config: Config) -> None:
         ("train.tasks_per_round", t.tasks_per_round, 1),
         ("train.micro_batch", t.micro_batch, 1),
         ("train.warmup", t.warmup, 0),
+        ("train.skip_limit", t.skip_limit, 1),
         ("train.weight_decay", t.weight_decay, 0),
         ("train.ema", t.ema, 0),
         ("train.seed", t.seed, 0),
@@ -257,6 +272,7 @@ def _check_ranges(config: Config) -> None:
         ("evaluation.steps", config.evaluation.steps, 1),
         ("evaluation.guidance", config.evaluation.guidance, 0),
         ("evaluation.batch", config.evaluation.batch, 1),
+        ("parallel.shard_size", config.parallel.shard_size, 1),
     ]
     for key, value, least in at_least:
         if value is not None and value < least:
@@ -337,12 +353,16 @@ def _check_engine(config: Config) -> None:
         raise UserError(
             "engine.precision", f"{precision} contradicts model.dtype = {dtype}", "set model.dtype to auto or float32"
         )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
+    parallel = config.parallel
+    if parallel.timeout <= 0:
+        raise UserError("parallel.timeout", f"{parallel.timeout} is not above 0", "give minutes, such as 30")
+    if parallel.shard_size is not None and parallel.strategy != "hsdp":
         raise UserError(
-            "parallel.strategy",
-            f"{config.parallel.strategy} trains on one device but {world} processes were started",
-            "start it with python -m opd_fast.train instead of torchrun",
+            "parallel.shard_size", f"{parallel.shard_size} is read by hsdp alone", "set parallel.strategy hsdp, or null"
+        )
+    if parallel.offload_teachers and config.engine.placement != "merged":
+        raise UserError(
+            "parallel.offload_teachers", "teachers share the base", "set engine.placement merged, or offload nothing"
         )
     for name, wanted, extra in (
         ("wandb", config.logging.wandb, "opd_fast[wandb]"),

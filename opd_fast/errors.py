@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -50,6 +52,15 @@ def is_ours(trace: TracebackType | None) -> bool:
     return bool(set(Path(trace.tb_frame.f_code.co_filename).parts) & set(PACKAGES))
 
 
+def _tell(message: str) -> None:
+    """Print to stderr; of several processes the first at once, the others unless they are ended with it."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(3)  # it mostly says the same, and then the launcher ends this one
+        message = f"rank {rank}: {message}"
+    print(message, file=sys.stderr, flush=True)
+
+
 def main_guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     """Wrap a command line's `main(argv) -> exit status`: a user's mistake becomes one line on stderr and status 2.
 
@@ -65,7 +76,7 @@ def main_guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         except ValueError as error:
             if not isinstance(error, UserError) and not is_ours(error.__traceback__):
                 raise
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            _tell(f"error: {one_line(error)}")
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from opd_fast.embeddings import EmbeddingCache
     from opd_fast.models.base import DiffusionModel
+    from opd_fast.parallel import World
     from opd_fast.prompts import Prompt
     from opd_fast.solvers import SolverTable
 
@@ -75,6 +76,7 @@ def evaluate(
     batch: int = 64,
     keep_images: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    world: World | None = None,
 ) -> Evaluation:
     """Draw an image for every prompt of every task and average its rewards.
 
@@ -84,17 +86,20 @@ def evaluate(
         shape: (C, H, W) of a latent.
         guidance: classifier-free guidance; 1 makes no negative pass.
         text: holds every prompt of every task.
-        batch: images drawn at once. It changes no result beyond rounding.
+        batch: images drawn at once on a device. It changes no result beyond rounding.
         keep_images: images of each task that are returned.
         progress: called with (images done, images in all).
+        world: the processes that draw them together, each its share; all get the same result.
 
     Raises:
         ValueError: a task without prompts, an unknown reward, or a model that yields NaN or infinite numbers.
     """
     import torch
 
+    from opd_fast.parallel import World
     from opd_fast.rewards import get_reward
 
+    world = world or World()
     means: dict[str, dict[str, float]] = {}
     kept: dict[str, Tensor] = {}
     done, total = 0, sum(len(task.prompts) for task in tasks)
@@ -105,9 +110,12 @@ def evaluate(
         keys = task_keys(seed, task.name, len(task.prompts))
         scores: dict[str, list[Tensor]] = {name: [] for name in judges}
         images_kept: list[Tensor] = []
-        for start in range(0, len(task.prompts), batch):
-            prompts = task.prompts[start : start + batch]
-            images = _draw(model, transformer, prompts, keys[start : start + batch], table, shape, guidance, text)
+        mine, _ = world.rows(len(task.prompts))
+        to_keep, _ = world.rows(keep := min(keep_images, len(task.prompts)))
+        for start in range(0, len(mine), batch):
+            rows = mine[start : start + batch]
+            prompts = [task.prompts[i] for i in rows]
+            images = _draw(model, transformer, prompts, keys[rows], table, shape, guidance, text)
             if not bool(images.isfinite().all()):
                 raise ValueError(
                     f"task {task.name!r}: the model's images hold NaN or infinite numbers; look at its weights, or set "
@@ -115,14 +123,15 @@ def evaluate(
                 )
             for name, judge in judges.items():
                 scores[name].append(judge(images, prompts).detach().double().cpu())
-            if start < keep_images:
-                images_kept.append(images[: keep_images - start].float().cpu())
-            done += len(prompts)
+            if start < len(to_keep):
+                images_kept.append(images[: len(to_keep) - start].float().cpu())
+            done = min(done + len(rows) * world.size, total)
             if progress is not None:
                 progress(done, total)
-        means[task.name] = {name: float(torch.cat(parts).mean()) for name, parts in scores.items()}
-        if images_kept:
-            kept[task.name] = torch.cat(images_kept)
+        everyone = {name: world.collect(torch.cat(parts), len(task.prompts)) for name, parts in scores.items()}
+        means[task.name] = {name: float(values.mean()) for name, values in everyone.items()}
+        if keep:
+            kept[task.name] = world.collect(torch.cat(images_kept), keep)
     return Evaluation(means, kept)
 
 

@@ -34,7 +34,7 @@ class RoundBatch:
     negative: TextEmbeds | None
     """One row; needed when any guidance differs from 1."""
     tasks: tuple[tuple[int, slice], ...]
-    """(teacher's index, the rows of the batch it teaches)."""
+    """(teacher's index, the rows of the batch it teaches); none, where all of the task's samples are elsewhere."""
     keys: Tensor
     """(B,) int64 noise keys."""
     scale: Tensor
@@ -63,7 +63,7 @@ class RoundBatch:
                 replace(
                     self,
                     text=self.text.index(rows),
-                    tasks=tuple((teacher, task) for teacher, task in cut if task.start < task.stop),
+                    tasks=tuple((teacher, slice(task.start, max(task.start, task.stop))) for teacher, task in cut),
                     keys=self.keys[rows],
                     scale=self.scale[rows],
                     x=None if self.x is None else self.x[rows],
@@ -105,7 +105,8 @@ def one_pass(
     states = []
     with student.at_rest():
         for part_rows, part in batch.split(micro_batch):
-            states.append(_roll_out(model, student, teachers, part, table, rows, losses[:, part_rows], reduction))
+            last = part_rows.stop == len(batch)
+            states.append(_roll_out(model, student, teachers, part, table, rows, losses[:, part_rows], reduction, last))
     return RoundOutput(losses, torch.cat(states))
 
 
@@ -118,6 +119,7 @@ def _roll_out(
     rows: Tensor,
     losses: Tensor,
     reduction: Literal["mean", "sum"],
+    last: bool,
 ) -> Tensor:
     """`one_pass` of one micro-batch; fills losses (steps, B) and returns the state after the last of them."""
     condition = Conditioning.build(model, batch.text, batch.negative, student.guidance)
@@ -150,6 +152,7 @@ def _roll_out(
                 reduction=reduction,
             )
         with annotate("backward"):
+            student.before_backward(last=last and j == len(losses) - 1)
             torch.autograd.backward(
                 [v for v in (v_student.cond, v_student.uncond) if v is not None],
                 [g for g in (step.grad_cond, step.grad_uncond) if g is not None],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from opd_fast.adapters import use_adapter
 from opd_fast.config import StudentConfig
 from opd_fast.merged import MergedLayers
 from opd_fast.models.base import DiffusionModel
+from opd_fast.parallel import World, local, release, whole
 from opd_fast.start import MERGED, MeanDifference, add_mean, passed_over, start_from_lora, start_from_mean
 from opd_fast.teachers import TeacherBank
 from opd_fast.velocity import Conditioning, Velocities, velocities
@@ -34,9 +37,9 @@ class Student:
         self.guidance = config.guidance
         self.began = "the base" if config.start is None else config.start
         """Where its weights started, in words."""
-        self._model = model
-        self._named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
-        self._ema_parameters = [p.detach().clone() for _, p in self._named]
+        self._model, self._kind = model, cast(Any, type(transformer))
+        self.world = World()
+        self._hold()
         self._merged = MergedLayers(transformer, ADAPTER) if config.kind == "lora" else None
         # Float32 adapters on a half-precision base compute in the base's type; without autocast PEFT would cast up.
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
@@ -72,6 +75,24 @@ class Student:
             student.began = f"the mean of its teachers{passed_over()}, {share:.2%} of its square in what is trained"
         return student
 
+    def _hold(self) -> None:
+        self._named = [(n, p) for n, p in self.transformer.named_parameters() if p.requires_grad]
+        self._ema_parameters = [p.detach().clone() for _, p in self._named]
+
+    def distribute(self, world: World) -> None:
+        """Take this process's place in `world`: the weights of rank 0, sharded where its strategy shards them.
+
+        Before this the model may lie on the CPU. Under a sharding strategy LoRA is not merged for the rounds: a merged
+        copy would be a whole one.
+        """
+        self.world = world
+        world.same_weights(self.parameters())
+        if world.sharded:
+            self._merged = None
+            for transformer in {id(t): t for t in (self.transformer, self._model.transformer)}.values():
+                world.shard(transformer, self._model.blocks(transformer), self._model.dtype)
+        self._hold()
+
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The trainable parameters, float32, in a fixed order."""
         return list(self._named)
@@ -89,12 +110,26 @@ class Student:
         """The transformer while its weights stand still, as in a round: LoRA is merged, gradients flow all the same."""
         with self._merged.active() if self._merged is not None else contextlib.nullcontext():
             yield self.transformer
+        if self.world.sharded:
+            release(self.transformer)
+
+    def before_backward(self, *, last: bool) -> None:
+        """Say whether the coming backward is the round's last: sharded gradients are reduced in that one."""
+        if self.world.sharded and self.config.kind == "full":
+            self.transformer.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+    def average_gradients(self) -> None:
+        """Average a round's gradients over the ranks, where its last backward has not done so."""
+        if not (self.world.sharded and self.config.kind == "full"):
+            self.world.average_gradients(self.parameters())
 
     @contextlib.contextmanager
     def base(self) -> Iterator[nn.Module]:
         """The frozen base that student and teachers come from."""
         with use_adapter(self._model.transformer, None) as transformer:
             yield transformer
+        if self.world.sharded:
+            release(self._model.transformer)
 
     # --- the average -------------------------------------------------------------------------------------------------
 
@@ -105,7 +140,9 @@ class Student:
         The decay is min((1 + n) / (10 + n), decay), the warm-up of the published code.
         """
         effective = min((1 + updates) / (10 + updates), decay)
-        torch._foreach_lerp_(self._ema_parameters, [p.detach() for p in self.parameters()], 1 - effective)
+        # Element by element, so that each rank moves its own part of what is sharded.
+        average, weights = ([local(t.detach()) for t in ts] for ts in (self._ema_parameters, self.parameters()))
+        torch._foreach_lerp_(average, weights, 1 - effective)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -120,42 +157,50 @@ class Student:
 
     @torch.no_grad()
     def _assign(self, values: list[Tensor]) -> None:
+        if self.world.sharded:
+            release(self.transformer)  # what is gathered would keep the old values
         for parameter, value in zip(self.parameters(), values, strict=True):
             parameter.copy_(value)
 
     # --- state and export --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Trained weights and their average, by name, for a checkpoint."""
+        """Trained weights and their average, by name: the tensors themselves, for a checkpoint to read or fill."""
         weights = {f"student.{name}": p.detach() for name, p in self._named}
         average = {f"ema.{name}": e for (name, _), e in zip(self._named, self._ema_parameters, strict=True)}
         return weights | average
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over a checkpoint's weights and average. Raises ValueError for a state of another student."""
-        mine = self.state()
-        theirs = {k: v for k, v in tensors.items() if k.startswith(("student.", "ema."))}
-        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:
-            raise ValueError(
-                f"the checkpoint holds a student of {len(theirs) // 2} tensors that do not match this run's "
-                f"{len(self._named)}; resume with the configuration that wrote it"
-            )
-        self._assign([theirs[f"student.{name}"] for name, _ in self._named])
-        for average, (name, _) in zip(self._ema_parameters, self._named, strict=True):
-            average.copy_(theirs[f"ema.{name}"])
-
     def export(self, directory: Path) -> None:
         """Write the averaged student: a LoRA in PEFT's and diffusers' layouts, or a transformer folder."""
-        if self.config.kind == "full":
-            with self.averaged() as transformer:
-                transformer.save_pretrained(directory / "transformer")  # type: ignore[operator]
-            return
-        halves = {name: e for (name, _), e in zip(self._named, self._ema_parameters, strict=True)}
+        self.exporter()(directory)
+
+    def exporter(self) -> Callable[[Path], None]:
+        """The averaged student as it is now, copied to the CPU: what is returned writes it to a directory, at any later
+        time and in any thread. Collective; rank 0 alone holds the copy and may write.
+        """
+        average = {}
+        for (name, _), e in zip(self._named, self._ema_parameters, strict=True):
+            full = whole(e)
+            if self.world.first:
+                average[name] = full.cpu().clone()
+        if self.config.kind == "lora":
+            return functools.partial(self._write_lora, average)
+        # Now, not when it is written: taking a state dict shards again whatever is gathered.
+        rest = {k: v.cpu().clone() for k, v in self.transformer.state_dict().items() if k not in dict(self._named)}
+        return functools.partial(self._write_full, {**rest, **average})
+
+    def _write_full(self, state: dict[str, Tensor], directory: Path) -> None:
+        with torch.device("meta"):
+            outline = self._kind.from_config(self.transformer.config)
+        outline.load_state_dict(state, assign=True)
+        outline.save_pretrained(directory / "transformer")
+
+    def _write_lora(self, average: dict[str, Tensor], directory: Path) -> None:
         suffix = f".lora_A.{ADAPTER}.weight"
-        modules = [name.removesuffix(suffix) for name in halves if name.endswith(suffix)]
+        modules = [name.removesuffix(suffix) for name in average if name.endswith(suffix)]
         self._model.save_lora(
             directory,
-            {m: (halves[m + suffix], halves[m + suffix.replace("lora_A", "lora_B")]) for m in modules},
+            {m: (average[m + suffix], average[m + suffix.replace("lora_A", "lora_B")]) for m in modules},
             rank=self.config.rank,
             alpha=self.config.alpha,
             targets=modules,

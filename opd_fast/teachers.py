@@ -30,7 +30,7 @@ class Course:
     """What the teachers need of a batch at every step, made once a round."""
 
     parts: tuple[tuple[int, slice, Conditioning], ...]
-    """(teacher, its rows, their text)."""
+    """(teacher, its rows, their text); the text of another sample where it has none and is asked all the same."""
     guidance: Tensor
     """(B,) float32: the teacher's guidance of each sample."""
     guided: bool
@@ -54,6 +54,8 @@ class TeacherBank:
 
     def __init__(self, model: DiffusionModel, teachers: Sequence[Teacher]) -> None:
         self.model, self.teachers = model, list(teachers)
+        self.together = False
+        """Whether all ranks ask the same teachers in the same order, as weights they share the shards of need."""
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
     @classmethod
@@ -62,8 +64,10 @@ class TeacherBank:
         model: DiffusionModel,
         configs: Sequence[TeacherConfig],
         placement: Literal["merged", "shared"] = "merged",
+        *,
+        offload: bool = False,
     ) -> TeacherBank:
-        """Load and check every teacher.
+        """Load and check every teacher; `offload` keeps merged ones in CPU memory, their blocks on the GPU while asked.
 
         Raises ValueError, naming the teacher, for weights that are missing, damaged, not finite or of another shape,
         for a LoRA of which only a part fits unless the teacher is `partial`, and for what is no LoRA under `shared`.
@@ -76,6 +80,12 @@ class TeacherBank:
                         model, config.weights, what="weights", partial=config.partial
                     )
                     adapter = None
+                    if offload:
+                        transformer.enable_group_offload(  # type: ignore[operator]
+                            onload_device=model.device, offload_device=torch.device("cpu"), use_stream=True
+                        )
+                    else:
+                        transformer.to(model.device)
                 else:
                     transformer = model.transformer
                     adapter, origin = _add(model, config)
@@ -100,9 +110,12 @@ class TeacherBank:
         guidance = torch.ones_like(batch.scale)
         parts = []
         for index, rows in batch.tasks:
+            none = rows.start == rows.stop
+            if none and not self.together:
+                continue
             strength = self.teachers[index].guidance
             guidance[rows] = strength
-            text = batch.text.index(rows)
+            text = batch.text.index(slice(0, 1) if none else rows)
             parts.append((index, rows, Conditioning.build(self.model, text, batch.negative, strength)))
         return Course(tuple(parts), guidance, any(condition.guided for _, _, condition in parts))
 
@@ -112,17 +125,21 @@ class TeacherBank:
 
         Rows of unguided teachers are left unset in `uncond`: the step never reads them.
         """
-        outputs = []
+        outputs, spans = [], []
         for index, rows, condition in course.parts:
+            none = rows.start == rows.stop
             with self.active(index) as transformer:
-                outputs.append(velocities(self.model, transformer, x[rows], sigma, condition))
+                found = velocities(self.model, transformer, x[:1] if none else x[rows], sigma, condition)
+            if not none:
+                outputs.append(found)
+                spans.append(rows)
         if len(outputs) == 1:
             return outputs[0]
         cond = torch.cat([v.cond for v in outputs])
         if not course.guided:
             return Velocities(cond, None)
         uncond = torch.empty_like(cond)
-        for v, (_, rows, _) in zip(outputs, course.parts, strict=True):
+        for v, rows in zip(outputs, spans, strict=True):
             if v.uncond is not None:
                 uncond[rows] = v.uncond
         return Velocities(cond, uncond)

@@ -115,6 +115,25 @@ class Telemetry:
             self._wandb.log(dict(values), step=index)
 
 
+class Silence:
+    """What the other processes of a run say: nothing."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
+
+    def round(self, index: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def evaluation(self, index: int, rewards: dict[str, dict[str, float]]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a crash cut short is left out. No file: no lines."""
     lines: list[dict[str, Any]] = []

@@ -25,11 +25,13 @@ def main(argv: list[str]) -> int:
         return 0
 
     check_paths(command.config)
-    prepare_run_dir(command)
     quiet_libraries()
+    from opd_fast.parallel import open_world
     from opd_fast.trainers.loop import train
 
-    train(command.config, command.run_dir, resume=command.resume)
+    with open_world(command.config) as world:
+        run_dir = world.on_first(lambda: prepare_run_dir(command))
+        train(command.config, run_dir, resume=command.resume, world=world)
     return 0
 
 

@@ -80,7 +80,7 @@ def test_loss_of_the_released_code(tmp_path: Path, solver: str, eta: float) -> N
         teacher.guidance = teacher.weight = 1.0
     setup = prepare(config, say=lambda text: None)
     method = OPD(setup)
-    found = method.accumulate(0, torch.amp.GradScaler("cpu", enabled=False)).losses.sum()
+    found = method.accumulate(0, torch.amp.GradScaler("cpu", enabled=False)).sum()
 
     batch = method.batch(0)
     table = solver_table(solver, setup.table.sigmas, eta)

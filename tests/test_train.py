@@ -114,22 +114,84 @@ def test_resuming_equals_not_having_stopped(
     assert [line["round"] for line in read_metrics(stopped / "metrics.jsonl") if "loss" in line] == list(range(6))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights(
+def _poison(monkeypatch: pytest.MonkeyPatch, rounds: set[int]) -> None:
+    """Let a round's loss be NaN where the second task's first sample is at step 1."""
+    original = loop.METHODS["opd"].accumulate
+
+    def poisoned(self: Any, index: int, scaler: Any) -> Any:
+        losses = original(self, index, scaler)
+        if index in rounds:
+            losses[1, 2] = float("nan")
+        return losses
+
+    monkeypatch.setattr(loop.METHODS["opd"], "accumulate", poisoned)
+
+
+def test_a_round_that_is_not_finite_is_left_out(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(world, evaluation__every=0, train__schedule="constant")
+    _poison(monkeypatch, {1, 3})
+    _start(config, tmp_path / "run")
+    assert "round 3: the loss of task 'plain' is not finite at step 1; left out, 2 so far" in capsys.readouterr().err
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["round"] for line in lines if line.get("skipped")] == [1, 3]
+    steps = [v for k, v in Checkpoints(tmp_path / "run" / "checkpoints", 3).load()[0].items() if k.endswith(".step")]
+    assert all(step == 4 for step in steps)  # AdamW took four of the six
+
+
+def test_too_many_in_a_row_end_the_run_before_they_reach_the_weights(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(world, evaluation__every=0, train__skip_limit=2)
+    with monkeypatch.context() as patch:
+        _poison(patch, {2, 3})
+        with pytest.raises(ValueError, match=r"round 3: the loss of task 'plain' is not finite at step 1.*2 rounds in"):
+            _start(config, tmp_path / "run")
+    tensors, meta = Checkpoints(tmp_path / "run" / "checkpoints", 3).load()
+    assert meta["round"] == 2
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def test_a_gradient_that_is_not_finite_is_left_out(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = loop.METHODS["opd"].accumulate
 
     def poisoned(self: Any, index: int, scaler: Any) -> Any:
-        output = original(self, index, scaler)
-        if index == 3:
-            output.losses[1, 2] = float("nan")
-        return output
+        losses = original(self, index, scaler)
+        if index == 1:
+            self.setup.student.parameters()[3].grad[0, 0] = float("inf")
+        return losses
 
     monkeypatch.setattr(loop.METHODS["opd"], "accumulate", poisoned)
-    with pytest.raises(ValueError, match=r"round 3: the loss of task 'plain' is not finite at step 1"):
-        _start(settings(world), tmp_path / "run")
-    _, meta = Checkpoints(tmp_path / "run" / "checkpoints", 3).load()
-    assert meta["round"] == 2
+    _start(settings(world, evaluation__every=0, train__rounds=2), tmp_path / "run")
+    assert "round 1: its gradient is not finite, though its loss is; left out" in capsys.readouterr().err
+    assert all(bool(t.isfinite().all()) for t in _student(tmp_path / "run").values())
+
+
+def test_resuming_before_the_first_checkpoint_starts_over(
+    world: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _start(settings(world), tmp_path / "run", resume=True)
+    assert "no checkpoint in" in capsys.readouterr().err
+    assert _same(_student(tmp_path / "run"), _student(whole))
+
+
+def test_a_teacher_that_changed_is_told_on_resume(world: Path, tmp_path: Path) -> None:
+    from opd_fast.lora import save_lora
+    from tests.runs import random_lora
+
+    save_lora(tmp_path / "words", random_lora(0), rank=3, alpha=6)
+    config = settings(world, evaluation__every=0, train__rounds=2)
+    config.teachers[0].weights = str(tmp_path / "words")
+    _start(config, tmp_path / "run")
+    save_lora(tmp_path / "words", random_lora(5), rank=3, alpha=6)
+    config.train.rounds = 3
+    before = sorted((tmp_path / "run" / "checkpoints").rglob("*"))
+    with pytest.raises(ValueError, match=r"teachers\.words\.weights: changed since round-000002 .*put the former"):
+        _start(config, tmp_path / "run", resume=True)
+    assert sorted((tmp_path / "run" / "checkpoints").rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import shutil
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,9 +21,10 @@ from opd_fast.checkpoint import Checkpoints
 from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.evaluate import Evaluation, evaluate
+from opd_fast.parallel import World, whole
 from opd_fast.report import gain_recovered, image_grid, new_results, print_table, write_report, write_results
 from opd_fast.student import Student
-from opd_fast.telemetry import Telemetry, annotate, read_metrics
+from opd_fast.telemetry import Silence, Telemetry, annotate, read_metrics
 from opd_fast.trainers.opd import OPD
 from opd_fast.trainers.setup import Setup, prepare
 
@@ -28,24 +32,38 @@ METHODS = {"opd": OPD}
 GRID_COLUMNS = 8
 
 
-def train(config: Config, run_dir: Path, *, resume: bool = False) -> dict[str, Any]:
+def train(config: Config, run_dir: Path, *, resume: bool = False, world: World | None = None) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`, or on from its newest checkpoint; returns the content of results.json.
 
-    Ctrl-C or SIGTERM ends it after the round in hand, everything learnt saved. Raises ValueError for what cannot run.
+    Every process of `world` calls it alike. Ctrl-C or SIGTERM ends it after the round in hand, everything learnt saved.
+    Raises ValueError for what cannot run.
     """
     started = time.monotonic()
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep)
-    saved = checkpoints.load() if resume else None
-    setup = prepare(config, say=lambda text: print(text, flush=True))
-    run = _Run(setup, run_dir, checkpoints, started)
+    world = world or World()
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, world)
+    saved = checkpoints.find() if resume and world.on_first(lambda: checkpoints.latest() is not None) else None
+    setup = prepare(config, _say if world.first else _silent, world)
+    run = Run(setup, run_dir, checkpoints, started)
     if saved is not None:
         run.load(*saved)
-    with Telemetry(run_dir, config.logging, rounds=config.train.rounds, start_round=run.rounds) as telemetry:
+    elif resume and world.first:
+        print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
+    rounds, begun = config.train.rounds, run.rounds
+    telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.first else Silence()
+    with telemetry:
         run.go(telemetry)
     return run.finish()
 
 
-class _Run:
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+class Run:
     """The state of a run between rounds."""
 
     def __init__(self, setup: Setup, run_dir: Path, checkpoints: Checkpoints, started: float) -> None:
@@ -60,8 +78,13 @@ class _Run:
         self.images: dict[str, dict[str, Tensor]] = {}
         self.train_seconds, self.seconds_before, self.started = 0.0, 0.0, started
         self.interrupted = False
+        self.skipped, self.skipped_in_a_row = 0, 0
 
-    def go(self, telemetry: Telemetry) -> None:
+    @property
+    def world(self) -> World:
+        return self.setup.world
+
+    def go(self, telemetry: Telemetry | Silence) -> None:
         """All rounds that are left."""
         every = self.config.evaluation.every
         if not self.rows and self.setup.tasks:
@@ -74,7 +97,7 @@ class _Run:
                 last = self.rounds == self.config.train.rounds
                 if every and self.setup.tasks and not last and self.rounds % every == 0:
                     telemetry.evaluation(self.rounds, self._judge_student().rewards)
-                if interrupted():
+                if self.world.any(interrupted(), self.setup.model.device):  # each rank gets its own signal
                     self.interrupted = True
                     telemetry.message(f"stopping after round {self.rounds}: saving what was learnt")
                     break
@@ -85,43 +108,58 @@ class _Run:
             evaluation = self._judge_student()
             telemetry.evaluation(self.rounds, evaluation.rewards)
             self.rows["student"] = _flat(evaluation)
+        self.checkpoints.wait()
 
-    def _round(self, telemetry: Telemetry) -> None:
+    def _round(self, telemetry: Telemetry | Silence) -> None:
         begun = time.monotonic()
         with annotate("round"):
-            output = self.method.accumulate(self.rounds, self.scaler)
+            losses = self.method.accumulate(self.rounds, self.scaler)
         with annotate("optimizer"):
             self.scaler.unscale_(self.optimizer)
             parameters = self.setup.student.parameters()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip)
+            norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip))
             rate = learning_rate(self.config, self.rounds)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            metrics = {**self._metrics(output), "lr": rate}
-            if math.isfinite(norm):  # else the scaler leaves the round out
+            losses = losses.double().cpu()
+            metrics = {**self.method.metrics(self.rounds, losses), "lr": rate}
+            if math.isfinite(norm):
                 metrics["gradient_norm"] = float(norm)
-            self.scaler.step(self.optimizer)
+            fault = self.method.fault(self.rounds, losses)
+            if fault is None and not math.isfinite(norm) and not self.scaler.is_enabled():
+                fault = "its gradient is not finite, though its loss is"
+            if fault is None:
+                self.scaler.step(self.optimizer)  # where half precision overflowed, the scaler leaves the round out
+                self.setup.student.update_ema(self.rounds, self.config.train.ema)
             self.scaler.update()
             self.optimizer.zero_grad()
-            self.setup.student.update_ema(self.rounds, self.config.train.ema)
+        if fault is not None:
+            self._skip(telemetry, fault)
+            metrics = {key: value for key, value in metrics.items() if math.isfinite(value)} | {"skipped": 1.0}
+        else:
+            self.skipped_in_a_row = 0
         seconds = time.monotonic() - begun
         self.train_seconds += seconds
         metrics |= {"seconds": seconds, "samples_per_second": self.method.samples / seconds}
         telemetry.round(self.rounds, metrics)
         self.rounds += 1
 
-    def _metrics(self, output: Any) -> dict[str, float]:
-        """The method's metrics; numbers that are not finite end the run before they reach the weights."""
-        try:
-            return self.method.metrics(self.rounds, output)
-        except FloatingPointError as error:
-            raise UserError(
-                f"round {self.rounds}",
-                f"{error}; the weights of round {self.rounds} are unharmed",
-                f"lower train.lr, then go on with --resume {self.run_dir}"
-                if self.checkpoints.latest()
-                else "lower train.lr or set model.dtype float32",
-            ) from error
+    def _skip(self, telemetry: Telemetry | Silence, fault: str) -> None:
+        """Count a round that was left out; too many in a row end the run, its weights as they were before them."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        telemetry.message(f"round {self.rounds}: {fault}; left out, {self.skipped} so far")
+        if self.skipped_in_a_row < self.config.train.skip_limit:
+            return
+        self.checkpoints.wait()
+        last = self.checkpoints.latest()
+        raise UserError(
+            f"round {self.rounds}",
+            f"{fault}, as in {self.skipped_in_a_row} rounds in a row; the weights are unharmed",
+            f"lower train.lr, then go on with --resume {self.run_dir}"
+            if last
+            else "lower train.lr or set model.dtype float32",
+        )
 
     # --- judging -----------------------------------------------------------------------------------------------------
 
@@ -137,6 +175,7 @@ class _Run:
             text=self.setup.text,
             batch=self.config.evaluation.batch,
             keep_images=GRID_COLUMNS,
+            world=self.world,
         )
 
     def _guidance(self) -> float:
@@ -158,7 +197,8 @@ class _Run:
     def _judge_student(self) -> Evaluation:
         with self.setup.student.averaged() as transformer:
             evaluation = self._judge(transformer, self._guidance())
-        self._grids(evaluation.images)
+        if self.world.first:
+            self._grids(evaluation.images)
         return evaluation
 
     def _grids(self, student: dict[str, Tensor]) -> None:
@@ -176,24 +216,52 @@ class _Run:
     # --- state -------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A checkpoint of everything a resumed run needs, and the student's export beside it."""
-        tensors = {**self.setup.student.state(), **optimizer_tensors(self.optimizer)}
+        """A checkpoint of everything a resumed run needs, and then the student's export beside it.
+
+        Nothing random is kept: noise, prompts and schedules follow from the seed and the round's number.
+        """
+        tensors = {**self.setup.student.state(), **optimizer_state(self.optimizer)}
         for row, images in self.images.items():
             tensors |= {f"images.{row}.{task}": pixels for task, pixels in images.items()}
-        meta = {"rows": self.rows, "train_seconds": self.train_seconds, "total_seconds": self._total_seconds()}
-        meta["scaler"] = self.scaler.state_dict()
-        self.checkpoints.save(self.rounds, tensors, meta)
-        self.setup.student.export(self.run_dir / "student")
+        meta = {
+            "rows": self.rows,
+            "train_seconds": self.train_seconds,
+            "total_seconds": self._total_seconds(),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "scaler": self.scaler.state_dict(),
+            "teachers": self._teachers(),
+        }
+        write = self.setup.student.exporter()
+        self.checkpoints.save(
+            self.rounds, tensors, meta, afterwards=lambda: replace_folder(self.run_dir / "student", write)
+        )
 
-    def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        self.setup.student.load_state(tensors)
-        load_optimizer(self.optimizer, tensors)
-        self.scaler.load_state_dict(meta.get("scaler", {}))
-        for name, pixels in tensors.items():
+    def _teachers(self) -> dict[str, str]:
+        """What identifies the teachers, by name."""
+        return {teacher.name: teacher.origin.sha256 for teacher in self.setup.teachers.teachers}
+
+    def load(self, folder: Path, meta: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises ValueError for one of another student or other teachers."""
+        for name, digest in self._teachers().items():
+            before = meta["teachers"].get(name)
+            if before != digest:
+                raise UserError(
+                    f"teachers.{name}.weights",
+                    f"changed since {folder.name} was saved (sha256 {str(before)[:12]} then, {digest[:12]} now)",
+                    "put the former file back, or start a new run",
+                )
+        for name, shape in self.checkpoints.shapes(folder).items():
             if name.startswith("images."):
                 _, row, task = name.split(".", 2)
-                self.images.setdefault(row, {})[task] = pixels
+                self.images.setdefault(row, {})[task] = torch.empty(shape)
+        targets = {**self.setup.student.state(), **optimizer_state(self.optimizer)}
+        for row, images in self.images.items():
+            targets |= {f"images.{row}.{task}": pixels for task, pixels in images.items()}
+        self.checkpoints.restore(folder, targets)
+        self.scaler.load_state_dict(meta["scaler"])
         self.rounds, self.rows = meta["round"], meta["rows"]
+        self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
         self.train_seconds, self.seconds_before = meta["train_seconds"], meta["total_seconds"]
 
     def _total_seconds(self) -> float:
@@ -205,6 +273,8 @@ class _Run:
         results["rows"] = self.rows
         results["rounds"] = self.rounds
         results["seconds"] = {"train": round(self.train_seconds, 2), "total": round(self._total_seconds(), 2)}
+        if not self.world.first:
+            return results
         if self.interrupted:
             print(f"stopped after round {self.rounds}; go on with --resume {self.run_dir}", flush=True)
             return results
@@ -244,20 +314,30 @@ def learning_rate(config: Config, index: int) -> float:
     return t.lr * factor[t.schedule]
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, for a checkpoint without pickle."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{key}": torch.as_tensor(v) for i, values in state.items() for key, v in values.items()}
+def optimizer_state(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """AdamW's moments and step counts by name, made where there are none yet: the tensors themselves, for a checkpoint
+    to read or fill."""
+    tensors: dict[str, Tensor] = {}
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+    return tensors
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Take over the state that `optimizer_tensors` gave."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder, and put it in the place of `folder` once it is whole."""
+    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

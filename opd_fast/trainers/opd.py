@@ -8,12 +8,14 @@ the mean over rounds: each task counts by its weight and by how often it comes.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from opd_fast.objectives import step_weights
-from opd_fast.rollout import RoundBatch, RoundOutput, one_pass
+from opd_fast.rollout import RoundBatch, one_pass
 from opd_fast.seeds import noise_keys
 from opd_fast.trainers.setup import Setup
 
@@ -46,7 +48,7 @@ class OPD:
         return tuple(found)
 
     def batch(self, index: int) -> RoundBatch:
-        """The samples of round `index`; they follow from (seed, round, task, sample) alone."""
+        """This process's samples of round `index`; what they are follows from (seed, round, task, sample) alone."""
         setup, seed, per_task = self.setup, self.setup.config.train.seed, self.setup.config.train.samples_per_task
         texts = [
             setup.prompts[task][i].text
@@ -54,20 +56,30 @@ class OPD:
             for turn in turns
             for i in setup.sources[task].batch(turn, per_task)
         ]
-        tasks = [(task, rows.stop - rows.start) for task, rows in self.tasks(index)]
-        keys = [noise_keys(seed, ROLLOUT_STREAM, index, task, samples=count) for task, count in tasks]
-        scale = [self.scales[task] for task, count in tasks for _ in range(count)]
+        tasks = self.tasks(index)
+        counts = [(task, rows.stop - rows.start) for task, rows in tasks]
+        keys = torch.cat([noise_keys(seed, ROLLOUT_STREAM, index, task, samples=count) for task, count in counts])
+        scale = torch.tensor([self.scales[task] for task, count in counts for _ in range(count)])
+        world = setup.world
+        mine, own = world.rows(len(texts))
+        scale = scale[mine] * world.size  # reductions average over the ranks
+        scale[own:] = 0.0
         return RoundBatch(
-            text=setup.text.rows(texts),
+            text=setup.text.rows([texts[i] for i in mine]),
             negative=setup.text.negative,
-            tasks=self.tasks(index),
-            keys=torch.cat(keys).to(setup.model.device),
-            scale=torch.tensor(scale, device=setup.model.device),
+            tasks=tuple(
+                (task, slice(bisect_left(mine, span.start), bisect_left(mine, span.stop))) for task, span in tasks
+            ),
+            keys=keys[mine].to(setup.model.device),
+            scale=scale.to(setup.model.device),
             shape=setup.shape,
         )
 
-    def accumulate(self, index: int, scaler: torch.amp.GradScaler) -> RoundOutput:
-        """Add the gradient of round `index`, times the scaler's factor, to the student's parameters."""
+    def accumulate(self, index: int, scaler: torch.amp.GradScaler) -> Tensor:
+        """Add the gradient of round `index`, times the scaler's factor, to the student's parameters.
+
+        Returns the loss of every sample at every trained step (steps, samples), unscaled, those of all ranks.
+        """
         config, setup = self.setup.config, self.setup
         batch = self.batch(index)
         output = one_pass(
@@ -81,20 +93,25 @@ class OPD:
             reduction=config.objective.reduction,
             micro_batch=config.train.micro_batch,
         )
-        return replace(output, losses=output.losses / scaler.get_scale()) if scaler.is_enabled() else output
+        setup.student.average_gradients()
+        losses = output.losses / (scaler.get_scale() * setup.world.size)
+        return setup.world.collect(losses, self.samples, dim=1)
 
-    def metrics(self, index: int, output: RoundOutput) -> dict[str, float]:
-        """The round's loss, whole, by step and by task; raises FloatingPointError naming where it is not finite."""
-        losses = output.losses.double().cpu()
-        names = [teacher.name for teacher in self.setup.config.teachers]
-        tasks = self.tasks(index)
+    def fault(self, index: int, losses: Tensor) -> str | None:
+        """Where a round's losses first cease to be finite, in words; None where all are."""
         bad = torch.nonzero(~torch.isfinite(losses))
-        if len(bad):
-            step, sample = bad[0].tolist()
-            task = next(names[i] for i, rows in tasks if rows.start <= sample < rows.stop)
-            raise FloatingPointError(f"the loss of task {task!r} is not finite at step {step}")
+        if not len(bad):
+            return None
+        step, sample = bad[0].tolist()
+        names = [teacher.name for teacher in self.setup.config.teachers]
+        teacher = next(names[i] for i, rows in self.tasks(index) if rows.start <= sample < rows.stop)
+        return f"the loss of task {teacher!r} is not finite at step {step}"
+
+    def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
+        """The round's loss, whole, by step and by task; losses (steps, samples) on the CPU."""
+        names = [teacher.name for teacher in self.setup.config.teachers]
         metrics = {"loss": float(losses.sum())}
         # Steps differ in weight by orders of magnitude, so that a sum alone would show only the heaviest.
         metrics |= {f"loss/step_{j:02d}": float(value) for j, value in enumerate(losses.sum(1))}
-        metrics |= {f"loss/task_{names[i]}": float(losses[:, rows].sum()) for i, rows in tasks}
+        metrics |= {f"loss/task_{names[i]}": float(losses[:, rows].sum()) for i, rows in self.tasks(index)}
         return metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from opd_fast.errors import UserError
 from opd_fast.evaluate import EvalTask
 from opd_fast.models import load_model, outline_model
 from opd_fast.models.base import DiffusionModel
+from opd_fast.parallel import World
 from opd_fast.plan import check_guidance, lora_modules, resolve
 from opd_fast.prompts import Prompt, PromptSource, TaskSchedule, load_prompts
 from opd_fast.rewards import REPORTED
@@ -48,13 +50,19 @@ class Setup:
     tasks: list[EvalTask]
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
+    world: World
 
 
-def prepare(config: Config, say: Callable[[str], None]) -> Setup:
+def prepare(config: Config, say: Callable[[str], None], world: World | None = None) -> Setup:
     """Load what `config` names. Raises ValueError, naming the setting, for what is missing or does not fit."""
+    world = world or World()
     resolved = resolve(config)
     device, dtype = resolved.device, resolved.dtype
     check_fit(config, dtype)
+    if world.sharded and config.student.kind == "full" and dtype == torch.float16:
+        raise UserError(
+            "model.dtype", "float16 cannot train sharded weights", "give bfloat16, or parallel.strategy ddp"
+        )
     train = config.train
     prompts = [load_prompts(teacher.prompts) for teacher in config.teachers]
     sources = [PromptSource(len(p), train.seed, stream) for stream, p in enumerate(prompts)]
@@ -66,11 +74,13 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     model = load_model(
         config.model.path,
         config.model.family,
-        device=device,
+        device="cpu" if world.sharded else device,  # sharded weights go to the device block by block
         dtype=dtype,
         max_sequence_length=config.model.max_sequence_length,
         text_device="cpu" if config.model.text_device == "cpu" else None,
     )
+    model.device = device
+    model.vae.to(device)
     if config.evaluation.vae_tiling:
         model.vae.enable_tiling()
     resolution = config.model.resolution
@@ -89,26 +99,31 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     ]
     met += [p.text for task in tasks for p in task.prompts]
     store = TextStore.open(config.model.text_cache, model)
-    with encoding_progress() as progress:
+    # One process of a machine writes the store, the others read it.
+    with world.first_here() if store is not None else nullcontext(), encoding_progress() as progress:
         text = EmbeddingCache.build(model, met, progress=progress, store=store)
     model.release_text_encoders()
     read = f", read {len(text) - text.encoded} from {store.folder}" if store is not None else ""
     say(f"encoded {text.encoded} distinct prompts{read}")
 
-    teachers = TeacherBank.load(model, config.teachers, config.engine.placement)
+    teachers = TeacherBank.load(
+        model, config.teachers, config.engine.placement, offload=config.parallel.offload_teachers
+    )
     for teacher in teachers.teachers:
         say(f"teacher {teacher.name}: {teacher.origin}")
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
+    if resolved.compile:
+        compile_blocks(model, student, teachers)
+    student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
+    teachers.together = world.sharded and config.engine.placement == "shared"
     sigma = table.sigmas[0].float().to(device)
     probe = philox_normal(noise_keys(config.train.seed, samples=1).to(device), shape, INITIAL_NOISE)
     teachers.check(probe, sigma, Conditioning.build(model, text.negative, None, 1.0))
-    if resolved.compile:
-        compile_blocks(model, student, teachers)
     trainable = sum(p.numel() for p in student.parameters())
     say(f"student starts from {student.began}")
     say(f"student trains {trainable:,} parameters in {dtype}".replace("torch.", "") + f" on {device}")
     return Setup(
-        config, model, student, teachers, table, evaluation_table, shape, prompts, sources, schedule, tasks, text
+        config, model, student, teachers, table, evaluation_table, shape, prompts, sources, schedule, tasks, text, world
     )
 
 

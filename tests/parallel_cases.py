@@ -1,0 +1,120 @@
+"""What each process of a distributed test does: python -m tests.parallel_cases WORLD_FOLDER OUT, alone or by torchrun.
+
+Every case leaves, from rank 0, OUT/NAME/gradient.safetensors of round 0 and the checkpoint after its rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from opd_fast.checkpoint import Checkpoints
+from opd_fast.config import Config
+from opd_fast.parallel import World, launched, open_world, whole
+from opd_fast.telemetry import Silence
+from opd_fast.trainers.loop import Run
+from opd_fast.trainers.opd import OPD
+from opd_fast.trainers.setup import prepare
+from tests.runs import settings
+
+ROUNDS = 20
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"student__kind": "full", "train__lr": 1e-4},
+    # Six samples divide among no four ranks; in micro-batches; teachers on the shards.
+    "lora-shared": {"engine__placement": "shared", "train__samples_per_task": 3, "train__micro_batch": 2},
+    "full-guided": {"student__kind": "full", "student__guidance": 2.0, "parallel__reshard": "block"},
+}
+"""Settings by name, for every strategy."""
+TRAINED = ("lora", "full")
+"""The cases that go on for all rounds."""
+
+_ports = itertools.count(int(os.environ.get("CASES_PORT", "29600")))
+
+
+@contextlib.contextmanager
+def joined(config: Config) -> Iterator[World]:
+    """`open_world` at an address of its own: a store that served one process group still holds its addresses."""
+    os.environ["MASTER_PORT"] = str(next(_ports))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    with open_world(config) as world:
+        yield world
+
+
+def strategies(size: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    if size is None:
+        yield "one", {}
+        return
+    yield "ddp", {"parallel__strategy": "ddp"}
+    yield "fsdp2", {"parallel__strategy": "fsdp2"}
+    if size == 4:
+        yield "hsdp", {"parallel__strategy": "hsdp", "parallel__shard_size": 2, "parallel__reshard": "round"}
+
+
+def case_settings(folder: Path, changes: dict[str, Any]) -> Config:
+    fixed = {"train__schedule": "constant", "evaluation__every": 0, "checkpoint__every": 0, "train__ema": 0.5}
+    return settings(folder / "run.yaml", **(fixed | changes))
+
+
+def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = False) -> None:
+    """The gradient of round 0, then a run up to `rounds` rounds, or on from its checkpoint."""
+    with joined(config) as world:
+        setup = prepare(config, lambda text: None, world)
+        if world.first:
+            directory.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            OPD(setup).accumulate(0, torch.amp.GradScaler("cpu", enabled=False))
+            named = setup.student.named_parameters()
+            found = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
+            if world.first:
+                save_file(found, directory / "gradient.safetensors")
+            for _, parameter in named:
+                parameter.grad = None
+        world.wait()
+        if rounds:
+            checkpoints = Checkpoints(directory / "checkpoints", 1, world)
+            run = Run(setup, directory, checkpoints, time.monotonic())
+            if resume:
+                run.load(*checkpoints.find())
+            setup.config.train.rounds = rounds
+            run.go(Silence())
+
+
+def main(folder: Path, out: Path) -> None:
+    size = launched()
+    work(folder, out, size)
+    if size is None:  # and as a launcher would start one process
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+        work(folder, out.parent / "1", 1)
+
+
+def work(folder: Path, out: Path, size: int | None) -> None:
+    for name, changes in CASES.items():
+        for strategy, parallel in strategies(size):
+            label = f"{name}-{strategy}"
+            config = case_settings(folder, changes | parallel)
+            case(config, out / label, rounds=ROUNDS if name in TRAINED and strategy != "hsdp" else 0)
+    saved = out.parent / "saved"
+    if size == 4:
+        case(case_settings(folder, CASES["full"] | {"parallel__strategy": "fsdp2"}), saved, rounds=ROUNDS // 2)
+    elif size in (None, 2):
+        again = out / "resumed"
+        if os.environ.get("RANK", "0") == "0":
+            shutil.copytree(saved, again)
+        parallel = {} if size is None else {"parallel__strategy": "ddp"}
+        case(case_settings(folder, CASES["full"] | parallel), again, rounds=ROUNDS, resume=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,279 @@
+"""Several processes (gloo): one process's gradient, one process's student, and what a launch says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from opd_fast.checkpoint import Checkpoints
+from opd_fast.command import parse
+from opd_fast.config import Config, from_dict
+from opd_fast.errors import UserError
+from opd_fast.parallel import World, open_world
+from tests.parallel_cases import CASES, TRAINED
+from tests.runs import write_world
+
+SIZES = (1, 2, 4)
+
+
+def torchrun(size: int, *command: str, **environment: str) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [*launcher, *command], env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate()
+        pytest.fail(f"not finished after {seconds} s:\n{out}\n{err}")
+    return process.returncode, out + err
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world")).parent
+
+
+@pytest.fixture(scope="module")
+def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cases on four processes, on two, and on one."""
+    out = tmp_path_factory.mktemp("out")
+    for size in (4, 2):
+        arguments = ("-m", "tests.parallel_cases", str(folder), str(out / str(size)))
+        code, said = finished(torchrun(size, *arguments, CASES_PORT=str(free_port())))
+        assert code == 0, said
+    alone = [sys.executable, "-m", "tests.parallel_cases", str(folder), str(out / "alone")]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CASES_PORT": str(free_port())}
+    subprocess.run(alone, check=True, env=variables, capture_output=True)
+    return out
+
+
+def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    error = sum(float((found[k] - expected[k]).double().square().sum()) for k in expected)
+    return float((error / sum(float(v.double().square().sum()) for v in expected.values())) ** 0.5)
+
+
+def student(directory: Path) -> dict[str, Tensor]:
+    tensors, meta = Checkpoints(directory / "checkpoints", 1).load()
+    assert meta["round"] == 20
+    return {k: v for k, v in tensors.items() if k.startswith(("student.", "ema."))}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("size", "strategy"), [(n, s) for n in SIZES for s in ("ddp", "fsdp2", "hsdp") if s != "hsdp" or n == 4]
+)
+def test_gradient_of_one_process(out: Path, size: int, strategy: str, name: str) -> None:
+    expected = load_file(out / "alone" / f"{name}-one" / "gradient.safetensors")
+    found = load_file(out / str(size) / f"{name}-{strategy}" / "gradient.safetensors")
+    assert relative(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("size", SIZES)
+def test_student_of_one_process(out: Path, size: int, strategy: str, name: str) -> None:
+    expected = student(out / "alone" / f"{name}-one")
+    found = student(out / str(size) / f"{name}-{strategy}")
+    assert relative(found, expected) <= 1e-4
+    assert max(float((found[k] - expected[k]).abs().max()) for k in expected) <= 1e-4
+
+
+@pytest.mark.parametrize("where", ["2", "alone"])
+def test_a_sharded_save_goes_on_elsewhere(out: Path, where: str) -> None:
+    """Ten rounds under fsdp2 on four processes, ten more under ddp on two or on one alone."""
+    expected = student(out / "alone" / "full-one")
+    assert relative(student(out / where / "resumed"), expected) <= 1e-4
+
+
+def test_every_sample_has_one_owner() -> None:
+    for count in (1, 2, 5, 6, 9):
+        for size in (1, 2, 4, 8):
+            shares = [World(rank, size).rows(count) for rank in range(size)]
+            assert len({len(rows) for rows, _ in shares}) == 1
+            assert sorted(i for rows, own in shares for i in rows[:own]) == list(range(count))
+            assert all(rows == sorted(rows) for rows, _ in shares)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+def made(**parallel: Any) -> Config:
+    config = from_dict({"parallel": parallel})
+    config.teachers = parse([]).config.teachers
+    config.validate()
+    return config
+
+
+@pytest.mark.parametrize(
+    ("parallel", "environment", "message"),
+    [
+        ({"strategy": "fsdp2"}, {}, r"parallel\.strategy: fsdp2 in a process started alone; start it with torchrun"),
+        ({"strategy": "single"}, {"WORLD_SIZE": "2"}, r"parallel\.strategy: single, with 2 processes; give auto"),
+        (
+            {"strategy": "hsdp", "shard_size": 3},
+            {"WORLD_SIZE": "2"},
+            r"parallel\.shard_size: 3 does not divide 2 processes; give a divisor",
+        ),
+    ],
+)
+def test_a_launch_that_cannot_work_is_refused(
+    monkeypatch: pytest.MonkeyPatch, parallel: dict[str, Any], environment: dict[str, str], message: str
+) -> None:
+    if environment:
+        monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, **kwargs: None)
+        monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+        for name, value in {**environment, "RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message), open_world(made(**parallel)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"strategy": "ddp", "shard_size": 2}, r"parallel\.shard_size: 2 is read by hsdp alone"),
+        ({"strategy": "hsdp", "shard_size": 0}, r"parallel\.shard_size: 0 is below 1"),
+        ({"timeout": 0.0}, r"parallel\.timeout: 0\.0 is not above 0"),
+    ],
+)
+def test_settings_that_contradict_are_refused(parallel: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        made(**parallel)
+
+
+def test_a_restart_needs_a_named_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(UserError, match=r"--run-dir: not given while torchrun may restart"):
+        parse([])
+    named = ["--run-dir", str(tmp_path)]
+    assert not parse(named).resume
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not parse(named).resume  # it had not begun
+    (tmp_path / "config.yaml").touch()
+    assert parse(named).resume
+
+
+def until(condition: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "".join(process.communicate())
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that a launcher started, in the order of their ranks."""
+    import psutil
+
+    return [child.pid for child in psutil.Process(process.pid).children() if "opd_fast.train" in child.cmdline()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    code, said = finished(torchrun(2, *_train(folder, run_dir)))
+    assert code == 0, said
+    return load_file(run_dir / "student" / "adapter_model.safetensors")
+
+
+def _train(folder: Path, run_dir: Path) -> tuple[str, ...]:
+    return (
+        *("-m", "opd_fast.train", str(folder / "run.yaml"), "--run-dir", str(run_dir)),
+        *("--evaluation.every", "0", "--checkpoint.every", "5", "--train.rounds", "60"),
+    )
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return relative(a, b) <= 1e-5
+
+
+def test_a_signal_to_one_process_saves_and_ends_all(
+    folder: Path, uninterrupted: dict[str, Tensor], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    process = torchrun(2, *_train(folder, run_dir))
+    until(lambda: (run_dir / "checkpoints" / "round-000005").exists(), process)
+    os.kill(workers(process)[1], signal.SIGTERM)
+    code, said = finished(process)
+    assert code == 0, said
+    assert said.count("go on with --resume") == 1
+    stopped = Checkpoints(run_dir / "checkpoints", 3).find()[1]["round"]
+    assert 5 < stopped < 60
+    code, said = finished(torchrun(2, "-m", "opd_fast.train", "--resume", str(run_dir)))
+    assert code == 0, said
+    assert _same(load_file(run_dir / "student" / "adapter_model.safetensors"), uninterrupted)
+
+
+def test_a_killed_process_ends_the_others_and_a_restart_goes_on(
+    folder: Path, uninterrupted: dict[str, Tensor], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    process = torchrun(2, *_train(folder, run_dir))
+    until(lambda: (run_dir / "checkpoints" / "round-000005").exists(), process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    code, said = finished(process)
+    assert code != 0
+    assert time.monotonic() - killed < 30
+    assert "SIGKILL" in said or "exitcode  : -9" in said
+    assert "rank      : 1" in said  # the launcher's summary names it
+    assert "rank 0: lost another process" in said
+    assert "--resume" in said
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    again = tmp_path / "again"
+    process = subprocess.Popen(
+        [*launcher, "--max-restarts", "1", *_train(folder, again)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    until(lambda: (again / "checkpoints" / "round-000005").exists(), process)
+    os.kill(workers(process)[0], signal.SIGKILL)
+    code, said = finished(process)
+    assert code == 0, said
+    assert _same(load_file(again / "student" / "adapter_model.safetensors"), uninterrupted)
+
+
+def test_a_mistake_is_told_once(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").touch()
+    code, said = finished(torchrun(2, *_train(folder, tmp_path / "run")))
+    assert code != 0
+    assert said.count("is not empty; give another") == 1
+
+
+def test_averaging_counts_a_missing_gradient_as_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 2)]
+    parameters[0].grad, parameters[2].grad = torch.ones(3), torch.full((2,), 4.0)
+    reduced = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: reduced.append(flat.clone()))
+    World(0, 2, strategy="ddp").average_gradients(parameters)
+    assert [p.grad.tolist() for p in parameters if p.grad is not None] == [[0.5] * 3, [0.0] * 5, [2.0] * 2]
+    assert [len(flat) for flat in reduced] == [10]
