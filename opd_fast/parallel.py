@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
+_opened = itertools.count()
 Strategy = Literal["single", "ddp", "fsdp2", "hsdp"]
 Reshard = Literal["step", "block", "round"]
 
@@ -251,9 +253,14 @@ def open_world(config: Config) -> Iterator[World]:
                 "start no more processes than GPUs",
             )
         torch.cuda.set_device(local_rank)
+    timeout = datetime.timedelta(minutes=config.parallel.timeout)
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    # The launcher's store outlives a failed start, with the addresses of processes that are gone.
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(_opened)}"
     # Gloo beside NCCL: checkpoints are written from the CPU while the GPUs go on.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=config.parallel.timeout)
+        backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=timeout
     )
     try:
         chosen = _strategy(config, size)

@@ -5,8 +5,6 @@ Every case leaves, from rank 0, OUT/NAME/gradient.safetensors of round 0 and the
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
 import shutil
 import sys
@@ -20,7 +18,7 @@ from safetensors.torch import save_file
 
 from opd_fast.checkpoint import Checkpoints
 from opd_fast.config import Config
-from opd_fast.parallel import World, launched, open_world, whole
+from opd_fast.parallel import launched, open_world, whole
 from opd_fast.telemetry import Silence
 from opd_fast.trainers.loop import Run
 from opd_fast.trainers.opd import OPD
@@ -39,17 +37,6 @@ CASES: dict[str, dict[str, Any]] = {
 TRAINED = ("lora", "full")
 """The cases that go on for all rounds."""
 
-_ports = itertools.count(int(os.environ.get("CASES_PORT", "29600")))
-
-
-@contextlib.contextmanager
-def joined(config: Config) -> Iterator[World]:
-    """`open_world` at an address of its own: a store that served one process group still holds its addresses."""
-    os.environ["MASTER_PORT"] = str(next(_ports))
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    with open_world(config) as world:
-        yield world
-
 
 def strategies(size: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if size is None:
@@ -62,13 +49,19 @@ def strategies(size: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def case_settings(folder: Path, changes: dict[str, Any]) -> Config:
-    fixed = {"train__schedule": "constant", "evaluation__every": 0, "checkpoint__every": 0, "train__ema": 0.5}
+    fixed = {
+        "train__schedule": "constant",
+        "sampler__steps": 3,
+        "evaluation__every": 0,
+        "checkpoint__every": 0,
+        "train__ema": 0.5,
+    }
     return settings(folder / "run.yaml", **(fixed | changes))
 
 
 def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = False) -> None:
     """The gradient of round 0, then a run up to `rounds` rounds, or on from its checkpoint."""
-    with joined(config) as world:
+    with open_world(config) as world:
         setup = prepare(config, lambda text: None, world)
         if world.first:
             directory.mkdir(parents=True, exist_ok=True)
@@ -93,8 +86,10 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
 def main(folder: Path, out: Path) -> None:
     size = launched()
     work(folder, out, size)
-    if size is None:  # and as a launcher would start one process
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    if size is None:  # and as a launcher starts one process
+        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         work(folder, out.parent / "1", 1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,12 +26,14 @@ from tests.runs import write_world
 SIZES = (1, 2, 4)
 
 
-def torchrun(size: int, *command: str, **environment: str) -> subprocess.Popen[str]:
+VARIABLES = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(size: int, *command: str) -> subprocess.Popen[str]:
+    """`command` (options of the launcher before it) on `size` processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(
-        [*launcher, *command], env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*launcher, *command], env=VARIABLES, text=True, **pipes)  # type: ignore[call-overload]
 
 
 def finished(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
@@ -43,12 +44,6 @@ def finished(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int,
         out, err = process.communicate()
         pytest.fail(f"not finished after {seconds} s:\n{out}\n{err}")
     return process.returncode, out + err
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +57,10 @@ def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
     for size in (4, 2):
         arguments = ("-m", "tests.parallel_cases", str(folder), str(out / str(size)))
-        code, said = finished(torchrun(size, *arguments, CASES_PORT=str(free_port())))
+        code, said = finished(torchrun(size, *arguments))
         assert code == 0, said
     alone = [sys.executable, "-m", "tests.parallel_cases", str(folder), str(out / "alone")]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CASES_PORT": str(free_port())}
-    subprocess.run(alone, check=True, env=variables, capture_output=True)
+    subprocess.run(alone, check=True, env=VARIABLES, capture_output=True)
     return out
 
 
@@ -144,6 +138,9 @@ def test_a_launch_that_cannot_work_is_refused(
     monkeypatch: pytest.MonkeyPatch, parallel: dict[str, Any], environment: dict[str, str], message: str
 ) -> None:
     if environment:
+        monkeypatch.setattr(
+            "torch.distributed.rendezvous", lambda *args, **kwargs: [(torch.distributed.HashStore(), 0, 2)]
+        )
         monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, **kwargs: None)
         monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
         for name, value in {**environment, "RANK": "0"}.items():
@@ -244,16 +241,8 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on(
     assert "rank 0: lost another process" in said
     assert "--resume" in said
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     again = tmp_path / "again"
-    process = subprocess.Popen(
-        [*launcher, "--max-restarts", "1", *_train(folder, again)],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = torchrun(2, "--max-restarts", "1", *_train(folder, again))
     until(lambda: (again / "checkpoints" / "round-000005").exists(), process)
     os.kill(workers(process)[0], signal.SIGKILL)
     code, said = finished(process)
