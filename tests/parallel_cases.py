@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +37,23 @@ TRAINED = ("lora", "full")
 """The cases that go on for all rounds."""
 
 
-def strategies(size: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "one": {},
+    "ddp": {"parallel__strategy": "ddp"},
+    "fsdp2": {"parallel__strategy": "fsdp2"},
+    "hsdp": {"parallel__strategy": "hsdp", "parallel__shard_size": 2, "parallel__reshard": "round"},
+}
+
+
+def cases(size: int | None) -> list[tuple[str, str]]:
+    """(case, strategy) that are run on `size` processes, None being a process alone."""
     if size is None:
-        yield "one", {}
-        return
-    yield "ddp", {"parallel__strategy": "ddp"}
-    yield "fsdp2", {"parallel__strategy": "fsdp2"}
-    if size == 4:
-        yield "hsdp", {"parallel__strategy": "hsdp", "parallel__shard_size": 2, "parallel__reshard": "round"}
+        return [(name, "one") for name in CASES]
+    pairs = [(name, strategy) for name in TRAINED for strategy in ("ddp", "fsdp2")]
+    if size == 1:
+        return pairs
+    pairs += [("lora-shared", "fsdp2"), ("full-guided", "fsdp2")]
+    return pairs + ([("lora-shared", "ddp")] if size == 2 else [("full", "hsdp"), ("lora-shared", "hsdp")])
 
 
 def case_settings(folder: Path, changes: dict[str, Any]) -> Config:
@@ -94,11 +102,9 @@ def main(folder: Path, out: Path) -> None:
 
 
 def work(folder: Path, out: Path, size: int | None) -> None:
-    for name, changes in CASES.items():
-        for strategy, parallel in strategies(size):
-            label = f"{name}-{strategy}"
-            config = case_settings(folder, changes | parallel)
-            case(config, out / label, rounds=ROUNDS if name in TRAINED and strategy != "hsdp" else 0)
+    for name, strategy in cases(size):
+        config = case_settings(folder, CASES[name] | STRATEGIES[strategy])
+        case(config, out / f"{name}-{strategy}", rounds=ROUNDS if name in TRAINED and strategy != "hsdp" else 0)
     saved = out.parent / "saved"
     if size == 4:
         case(case_settings(folder, CASES["full"] | {"parallel__strategy": "fsdp2"}), saved, rounds=ROUNDS // 2)
