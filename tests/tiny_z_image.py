@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tests.tiny import tiny_vae
 from tests.tiny_qwen import byte_tokenizer
 
 _CHAT = (
@@ -58,7 +59,7 @@ def tiny_transformer(seed: int = 0, **overrides: Any) -> Any:
 
 def tiny_pipeline(seed: int = 0) -> Any:
     """The assembled pipeline, float32 on the CPU: latents (4, R/8, R/8), text width 32."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
     from transformers import Qwen3Config, Qwen3Model
 
     transformer = tiny_transformer(seed)
@@ -73,23 +74,9 @@ def tiny_pipeline(seed: int = 0) -> Any:
         num_key_value_heads=1,
         head_dim=16,
     )
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.eval(),
+        vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=Qwen3Model(text).eval(),
         tokenizer=tokenizer,
         transformer=transformer,

@@ -21,12 +21,12 @@ from opd_fast.models.folder import (
     read_config,
     resolve_pipeline,
 )
+from opd_fast.models.latents import PATCH, decode_in_chunks, latent_size
 from opd_fast.models.schedule import check_schedule, flow_sigmas
 
-PATCH = 2  # both pipelines fix it
 _COMPONENTS = ("scheduler", "vae", "transformer", "tokenizer", "text_encoder")
 _DEFAULT_TOKENS = 512  # of both pipelines
-_DECODE_PIXELS = 2**21  # decoded at once: the VAE's float32 activations set the limit
+_DECODE_PIXELS = 2**21  # decoded at once
 
 
 class PaddedTextModel(DiffusionModel):
@@ -171,15 +171,8 @@ class PaddedTextModel(DiffusionModel):
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""
-        factor = self._vae_factor
-        unit = factor * PATCH
-        if resolution <= 0 or resolution % unit:
-            below = max(resolution // unit, 1) * unit
-            raise ValueError(
-                f"resolution {resolution} is not a multiple of {unit} (VAE factor {factor} x patch {PATCH}); "
-                f"try {below} or {below + unit}"
-            )
-        return self._channels, resolution // factor, resolution // factor
+        size = latent_size(resolution, self._vae_factor, PATCH)
+        return self._channels, size, size
 
     def image_tokens(self, resolution: int) -> int:
         _, height, width = self.latent_shape(resolution)
@@ -193,11 +186,4 @@ class PaddedTextModel(DiffusionModel):
     def decode(self, latents: Tensor) -> Tensor:
         """Through the float32 VAE, in chunks that bound its memory."""
         z = latents.to(self.device, torch.float32)
-        chunk = max(1, _DECODE_PIXELS // (z.shape[-2] * z.shape[-1] * self._vae_factor**2))
-        images = [self._pixels(part) for part in z.split(chunk)]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
-
-    def _dtype_of(self, module: Any) -> torch.dtype:
-        # What the first layer computes in; a wrapper that hides it gets the model's.
-        weight = getattr(module, "weight", None)
-        return weight.dtype if isinstance(weight, Tensor) else self.dtype
+        return decode_in_chunks(z, self._pixels, self._vae_factor, _DECODE_PIXELS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _CLASS = "FlowMatchEulerDiscreteScheduler"
-# Options under which the levels are not those of flow_sigmas.
+# Options under which the levels are not those of flow_sigmas, nor SD3's.
 _OTHER_SCHEDULES = (
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -54,9 +54,14 @@ def check_schedule(folder: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("_class_name", _CLASS)
     if kind != _CLASS:
         raise ValueError(f"{folder}/scheduler is a {kind}, supported is {_CLASS}; put the published scheduler back")
-    for option in _OTHER_SCHEDULES:
+    check_options(folder, config, "the published schedule")
+
+
+def check_options(folder: Path, config: Mapping[str, Any], schedule: str, more: Sequence[str] = ()) -> None:
+    """Raise ValueError for an option, of those above or of ``more``, that ``schedule`` does not set."""
+    for option in (*_OTHER_SCHEDULES, *more):
         if config.get(option):
             raise ValueError(
-                f"{folder}/scheduler sets {option}={config[option]}, which the published schedule does not; switch it "
-                f"off in scheduler_config.json"
+                f"{folder}/scheduler sets {option}={config[option]}, which {schedule} does not; switch it off in "
+                f"scheduler_config.json"
             )
