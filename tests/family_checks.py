@@ -246,16 +246,3 @@ def count(model: DiffusionModel) -> tuple[int, dict[str, int]]:
 def edit(file: Path, **changes: Any) -> None:
     """Change keys of a JSON file."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def write_configs(folder: Path, index: Mapping[str, Any], **components: Mapping[str, Any]) -> Path:
-    """The configuration files of a pipeline, without weights."""
-    classes = {name: ["diffusers", str(config["_class_name"])] for name, config in components.items()}
-    others = {name: ["transformers", name] for name in ("text_encoder", "tokenizer")}
-    folder.mkdir()
-    (folder / "model_index.json").write_text(json.dumps({**index, **classes, **others}))
-    for name, config in components.items():
-        (folder / name).mkdir()
-        file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        (folder / name / file).write_text(json.dumps(config))
-    return folder

@@ -423,14 +423,6 @@ def test_other_pipelines(folder: Path, tmp_path: Path, part: str, changes: dict[
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2", "tokenizer"])
-def test_missing_parts(folder: Path, tmp_path: Path, part: str) -> None:
-    copied = Path(shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(part)))
-    with pytest.raises(ValueError, match=f"{copied} lacks .*'{part}'; fetch the pipeline again") as caught:
-        load(copied)
-    assert "\n" not in str(caught.value)
-
-
 def test_lengths_and_resolutions(folder: Path, schnell: Path, model: Flux) -> None:
     for path, tokens in ((folder, 0), (folder, 513), (schnell, 257)):
         with pytest.raises(ValueError, match=rf"max_sequence_length is {tokens}; FLUX\.1-\w+ takes 1 to \d+ T5 tokens"):

@@ -277,7 +277,7 @@ def edit_index(folder: Path, **changes) -> None:
         (drop_tensor, "component 'transformer'.*1 missing keys, e.g. proj_out.weight"),
         (reshape_tensor, "component 'text_encoder'"),
         (lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "component 'vae'"),
-        (lambda f: (f / "scheduler" / "scheduler_config.json").write_text("]"), "component 'scheduler'"),
+        (lambda f: (f / "scheduler" / "scheduler_config.json").write_text("]"), "scheduler_config.json is damaged"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("]"), "component 'tokenizer'"),
     ],
 )

@@ -14,6 +14,7 @@ from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
 from opd_fast.models.folder import (
     check_components,
     check_index,
+    check_present,
     load_component,
     meta_transformer,
     read_config,
@@ -89,14 +90,15 @@ class Flux(DiffusionModel):
         folder = resolve_pipeline(path)
         check_components(folder, check_index(folder, cls), _COMPONENTS)
         folder = resolve_pipeline(path, _COMPONENTS)
-        for name in _COMPONENTS:
-            read_config(folder, name)  # what is not there is named before any weight is read
+        check_present(folder, _COMPONENTS, weights=True)
         schedule, tokens = _check(folder, max_sequence_length)
 
         from diffusers import AutoencoderKL, FluxTransformer2DModel
 
         device = torch.device(device)
-        transformer = load_component(FluxTransformer2DModel, folder, "transformer", torch_dtype=dtype).to(device)
+        transformer = load_component(FluxTransformer2DModel, folder, "transformer", exact=True, torch_dtype=dtype).to(
+            device
+        )
         vae = load_component(AutoencoderKL, folder, "vae", torch_dtype=torch.float32).to(device)
         model = cls(str(path), transformer, vae, schedule, tokens, device, dtype)
         model._text = TextEncoders(lambda device: _text_pipeline(folder, device, dtype))
@@ -106,6 +108,7 @@ class Flux(DiffusionModel):
     def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         check_components(folder, check_index(folder, cls), _COMPONENTS)
+        check_present(folder, _COMPONENTS, weights=False)
         schedule, tokens = _check(folder, max_sequence_length)
         transformer, vae = meta_transformer(folder), read_config(folder, "vae")
         return cls(str(folder), transformer, vae, schedule, tokens, torch.device("meta"), dtype)

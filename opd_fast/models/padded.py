@@ -16,6 +16,7 @@ from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
 from opd_fast.models.folder import (
     check_components,
     check_index,
+    check_present,
     load_component,
     meta_transformer,
     read_config,
@@ -102,6 +103,7 @@ class PaddedTextModel(DiffusionModel):
         """
         cls._check_index(resolve_pipeline(path))
         folder = resolve_pipeline(path, _COMPONENTS)
+        check_present(folder, _COMPONENTS, weights=True)
         schedule, tokens = cls._check(folder, max_sequence_length)
         device = torch.device(device)
         classes = cls._classes()
@@ -112,7 +114,7 @@ class PaddedTextModel(DiffusionModel):
         parts = {
             "scheduler": component("scheduler"),
             "vae": component("vae", torch_dtype=torch.float32).to(device),
-            "transformer": component("transformer", torch_dtype=dtype).to(device),
+            "transformer": component("transformer", exact=True, torch_dtype=dtype).to(device),
         }
 
         def pipeline(device: torch.device) -> Any:
@@ -128,6 +130,7 @@ class PaddedTextModel(DiffusionModel):
     def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         cls._check_index(folder)
+        check_present(folder, _COMPONENTS, weights=False)
         schedule, tokens = cls._check(folder, max_sequence_length)
         parts = SimpleNamespace(transformer=meta_transformer(folder), vae=read_config(folder, "vae"))
         return cls(str(folder), parts, schedule, tokens, torch.device("meta"), dtype)

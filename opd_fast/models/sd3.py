@@ -14,6 +14,7 @@ from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
 from opd_fast.models.folder import (
     check_components,
     check_index,
+    check_present,
     has_component,
     load_component,
     meta_transformer,
@@ -56,8 +57,8 @@ class SD3(DiffusionModel):
         self._text: TextEncoders | None = None
         self._config: Any = pipeline.transformer.config
         self.text_tokens = int(pipeline.tokenizer.model_max_length) + max_sequence_length
-        self._timesteps = int(pipeline.scheduler.config.num_train_timesteps)
-        self._shift = float(pipeline.scheduler.config.shift)
+        self._timesteps = int(getattr(pipeline.scheduler.config, "num_train_timesteps", 1000))
+        self._shift = float(getattr(pipeline.scheduler.config, "shift", 1.0))
 
     @classmethod
     def load(
@@ -71,9 +72,10 @@ class SD3(DiffusionModel):
         """
         names, tokens = _wanted(cls, resolve_pipeline(path), max_sequence_length)
         folder = resolve_pipeline(path, names)
+        check_present(folder, names, weights=True)
+        check_options(folder, vars(read_config(folder, "scheduler").config), *_SCHEDULE)
         device = torch.device(device)
         parts = _load_parts(folder, device, dtype)
-        check_options(folder, parts["scheduler"].config, *_SCHEDULE)
         tokenizer = read_config(folder, "tokenizer").config
         model = cls(str(path), SimpleNamespace(**parts, tokenizer=tokenizer), tokens, device, dtype)
 
@@ -88,7 +90,8 @@ class SD3(DiffusionModel):
     @classmethod
     def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
-        _, tokens = _wanted(cls, folder, max_sequence_length)
+        names, tokens = _wanted(cls, folder, max_sequence_length)
+        check_present(folder, names, weights=False)
         parts = SimpleNamespace(
             transformer=meta_transformer(folder),
             vae=read_config(folder, "vae"),
@@ -185,7 +188,7 @@ def _load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[
     """The arguments of StableDiffusion3Pipeline that are no text, networks on ``device``."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-    transformer = load_component(SD3Transformer2DModel, folder, "transformer", torch_dtype=dtype)
+    transformer = load_component(SD3Transformer2DModel, folder, "transformer", exact=True, torch_dtype=dtype)
     return {
         "scheduler": load_component(FlowMatchEulerDiscreteScheduler, folder, "scheduler"),
         "transformer": transformer.to(device),
