@@ -20,7 +20,6 @@ from benchmarks.reference import AdapterPolicy, Batch, Predict, Reference, adapt
 from opd_fast.config import StudentConfig, TeacherConfig
 from opd_fast.models import DiffusionModel
 from opd_fast.objectives import step_weights
-from opd_fast.plan import lora_modules
 from opd_fast.rollout import RoundBatch, one_pass, sample
 from opd_fast.solvers import solver_table
 from opd_fast.student import Student
@@ -235,12 +234,6 @@ def check_foreign_lora(model: DiffusionModel, wider: nn.Module, folder: Path) ->
     with pytest.raises(ValueError, match=r"teacher 'odd'.*take the LoRA of this model") as caught:
         TeacherBank.load(on_its_own(model), [config])
     assert "\n" not in str(caught.value)
-
-
-def count(model: DiffusionModel) -> tuple[int, dict[str, int]]:
-    """Parameters of the transformer, and LoRA modules of each named set of targets."""
-    parameters = sum(p.numel() for p in model.transformer.parameters())
-    return parameters, {name: len(lora_modules(model.transformer, model.targets(name))) for name in model.lora_targets}
 
 
 def edit(file: Path, **changes: Any) -> None:

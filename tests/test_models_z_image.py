@@ -26,7 +26,6 @@ from tests.family_checks import (
     check_outline,
     check_padding,
     check_reads_nothing_back,
-    count,
     draw,
     edit,
     noise,
@@ -219,14 +218,6 @@ def test_released_encoders_say_so(folder: Path) -> None:
 
 def test_outline_agrees(model: ZImage, folder: Path) -> None:
     check_outline(model, outline_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
-
-
-def test_full_size() -> None:
-    full = outline_model("Tongyi-MAI/Z-Image-Turbo", dtype=torch.bfloat16)
-    assert count(full) == (6_154_908_736, {"attention": 136, "all": 238})
-    assert full.latent_shape(1024) == (16, 128, 128)
-    assert full.image_tokens(1024) == 4096
-    assert full.text_tokens == 512
 
 
 @pytest.mark.parametrize("steps", [1, 4, 9])

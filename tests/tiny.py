@@ -70,12 +70,15 @@ def tiny_vae(scaling_factor: float = 1.5305, shift_factor: float = 0.0609) -> An
     ).eval()
 
 
-def tiny_pipeline(seed: int = 0, *, t5: bool = False, layers: int = 2) -> Any:
-    """The assembled pipeline, float32 on the CPU: latents (4, R/8, R/8), text width 32, pooled width 32."""
+def tiny_pipeline(seed: int = 0, *, t5: bool = False, layers: int = 2, **overrides: Any) -> Any:
+    """The assembled pipeline, float32 on the CPU: latents (4, R/8, R/8), text width 32, pooled width 32.
+
+    ``overrides``: of the transformer's configuration.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    transformer = tiny_transformer(seed, layers)
+    transformer = tiny_transformer(seed, layers, **overrides)
     tokenizer = tiny_tokenizer()
     clip = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -104,9 +107,9 @@ def tiny_pipeline(seed: int = 0, *, t5: bool = False, layers: int = 2) -> Any:
     )
 
 
-def save_tiny(folder: str | Path, seed: int = 0, *, t5: bool = False, layers: int = 2) -> Path:
+def save_tiny(folder: str | Path, seed: int = 0, *, t5: bool = False, layers: int = 2, **overrides: Any) -> Path:
     """Build the tiny pipeline and save it (safetensors) as a diffusers folder; returns the folder."""
-    tiny_pipeline(seed, t5=t5, layers=layers).save_pretrained(folder)
+    tiny_pipeline(seed, t5=t5, layers=layers, **overrides).save_pretrained(folder)
     return Path(folder)
 
 
