@@ -30,7 +30,7 @@ from opd_fast.solvers import solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
 from opd_fast.velocity import Conditioning
-from tests.family_checks import check_compiled, check_outline, check_reads_nothing_back, edit
+from tests.family_checks import COMPILERS, check_compiled, check_outline, check_reads_nothing_back, edit
 from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
 
 PROMPTS = ["a red square", "two blue circles", ""]
@@ -150,8 +150,11 @@ def test_lower_precision_keeps_the_vae_in_float32(folder: Path, model: Flux) -> 
     assert low.velocity(model.transformer, x, sigma, text, 3.5).dtype == torch.float32
 
 
-def test_compiled_blocks_change_nothing(model: Flux) -> None:
-    check_compiled(model)
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_blocks_change_nothing(
+    model: Flux, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_compiled(model, tmp_path, backend, monkeypatch)
     assert len(model.blocks(model.transformer)) == 1 + 2
 
 

@@ -17,6 +17,7 @@ from benchmarks.reference import Batch
 from opd_fast.models import QwenImage, load_model, outline_model
 from opd_fast.models.schedule import flow_sigmas
 from tests.family_checks import (
+    COMPILERS,
     PROMPTS,
     RESOLUTION,
     STEPS,
@@ -143,8 +144,9 @@ def test_low_precision(model: QwenImage, folder: Path) -> None:
     check_low_precision(load(folder, dtype=torch.bfloat16), model)
 
 
-def test_compiled_blocks(model: QwenImage) -> None:
-    check_compiled(model)
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_blocks(model: QwenImage, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_compiled(model, tmp_path, backend, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opd_fast.models import SD3, TextEmbeds, load_model
+from tests.family_checks import COMPILERS, check_compiled
 from tests.tiny import save_tiny
 
 PROMPTS = ["a red square", "two blue circles", ""]
@@ -157,6 +158,11 @@ def test_components_are_frozen(model):
     assert not any(p.requires_grad for p in model.transformer.parameters())
     assert not any(p.requires_grad for p in model.vae.parameters())
     assert len(model.blocks(model.transformer)) == 2
+
+
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_blocks(model, tmp_path, backend, monkeypatch):
+    check_compiled(model, tmp_path, backend, monkeypatch)
 
 
 def test_decode_in_chunks_is_decode_at_once(model, monkeypatch):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.reference import Batch
 from opd_fast.models import ZImage, load_model, outline_model
 from tests.family_checks import (
+    COMPILERS,
     PROMPTS,
     RESOLUTION,
     STEPS,
@@ -147,8 +148,9 @@ def test_low_precision(model: ZImage, folder: Path) -> None:
     check_low_precision(load(folder, dtype=torch.bfloat16), model)
 
 
-def test_compiled_blocks(model: ZImage) -> None:
-    check_compiled(model)
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_blocks(model: ZImage, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_compiled(model, tmp_path, backend, monkeypatch)
 
 
 @pytest.fixture(scope="module")
