@@ -136,8 +136,10 @@ class TextStore:
     row a CRC-32 of its text, shapes, dtypes and bytes.
     """
 
-    def __init__(self, root: Path, model: DiffusionModel, key: str) -> None:
-        """The folder ``root/key``, made where it is not there.  Raises UserError where it cannot be."""
+    def __init__(self, root: Path, model: DiffusionModel, key: str, setting: str = "model.text_cache") -> None:
+        """The folder ``root/key``, made where it is not there.  Raises UserError, naming ``setting``, where it cannot
+        be.
+        """
         self.folder = root / key
         self._key, self._tokens, self._dtype = key, model.text_tokens, model.dtype
         self._writable = True
@@ -149,12 +151,12 @@ class TextStore:
                         part.unlink()
         except OSError as error:
             raise UserError(
-                "model.text_cache", f"{self.folder} cannot be made or read ({error.strerror})", "name another, or off"
+                setting, f"{self.folder} cannot be made or read ({error.strerror})", "name another, or off"
             ) from error
 
     @classmethod
-    def open(cls, setting: str, model: DiffusionModel) -> TextStore | None:
-        """The store that `model.text_cache` asks for: a folder's name, "auto" or "off"; None for no store.
+    def open(cls, setting: str, model: DiffusionModel, key: str = "model.text_cache") -> TextStore | None:
+        """The store that the setting ``key`` asks for: a folder's name, "auto" or "off"; None for no store.
 
         "auto" is `cache_root`, unless the text encoders are small or the folder cannot be made.  Raises UserError for a
         folder that cannot be made, and for one beside a model that tells no text encoders.
@@ -164,12 +166,12 @@ class TextStore:
         files = text_files(model)
         if setting != "auto":
             if not files:
-                raise UserError("model.text_cache", f"{model.name} tells no text encoders to key it by", "give off")
-            return cls(Path(setting).expanduser(), model, text_key(model, files))
+                raise UserError(key, f"{model.name} tells no text encoders to key it by", "give off")
+            return cls(Path(setting).expanduser(), model, text_key(model, files), key)
         if sum(file.stat().st_size for file in files) <= SMALL:
             return None
         try:
-            return cls(cache_root(), model, text_key(model, files))
+            return cls(cache_root(), model, text_key(model, files), key)
         except UserError as error:
             _warn(f"{one_line(error)}; going on without")
             return None

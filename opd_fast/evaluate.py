@@ -23,6 +23,7 @@ from opd_fast.errors import UserError, main_guard
 from opd_fast.telemetry import quiet_libraries
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from opd_fast.embeddings import EmbeddingCache
@@ -182,6 +183,7 @@ def build_parser() -> Any:
     add("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 makes no negative pass")
     add("--resolution", type=int | None, default=None, help="pixels; null: what the pipeline was made for")
     add("--limit", type=int | None, default=None, help="prompts taken from the start of each file; null: all")
+    add("--text-cache", type=str, default="auto", help="folder for text embeddings, auto or off, as model.text_cache")
     add("--seed", type=int, default=0, help="of the noise")
     add("--batch", type=int, default=64, help="images drawn at once")
     add("--dtype", type=Literal["auto", "float32", "bfloat16", "float16"], default="auto", help="of the weights")
@@ -199,12 +201,15 @@ def _settings(argv: list[str]) -> Any:
         for action in parser._actions
         if action.dest != "help"
     }
-    check_options(argv, [f"--{dest}" for dest in hints], "python -m opd_fast.evaluate --help lists all")
+    known = [option for action in parser._actions if action.dest in hints for option in action.option_strings]
+    check_options(argv, known, "python -m opd_fast.evaluate --help lists all")
     found = strict(lambda: parser.parse_args(argv), hints=hints)
     for name, least in (("steps", 1), ("limit", 1), ("batch", 1), ("seed", 0), ("guidance", 0), ("grid", 0)):
         value = getattr(found, name)
         if value is not None and not value >= least:
             raise UserError(name, f"{value} is below {least}", f"give {least} or more")
+    if not found.text_cache:
+        raise UserError("text-cache", "is empty", "name a folder, or give auto or off")
     if found.solver not in DETERMINISTIC and not found.eta > 0:
         raise UserError("eta", f"{found.eta} with solver {found.solver}", "give eta > 0 or solver ode")
     return found
@@ -265,20 +270,25 @@ def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
 
 
 def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
-    from opd_fast.embeddings import EmbeddingCache
+    from opd_fast.embeddings import EmbeddingCache, TextStore, encoding_progress
     from opd_fast.models import load_model
     from opd_fast.plan import pick_device, pick_dtype
     from opd_fast.solvers import solver_table
     from opd_fast.weights import load_transformer
 
     device = pick_device()
-    model = load_model(settings.model, device=device, dtype=pick_dtype(settings.dtype, "auto", device))
+    dtype = pick_dtype(settings.dtype, "auto", device)
+    _check_fit(settings, dtype)
+    model = load_model(settings.model, device=device, dtype=dtype)
     resolution = settings.resolution
     shape = _own_shape(model) if resolution is None else model.latent_shape(resolution)
     transformer = model.transformer
     if settings.lora is not None:
         transformer = load_transformer(model, settings.lora, what="lora")
-    text = EmbeddingCache.build(model, [prompt.text for task in tasks for prompt in task.prompts])
+    store = TextStore.open(settings.text_cache, model, "text-cache")
+    prompts = [prompt.text for task in tasks for prompt in task.prompts]
+    with encoding_progress() as encoded:
+        text = EmbeddingCache.build(model, prompts, progress=encoded, store=store)
     model.release_text_encoders()
     table = solver_table(settings.solver, model.sigmas(settings.steps, resolution or 0), settings.eta)
     with _progress() as advance:
@@ -295,6 +305,22 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
             keep_images=settings.grid,
             progress=advance,
         )
+
+
+def _check_fit(settings: Any, dtype: torch.dtype) -> None:
+    """Raise ValueError for settings that the model's configuration files contradict, before any weight is read."""
+    from opd_fast.models import outline_model
+    from opd_fast.weights import check_weights
+
+    outline = outline_model(settings.model, dtype=dtype)
+    if settings.resolution is None:
+        _own_shape(outline)
+    else:
+        outline.latent_shape(settings.resolution)
+    if outline.guidance_kind == "none" and settings.guidance != 1:
+        raise UserError("guidance", f"{settings.guidance:g} with a {outline.name} model that has none", "give 1")
+    if settings.lora is not None:
+        check_weights(outline, settings.lora, what="lora")
 
 
 def _own_shape(model: DiffusionModel) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from opd_fast.lora_formats import (
     DIFFUSERS_PREFIX,
+    FLOATS,
     PEFT_PREFIX,
     Format,
     read_keys,
@@ -171,7 +172,7 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise ValueError(f"{file} holds no tensors; save the LoRA again")
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.dtype in FLOATS and not bool(tensor.isfinite().all()):
             raise ValueError(f"{file}: tensor {key} has NaN or infinite values; take another checkpoint")
     return tensors, header
 
@@ -268,9 +269,9 @@ def save_lora(
     """Write a LoRA in PEFT's and in diffusers' layout side by side, alpha kept in both; returns the folder.
 
     ``tensors[module] = (A (rank, in), B (out, rank))``, any device; ``targets``: PEFT's target_modules, the full module
-    names if None.  ``peft.PeftModel.from_pretrained(transformer, directory)`` and
-    ``StableDiffusion3Pipeline.load_lora_weights(directory)`` both give the scale alpha/rank.  Each file is written
-    beside its place and moved there whole.
+    names if None.  ``peft.PeftModel.from_pretrained(transformer, directory)`` and ``load_lora_weights(directory)`` of
+    the family's diffusers pipeline both give the scale alpha/rank.  Each file is written beside its place and moved
+    there whole.
     Raises ValueError for no tensors, for one of another rank, and for NaN or infinite values.
     """
     if not tensors:

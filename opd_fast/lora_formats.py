@@ -39,6 +39,9 @@ _HALVES = (
     re.compile(r"(?P<module>.+\.processor\.\w+)\.(?P<half>down|up)\.weight"),  # XLabs
     re.compile(r"(?P<module>.+)\.(?P<half>alpha)"),
 )
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# How PEFT's init_lora_weights begin that also change the base: B@A is then no difference to the base as published.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Settings of PEFT's LoRA that change the forward beyond scale*B@A.
 _OTHER_ADAPTERS = (
     "use_dora",
@@ -80,15 +83,20 @@ def read_pairs(file: Path, tensors: Mapping[str, Tensor]) -> tuple[Pairs, dict[s
             )
         module, half = found
         if half == "alpha":
+            if tensor.numel() != 1:
+                raise ValueError(f"{file}: {key} has {tensor.numel()} values instead of one; copy the file again")
             alphas[module] = float(tensor)
-        else:
-            halves.setdefault(module, {})[half] = tensor
+            continue
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{file}: {key} is {tensor.dtype}; quantized weights are not read: save it in bfloat16")
+        if halves.setdefault(module, {}).setdefault(half, tensor) is not tensor:
+            raise ValueError(f"{file}: module {module} has lora_{half} twice (the second: {key}); keep one adapter")
     pairs: Pairs = {}
     for module, half_of in halves.items():
         if set(half_of) != {"A", "B"}:
             raise ValueError(f"{file}: module {module} has only lora_{next(iter(half_of))}; the file is incomplete")
         a, b = half_of["A"], half_of["B"]
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        if a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] > 0:
             raise ValueError(
                 f"{file}: module {module} has A {tuple(a.shape)} and B {tuple(b.shape)}, not (r, in) and (out, r); "
                 f"only LoRA of linear layers is supported"
@@ -200,6 +208,12 @@ def scales_from_config(
     for option in _OTHER_ADAPTERS:
         if config.get(option):
             raise ValueError(f"{file}: {option} is set, which is no plain LoRA; merge it into a full transformer")
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_BASE_CHANGING):
+        raise ValueError(
+            f"{file}: init_lora_weights is {begun!r}, which also changes the base's weights; convert it to a plain "
+            f"LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias is {config['bias']!r}; only LoRA without trained biases is supported")
     try:

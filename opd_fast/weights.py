@@ -14,7 +14,7 @@ from opd_fast.adapters import plain_copy, unwrapped
 from opd_fast.errors import one_line
 from opd_fast.lora import LoraWeights, find_lora, match, merge_into, read_lora, sha256
 from opd_fast.models.base import DiffusionModel
-from opd_fast.models.folder import fetch, load_component
+from opd_fast.models.folder import HUB_ID, fetch, load_component
 
 _FORMATS = {
     "peft": "PEFT LoRA",
@@ -78,7 +78,8 @@ def load_with_origin(
     folder = _find_transformer(weights, what)
     _check_whole(model, folder, weights, what)
     kind = type(model.transformer)
-    loaded: nn.Module = load_component(kind, folder.parent, folder.name, torch_dtype=model.dtype).to(model.device)
+    loaded: nn.Module = load_component(kind, folder.parent, folder.name, exact=True, torch_dtype=model.dtype)
+    loaded = loaded.to(model.device)
     modules = [name for name, m in loaded.named_modules() if any(True for _ in m.parameters(recurse=False))]
     count = len(loaded.state_dict())
     digest = sha256(*sorted(folder.glob("*.safetensors")))
@@ -99,7 +100,7 @@ def check_weights(model: DiffusionModel, weights: str, *, what: str, partial: bo
 def _find_transformer(weights: str, what: str) -> Path:
     """The folder of a whole transformer, fetched where `weights` is a hub id."""
     path = Path(weights).expanduser()
-    if not path.exists() and len(weights.split("/")) == 2:
+    if not path.exists() and HUB_ID.fullmatch(weights):
         path = fetch(weights, ["transformer/*", "config.json", "diffusion_pytorch_model*"])
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.models import write_random_lora
 from opd_fast import evaluate as module
 from opd_fast.embeddings import EmbeddingCache
 from opd_fast.evaluate import EvalTask, Evaluation, evaluate, task_keys
@@ -20,6 +21,7 @@ from opd_fast.prompts import Prompt
 from opd_fast.rewards import get_reward
 from opd_fast.solvers import solver_table
 from tests.tiny import save_tiny
+from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
 
 SHAPE = (4, 4, 4)
 PROMPTS = [Prompt(f"a red circle {i}") for i in range(5)]
@@ -122,6 +124,61 @@ def test_command_line(world: World, tmp_path: Path, capsys: pytest.CaptureFixtur
         with Image.open(out / f"{name}.png") as picture:
             assert picture.width > 2 * 32
     assert "first" in capsys.readouterr().out
+
+
+def command_line(folder: Path, tmp_path: Path, *more: str) -> list[str]:
+    (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
+    argv = ["--model", str(folder), "--prompts", str(tmp_path / "p.txt"), "--rewards", "colour", "--grid", "0"]
+    return [*argv, "--steps", "2", "--resolution", "32", "--out", str(tmp_path / "out"), *more]
+
+
+def test_text_is_kept(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = command_line(world.folder, tmp_path, "--text-cache", str(tmp_path / "kept"))
+    assert module.main(argv) == 0
+    first = json.loads((tmp_path / "out" / "results.json").read_text())["rewards"]
+
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("a text encoder was loaded")
+
+    monkeypatch.setattr("opd_fast.models.sd3._load_text", refuse)
+    assert module.main(argv) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rewards"] == first
+    with pytest.raises(AssertionError, match="was loaded"):
+        module.main(command_line(world.folder, tmp_path, "--text-cache", "off"))
+    with pytest.raises(AssertionError, match="was loaded"):
+        module.main(command_line(world.folder, tmp_path))  # auto: these encoders are too small to keep
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--text-cache", "/dev/null/x"], "error: text-cache: /dev/null/x/"),
+        (["--text-cache", ""], "error: text-cache: is empty"),
+        (["--text-cach", "off"], "did you mean --text-cache?"),
+        (["--resolution", "33"], "error: resolution 33 is not a multiple of 16"),
+        (["--lora", "/absent"], "error: lora: /absent is neither"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    world: World, tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module.main(command_line(world.folder, tmp_path, *options)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_told_before_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny_flux(tmp_path / "schnell", schnell=True)
+    wide = tiny_flux_transformer(num_attention_heads=4)
+    write_random_lora(wide, tmp_path / "lora", rank=2, alpha=2.0, targets=["attn.to_q"], std=0.1)
+    monkeypatch.setattr("opd_fast.models.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    for options, said in (
+        (["--guidance", "3.5"], "error: guidance: 3.5 with a flux model that has none; give 1"),
+        (["--lora", str(tmp_path / "lora")], "take the LoRA of this model"),
+    ):
+        assert module.main(command_line(folder, tmp_path, *options)) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_command_line_with_a_lora(world: World, tmp_path: Path) -> None:

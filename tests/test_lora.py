@@ -340,6 +340,30 @@ FIRST = "base_model.model.transformer_blocks.0.attn.to_q"
             "changes the text encoders",
         ),
         (lambda f: edit_tensors(f, lambda t: t.update({FIRST + ".alpha": torch.ones(())})), ".alpha tensors"),
+        (lambda f: edit_tensors(f, lambda t: t.update({FIRST + ".alpha": torch.ones(2)})), "alpha has 2 values"),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({FIRST + ".lora_A.other.weight": torch.ones(4, 32)})),
+            "attn.to_q has lora_A twice",
+        ),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({FIRST + ".lora_A.weight": torch.ones(4, 32).to(torch.int8)})),
+            "lora_A.weight is torch.int8; quantized",
+        ),
+        (
+            lambda f: edit_tensors(
+                f, lambda t: t.update({FIRST + ".lora_B.weight": torch.ones(32, 4).to(torch.float8_e4m3fn)})
+            ),
+            "lora_B.weight is torch.float8_e4m3fn; quantized",
+        ),
+        (
+            lambda f: edit_tensors(
+                f,
+                lambda t: t.update(
+                    {FIRST + ".lora_A.weight": torch.ones(0, 32), FIRST + ".lora_B.weight": torch.ones(32, 0)}
+                ),
+            ),
+            r"A \(0, 32\) and B \(32, 0\)",
+        ),
     ],
 )
 def test_damaged_adapters_are_named_in_one_line(saved, tmp_path, damage, said):
@@ -350,6 +374,30 @@ def test_damaged_adapters_are_named_in_one_line(saved, tmp_path, damage, said):
         read_lora(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_an_adapter_beside_which_the_base_changed_is_refused(base, inputs, tmp_path, kind):
+    """PEFT takes such an adapter's first values off the base when it loads it; converted, it is a plain LoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=kind)
+    )
+    wrapped.save_pretrained(str(tmp_path / "first"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    want = forward(wrapped, inputs)
+    wrapped.save_pretrained(str(tmp_path / "plain"))
+    with pytest.raises(ValueError, match=rf"init_lora_weights is '{kind}', which also changes the base's"):
+        read_lora(tmp_path / "plain")
+    # The first values under a name that PEFT will initialise otherwise.
+    edit_config(tmp_path / "first", init_lora_weights=True)
+    wrapped.save_pretrained(
+        str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "first")
+    )
+    torch.testing.assert_close(forward(merged(base, tmp_path / "converted"), inputs), want, rtol=1e-4, atol=1e-4)
 
 
 def test_foreign_paths_are_named(saved, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opd_fast.models import SD3, TextEmbeds, load_model
+from tests.family_checks import COMPILERS, check_compiled
 from tests.tiny import save_tiny
 
 PROMPTS = ["a red square", "two blue circles", ""]
@@ -159,6 +160,11 @@ def test_components_are_frozen(model):
     assert len(model.blocks(model.transformer)) == 2
 
 
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_blocks(model, tmp_path, backend, monkeypatch):
+    check_compiled(model, tmp_path, backend, monkeypatch)
+
+
 def test_decode_in_chunks_is_decode_at_once(model, monkeypatch):
     z = torch.randn(5, *model.latent_shape(64))
     whole = model.decode(z)
@@ -277,7 +283,7 @@ def edit_index(folder: Path, **changes) -> None:
         (drop_tensor, "component 'transformer'.*1 missing keys, e.g. proj_out.weight"),
         (reshape_tensor, "component 'text_encoder'"),
         (lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "component 'vae'"),
-        (lambda f: (f / "scheduler" / "scheduler_config.json").write_text("]"), "component 'scheduler'"),
+        (lambda f: (f / "scheduler" / "scheduler_config.json").write_text("]"), "scheduler_config.json is damaged"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("]"), "component 'tokenizer'"),
     ],
 )

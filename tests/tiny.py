@@ -49,12 +49,36 @@ def tiny_transformer(seed: int = 0, layers: int = 2, **overrides: Any) -> Any:
     return SD3Transformer2DModel(**{**config, **overrides}).eval()
 
 
-def tiny_pipeline(seed: int = 0, *, t5: bool = False, layers: int = 2) -> Any:
-    """The assembled pipeline, float32 on the CPU: latents (4, R/8, R/8), text width 32, pooled width 32."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+def tiny_vae(scaling_factor: float = 1.5305, shift_factor: float = 0.0609) -> Any:
+    """An AutoencoderKL of factor 8 with 4 latent channels, float32, eval mode."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def tiny_pipeline(seed: int = 0, *, t5: bool = False, layers: int = 2, **overrides: Any) -> Any:
+    """The assembled pipeline, float32 on the CPU: latents (4, R/8, R/8), text width 32, pooled width 32.
+
+    ``overrides``: of the transformer's configuration.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    transformer = tiny_transformer(seed, layers)
+    transformer = tiny_transformer(seed, layers, **overrides)
     tokenizer = tiny_tokenizer()
     clip = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -68,26 +92,12 @@ def tiny_pipeline(seed: int = 0, *, t5: bool = False, layers: int = 2) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=64,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = tiny_vae()
     encoder_3, tokenizer_3 = _tiny_t5() if t5 else (None, None)
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.eval(),
+        vae=vae,
         text_encoder=CLIPTextModelWithProjection(clip).eval(),
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(clip).eval(),
@@ -97,9 +107,9 @@ def tiny_pipeline(seed: int = 0, *, t5: bool = False, layers: int = 2) -> Any:
     )
 
 
-def save_tiny(folder: str | Path, seed: int = 0, *, t5: bool = False, layers: int = 2) -> Path:
+def save_tiny(folder: str | Path, seed: int = 0, *, t5: bool = False, layers: int = 2, **overrides: Any) -> Path:
     """Build the tiny pipeline and save it (safetensors) as a diffusers folder; returns the folder."""
-    tiny_pipeline(seed, t5=t5, layers=layers).save_pretrained(folder)
+    tiny_pipeline(seed, t5=t5, layers=layers, **overrides).save_pretrained(folder)
     return Path(folder)
 
 

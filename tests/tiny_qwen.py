@@ -22,19 +22,6 @@ SCHEDULER = {
     "max_image_seq_len": 8192,
     "shift_terminal": 0.02,
 }
-# Qwen/Qwen-Image's transformer.
-FULL_SIZE = {
-    "_class_name": "QwenImageTransformer2DModel",
-    "attention_head_dim": 128,
-    "axes_dims_rope": [16, 56, 56],
-    "guidance_embeds": False,
-    "in_channels": 64,
-    "joint_attention_dim": 3584,
-    "num_attention_heads": 24,
-    "num_layers": 60,
-    "out_channels": 16,
-    "patch_size": 2,
-}
 
 
 def byte_tokenizer(*words: str) -> Any:

@@ -7,31 +7,13 @@ from typing import Any
 
 import torch
 
+from tests.tiny import tiny_vae
 from tests.tiny_qwen import byte_tokenizer
 
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Tongyi-MAI/Z-Image-Turbo's transformer.
-FULL_SIZE = {
-    "_class_name": "ZImageTransformer2DModel",
-    "all_f_patch_size": [1],
-    "all_patch_size": [2],
-    "axes_dims": [32, 48, 48],
-    "axes_lens": [1536, 512, 512],
-    "cap_feat_dim": 2560,
-    "dim": 3840,
-    "in_channels": 16,
-    "n_heads": 30,
-    "n_kv_heads": 30,
-    "n_layers": 30,
-    "n_refiner_layers": 2,
-    "norm_eps": 1e-05,
-    "qk_norm": True,
-    "rope_theta": 256.0,
-    "t_scale": 1000.0,
-}
 
 
 def tiny_transformer(seed: int = 0, **overrides: Any) -> Any:
@@ -58,7 +40,7 @@ def tiny_transformer(seed: int = 0, **overrides: Any) -> Any:
 
 def tiny_pipeline(seed: int = 0) -> Any:
     """The assembled pipeline, float32 on the CPU: latents (4, R/8, R/8), text width 32."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
     from transformers import Qwen3Config, Qwen3Model
 
     transformer = tiny_transformer(seed)
@@ -73,23 +55,9 @@ def tiny_pipeline(seed: int = 0) -> Any:
         num_key_value_heads=1,
         head_dim=16,
     )
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.eval(),
+        vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=Qwen3Model(text).eval(),
         tokenizer=tokenizer,
         transformer=transformer,

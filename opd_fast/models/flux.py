@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,19 +14,28 @@ from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
 from opd_fast.models.folder import (
     check_components,
     check_index,
+    check_present,
     load_component,
     meta_transformer,
     read_config,
     resolve_pipeline,
+)
+from opd_fast.models.latents import (
+    PATCH,
+    decode_in_chunks,
+    kl_pixels,
+    latent_size,
+    pack,
+    unpack,
+    vae_factor,
+    weight_dtype,
 )
 from opd_fast.models.schedule import check_schedule, flow_sigmas
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 _FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"]
 _COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-_PATCH = 2  # latents a token holds in each direction; the transformer's own patch_size is 1
-# Pixels and images decoded at once: the VAE's float32 activations set the limit.
-_DECODE_PIXELS, _DECODE_IMAGES = 2**22, 64
+_DECODE_PIXELS = 2**22  # decoded at once
 
 
 class Flux(DiffusionModel):
@@ -80,14 +90,15 @@ class Flux(DiffusionModel):
         folder = resolve_pipeline(path)
         check_components(folder, check_index(folder, cls), _COMPONENTS)
         folder = resolve_pipeline(path, _COMPONENTS)
-        for name in _COMPONENTS:
-            read_config(folder, name)  # what is not there is named before any weight is read
+        check_present(folder, _COMPONENTS, weights=True)
         schedule, tokens = _check(folder, max_sequence_length)
 
         from diffusers import AutoencoderKL, FluxTransformer2DModel
 
         device = torch.device(device)
-        transformer = load_component(FluxTransformer2DModel, folder, "transformer", torch_dtype=dtype).to(device)
+        transformer = load_component(FluxTransformer2DModel, folder, "transformer", exact=True, torch_dtype=dtype).to(
+            device
+        )
         vae = load_component(AutoencoderKL, folder, "vae", torch_dtype=torch.float32).to(device)
         model = cls(str(path), transformer, vae, schedule, tokens, device, dtype)
         model._text = TextEncoders(lambda device: _text_pipeline(folder, device, dtype))
@@ -97,6 +108,7 @@ class Flux(DiffusionModel):
     def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         check_components(folder, check_index(folder, cls), _COMPONENTS)
+        check_present(folder, _COMPONENTS, weights=False)
         schedule, tokens = _check(folder, max_sequence_length)
         transformer, vae = meta_transformer(folder), read_config(folder, "vae")
         return cls(str(folder), transformer, vae, schedule, tokens, torch.device("meta"), dtype)
@@ -123,19 +135,12 @@ class Flux(DiffusionModel):
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        unit = factor * _PATCH
-        if resolution <= 0 or resolution % unit:
-            below = max(resolution // unit, 1) * unit
-            raise ValueError(
-                f"resolution {resolution} is not a multiple of {unit} (VAE factor {factor} x patch {_PATCH}); "
-                f"try {below} or {below + unit}"
-            )
-        return int(self._config.in_channels) // _PATCH**2, resolution // factor, resolution // factor
+        size = latent_size(resolution, vae_factor(self.vae), PATCH)
+        return int(self._config.in_channels) // PATCH**2, size, size
 
     def image_tokens(self, resolution: int) -> int:
         _, height, width = self.latent_shape(resolution)
-        return height * width // _PATCH**2
+        return height * width // PATCH**2
 
     def sigmas(self, steps: int, resolution: int) -> Tensor:
         """The scheduler's levels (see ``flow_sigmas``): dev's are shifted by the number of image tokens."""
@@ -145,9 +150,9 @@ class Flux(DiffusionModel):
         self, transformer: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbeds, guidance: float = 1.0
     ) -> Tensor:
         rows, _, height, width = x.shape
-        dtype = self._input_dtype(transformer)
+        dtype = weight_dtype(getattr(transformer, "x_embedder", None), self.dtype)
         text = text.to(dtype=dtype)
-        text_ids, image_ids = self._ids(text.sequence.shape[1], height // _PATCH, width // _PATCH, x.device)
+        text_ids, image_ids = self._ids(text.sequence.shape[1], height // PATCH, width // PATCH, x.device)
         embedded = self.guidance_kind == "embedded"
         # The transformer scales sigma and guidance by 1000, and rounds both to its own dtype.
         tokens = transformer(
@@ -171,21 +176,11 @@ class Flux(DiffusionModel):
             self._positions[key] = torch.zeros(tokens, 3, device=device), image.to(device)
         return self._positions[key]
 
-    def _input_dtype(self, transformer: nn.Module) -> torch.dtype:
-        # The dtype the image embedding computes in; a wrapper that hides it (DDP, say) gets the model's.
-        weight = getattr(getattr(transformer, "x_embedder", None), "weight", None)
-        return weight.dtype if isinstance(weight, Tensor) else self.dtype
-
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """z / scaling_factor + shift_factor through the float32 VAE, in chunks that bound its memory."""
-        config = self.vae.config
-        z = latents.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor
-        factor = 2 ** (len(config.block_out_channels) - 1)
-        pixels = z.shape[-2] * z.shape[-1] * factor**2
-        chunk = max(1, min(_DECODE_IMAGES, _DECODE_PIXELS // pixels))
-        images = [self.vae.decode(part, return_dict=False)[0] for part in z.split(chunk)]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+        z = latents.to(self.device, torch.float32)
+        return decode_in_chunks(z, partial(kl_pixels, self.vae), vae_factor(self.vae), _DECODE_PIXELS)
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]  # type: ignore[misc]
@@ -198,20 +193,6 @@ class Flux(DiffusionModel):
         if name == "all":
             found += [f"single_transformer_blocks.{i}.proj_out" for i in range(int(self._config.num_single_layers))]
         return found
-
-
-def pack(x: Tensor) -> Tensor:
-    """Latents (B, C, H, W) to tokens (B, H/2 * W/2, 4C), each a channel-major 2x2 patch."""
-    rows, channels, height, width = x.shape
-    patches = x.reshape(rows, channels, height // _PATCH, _PATCH, width // _PATCH, _PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, -1, channels * _PATCH**2)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of ``pack``, to latents of ``height`` x ``width``."""
-    rows, _, size = tokens.shape
-    patches = tokens.view(rows, height // _PATCH, width // _PATCH, size // _PATCH**2, _PATCH, _PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(rows, -1, height, width)
 
 
 def _check(folder: Path, max_sequence_length: int | None) -> tuple[dict[str, Any], int]:

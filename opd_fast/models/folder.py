@@ -14,9 +14,10 @@ from torch import nn
 
 from opd_fast.models.base import ASSETS, DiffusionModel
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights are read from safetensors only: the other formats can run code when they are opened.
-_NOT_NEEDED = ["*.bin", "*.msgpack", "*.onnx*", "*.ckpt", "*.pt", "*.gguf", "*.fp16.*", "*.non_ema.*"]
+_NOT_NEEDED = ["*.bin", "*.msgpack", "*.onnx*", "*.ckpt", "*.pt", "*.gguf", "*.fp16.*", "*.fp16-*", "*.non_ema.*"]
+_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json")
 
 
 def resolve_pipeline(path: str | Path, components: Sequence[str] = ()) -> Path:
@@ -35,7 +36,7 @@ def resolve_pipeline(path: str | Path, components: Sequence[str] = ()) -> Path:
         return folder
     if folder.exists():
         raise ValueError(f"model path {folder} is a file; give the pipeline's folder (the one with model_index.json)")
-    if _HUB_ID.fullmatch(str(path)):
+    if HUB_ID.fullmatch(str(path)):
         return fetch(str(path), ["model_index.json", *(f"{name}/*" for name in components)])
     raise ValueError(
         f"model path {path} does not exist; give a diffusers pipeline folder, a hub id (owner/name), or bundled"
@@ -46,7 +47,7 @@ def resolve_configs(path: str | Path) -> Path:
     """As ``resolve_pipeline``, where only configuration files are wanted; of a hub model nothing else is fetched, and
     nothing at all where the package has its configuration.
     """
-    if not _HUB_ID.fullmatch(str(path)) or Path(path).expanduser().exists():
+    if not HUB_ID.fullmatch(str(path)) or Path(path).expanduser().exists():
         return resolve_pipeline(path)
     shipped = ASSETS / "configs" / str(path).replace("/", "--")
     if shipped.is_dir():
@@ -63,7 +64,7 @@ def fetch(repo: str, patterns: Sequence[str]) -> Path:
 
     try:
         return Path(snapshot_download(repo, allow_patterns=list(patterns), ignore_patterns=_NOT_NEEDED))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the hub's own errors, and those of whatever HTTP library it uses, share no base
         if constants.HF_HUB_OFFLINE:
             raise ValueError(
                 f"{repo} is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE forbids fetching it; "
@@ -108,9 +109,43 @@ def check_components(folder: Path, index: dict[str, Any], names: Sequence[str]) 
             )
 
 
+def check_present(folder: Path, names: Sequence[str], *, weights: bool) -> None:
+    """Raise ValueError for a component without its configuration or, asked for ``weights``, without these: what is not
+    there is named before anything large is read.  The package's own configurations leave the text encoders out.
+    """
+    if folder.parent == ASSETS / "configs":
+        return
+    for name in names:
+        where = folder / name
+        if not where.is_dir() or not any(where.iterdir()):
+            raise ValueError(f"pipeline {folder} lacks its component {name!r}; fetch the pipeline again")
+        if not any((where / file).is_file() for file in _CONFIGS):
+            raise ValueError(
+                f"pipeline {folder} lacks the configuration of its component {name!r}; fetch the pipeline again"
+            )
+        if weights and not name.startswith(("scheduler", "tokenizer")):
+            _check_weights(where, name)
+
+
+def _check_weights(where: Path, name: str) -> None:
+    """Raise ValueError for a network's folder without weights, or without a shard of them."""
+    if not any(where.glob("*.safetensors")):
+        raise ValueError(
+            f"component {name!r} in {where} has no weights in safetensors, the one format that is read; fetch the "
+            f"pipeline again"
+        )
+    for index in where.glob("*.safetensors.index.json"):
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} is damaged (it has no weight_map); fetch the pipeline again")
+        absent = sorted(shard for shard in set(shards.values()) if not (where / str(shard)).is_file())
+        if absent:
+            raise ValueError(f"component {name!r} in {where} lacks {absent[0]}; fetch the pipeline again")
+
+
 def read_config(folder: Path, name: str) -> SimpleNamespace:
     """What stands for component ``name`` in an outline: its configuration file, as ``.config.KEY``."""
-    for file in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+    for file in _CONFIGS:
         if (folder / name / file).is_file():
             return SimpleNamespace(config=SimpleNamespace(**_read_json(folder / name / file)))
     raise ValueError(f"pipeline {folder} lacks the configuration of its component {name!r}; fetch the pipeline again")
@@ -127,8 +162,14 @@ def meta_transformer(folder: Path) -> nn.Module:
             f"{folder}/transformer/config.json names the class {config.get('_class_name')}, which diffusers does not "
             f"have; update diffusers, or fetch the pipeline again"
         )
-    with torch.device("meta"):
-        transformer: nn.Module = kind.from_config(config)
+    try:
+        with torch.device("meta"):
+            transformer: nn.Module = kind.from_config(config)
+    except Exception as error:  # whatever a configuration of nonsense leads to
+        raise ValueError(
+            f"component 'transformer' in {folder}/transformer cannot be made ({type(error).__name__}: "
+            f"{_first_line(error)}); its config.json is damaged: fetch the pipeline again"
+        ) from None
     return transformer.eval().requires_grad_(False)
 
 
@@ -150,17 +191,16 @@ def has_component(index: dict[str, Any], name: str) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
-def load_component(cls: Any, folder: Path, name: str, **options: Any) -> Any:
+def load_component(cls: Any, folder: Path, name: str, *, exact: bool = False, **options: Any) -> Any:
     """``cls.from_pretrained(folder/name)``: the component, or ValueError naming the folder and the remedy.
 
     Classes with weights must find every one of them: diffusers and transformers fill a missing weight with random
-    numbers and go on, which would distil noise.
+    numbers and go on, which would distil noise.  ``exact`` also refuses weights that the component has no place for,
+    as of layers that its configuration cuts off; text encoders often come with such, of a head that is not used.
     """
     where = folder / name
     if not where.is_dir() or not any(where.iterdir()):
-        raise ValueError(
-            f"pipeline {folder} lacks its component {name!r} (no folder {where}); fetch the pipeline again"
-        )
+        raise ValueError(f"pipeline {folder} lacks its component {name!r}; fetch the pipeline again")
     weighted = hasattr(cls, "forward")
     if weighted:
         options = {"output_loading_info": True, "use_safetensors": True, **options}
@@ -174,7 +214,7 @@ def load_component(cls: Any, folder: Path, name: str, **options: Any) -> Any:
     if not weighted:
         return loaded
     component, report = loaded
-    for kind in ("missing_keys", "mismatched_keys"):
+    for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if exact else [])):
         if report.get(kind):
             keys = [str(key) for key in report[kind]]
             raise ValueError(

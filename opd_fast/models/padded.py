@@ -16,17 +16,18 @@ from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
 from opd_fast.models.folder import (
     check_components,
     check_index,
+    check_present,
     load_component,
     meta_transformer,
     read_config,
     resolve_pipeline,
 )
+from opd_fast.models.latents import PATCH, decode_in_chunks, latent_size
 from opd_fast.models.schedule import check_schedule, flow_sigmas
 
-PATCH = 2  # both pipelines fix it
 _COMPONENTS = ("scheduler", "vae", "transformer", "tokenizer", "text_encoder")
 _DEFAULT_TOKENS = 512  # of both pipelines
-_DECODE_PIXELS = 2**21  # decoded at once: the VAE's float32 activations set the limit
+_DECODE_PIXELS = 2**21  # decoded at once
 
 
 class PaddedTextModel(DiffusionModel):
@@ -102,6 +103,7 @@ class PaddedTextModel(DiffusionModel):
         """
         cls._check_index(resolve_pipeline(path))
         folder = resolve_pipeline(path, _COMPONENTS)
+        check_present(folder, _COMPONENTS, weights=True)
         schedule, tokens = cls._check(folder, max_sequence_length)
         device = torch.device(device)
         classes = cls._classes()
@@ -112,7 +114,7 @@ class PaddedTextModel(DiffusionModel):
         parts = {
             "scheduler": component("scheduler"),
             "vae": component("vae", torch_dtype=torch.float32).to(device),
-            "transformer": component("transformer", torch_dtype=dtype).to(device),
+            "transformer": component("transformer", exact=True, torch_dtype=dtype).to(device),
         }
 
         def pipeline(device: torch.device) -> Any:
@@ -128,6 +130,7 @@ class PaddedTextModel(DiffusionModel):
     def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         cls._check_index(folder)
+        check_present(folder, _COMPONENTS, weights=False)
         schedule, tokens = cls._check(folder, max_sequence_length)
         parts = SimpleNamespace(transformer=meta_transformer(folder), vae=read_config(folder, "vae"))
         return cls(str(folder), parts, schedule, tokens, torch.device("meta"), dtype)
@@ -171,15 +174,8 @@ class PaddedTextModel(DiffusionModel):
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""
-        factor = self._vae_factor
-        unit = factor * PATCH
-        if resolution <= 0 or resolution % unit:
-            below = max(resolution // unit, 1) * unit
-            raise ValueError(
-                f"resolution {resolution} is not a multiple of {unit} (VAE factor {factor} x patch {PATCH}); "
-                f"try {below} or {below + unit}"
-            )
-        return self._channels, resolution // factor, resolution // factor
+        size = latent_size(resolution, self._vae_factor, PATCH)
+        return self._channels, size, size
 
     def image_tokens(self, resolution: int) -> int:
         _, height, width = self.latent_shape(resolution)
@@ -193,11 +189,4 @@ class PaddedTextModel(DiffusionModel):
     def decode(self, latents: Tensor) -> Tensor:
         """Through the float32 VAE, in chunks that bound its memory."""
         z = latents.to(self.device, torch.float32)
-        chunk = max(1, _DECODE_PIXELS // (z.shape[-2] * z.shape[-1] * self._vae_factor**2))
-        images = [self._pixels(part) for part in z.split(chunk)]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
-
-    def _dtype_of(self, module: Any) -> torch.dtype:
-        # What the first layer computes in; a wrapper that hides it gets the model's.
-        weight = getattr(module, "weight", None)
-        return weight.dtype if isinstance(weight, Tensor) else self.dtype
+        return decode_in_chunks(z, self._pixels, self._vae_factor, _DECODE_PIXELS)

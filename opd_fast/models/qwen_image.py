@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.models.base import TextEmbeds
-from opd_fast.models.padded import PATCH, PaddedTextModel
+from opd_fast.models.latents import PATCH, pack, unpack, weight_dtype
+from opd_fast.models.padded import PaddedTextModel
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 _FEED_FORWARD = ["img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"]
@@ -86,20 +87,17 @@ class QwenImage(PaddedTextModel):
         # Two things diffusers' forward does by itself: it rounds the level to the transformer's dtype, and, given a
         # mask, it copies the text length from host to device, a short stop at every call.  Rotary tables are kept on
         # the device, and what depends on the mask stays there.
-        batch, channels, height, width = x.shape
-        rows, columns = height // PATCH, width // PATCH
-        dtype = self._dtype_of(getattr(transformer, "img_in", None))
-        packed = x.to(dtype).reshape(batch, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
-        v: Tensor = transformer(
-            hidden_states=packed.reshape(batch, rows * columns, channels * PATCH**2),
+        batch, _, height, width = x.shape
+        dtype = weight_dtype(getattr(transformer, "img_in", None), self.dtype)
+        tokens = transformer(
+            hidden_states=pack(x.to(dtype)),
             timestep=sigma.to(torch.float32).expand(batch),
             encoder_hidden_states=text.sequence.to(dtype),
             encoder_hidden_states_mask=text.mask,
-            img_shapes=[[(1, rows, columns)]] * batch,
+            img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch,
             return_dict=False,
         )[0]
-        unpacked = v.view(batch, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-        return unpacked.reshape(batch, channels, height, width)
+        return unpack(tokens, height, width)
 
     def _pixels(self, z: Tensor) -> Tensor:
         config = self.vae.config

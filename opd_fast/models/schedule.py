@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_TIMESTEPS = 1000
 _CLASS = "FlowMatchEulerDiscreteScheduler"
-# Options under which the levels are not those of flow_sigmas.
+# Options under which the levels are not those of flow_sigmas, nor SD3's.
 _OTHER_SCHEDULES = (
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -51,12 +52,26 @@ def flow_sigmas(steps: int, image_tokens: int, config: Mapping[str, Any]) -> Ten
 
 def check_schedule(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ValueError for a scheduler of another class, or with options that ``flow_sigmas`` does not follow."""
+    check_options(folder, config, "the published schedule")
+    # The pipelines divide the scheduler's timesteps by 1000, whatever their number; the engine feeds sigma itself.
+    timesteps = config.get("num_train_timesteps", _TIMESTEPS)
+    if timesteps != _TIMESTEPS:
+        raise ValueError(
+            f"{folder}/scheduler sets num_train_timesteps={timesteps}, the published schedule {_TIMESTEPS}; put that "
+            f"into scheduler_config.json"
+        )
+
+
+def check_options(folder: Path, config: Mapping[str, Any], schedule: str, more: Sequence[str] = ()) -> None:
+    """Raise ValueError for a scheduler of another class, or with an option, of those above or of ``more``, that
+    ``schedule`` does not set.
+    """
     kind = config.get("_class_name", _CLASS)
     if kind != _CLASS:
         raise ValueError(f"{folder}/scheduler is a {kind}, supported is {_CLASS}; put the published scheduler back")
-    for option in _OTHER_SCHEDULES:
+    for option in (*_OTHER_SCHEDULES, *more):
         if config.get(option):
             raise ValueError(
-                f"{folder}/scheduler sets {option}={config[option]}, which the published schedule does not; switch it "
-                f"off in scheduler_config.json"
+                f"{folder}/scheduler sets {option}={config[option]}, which {schedule} does not; switch it off in "
+                f"scheduler_config.json"
             )

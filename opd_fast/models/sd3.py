@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self
@@ -13,32 +14,24 @@ from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
 from opd_fast.models.folder import (
     check_components,
     check_index,
+    check_present,
     has_component,
     load_component,
     meta_transformer,
     read_config,
     resolve_pipeline,
 )
+from opd_fast.models.latents import decode_in_chunks, kl_pixels, latent_size, vae_factor, weight_dtype
+from opd_fast.models.schedule import check_options
 from opd_fast.solvers import sd3_sigmas
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 _FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 _T5_PARTS = ("text_encoder_3", "tokenizer_3")
-# Schedulers whose noise levels are not those of sd3_sigmas.
-_OTHER_SCHEDULES = (
-    "use_dynamic_shifting",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "invert_sigmas",
-    "shift_terminal",
-    "stochastic_sampling",
-)
-_DECODE_PIXELS = (
-    2**22
-)  # pixels decoded at once: 64 images at 256, 16 at 512; the VAE's float32 activations set the limit
-_DECODE_IMAGES = 64
+# What sd3_sigmas follows, and the options that it does not beyond those of all schedules.
+_SCHEDULE = ("SD3's published schedule", ("use_dynamic_shifting", "shift_terminal"))
+_DECODE_PIXELS = 2**22  # decoded at once: 64 images at 256, 16 at 512
 
 
 class SD3(DiffusionModel):
@@ -64,8 +57,8 @@ class SD3(DiffusionModel):
         self._text: TextEncoders | None = None
         self._config: Any = pipeline.transformer.config
         self.text_tokens = int(pipeline.tokenizer.model_max_length) + max_sequence_length
-        self._timesteps = int(pipeline.scheduler.config.num_train_timesteps)
-        self._shift = float(pipeline.scheduler.config.shift)
+        self._timesteps = int(getattr(pipeline.scheduler.config, "num_train_timesteps", 1000))
+        self._shift = float(getattr(pipeline.scheduler.config, "shift", 1.0))
 
     @classmethod
     def load(
@@ -79,9 +72,10 @@ class SD3(DiffusionModel):
         """
         names, tokens = _wanted(cls, resolve_pipeline(path), max_sequence_length)
         folder = resolve_pipeline(path, names)
+        check_present(folder, names, weights=True)
+        check_options(folder, vars(read_config(folder, "scheduler").config), *_SCHEDULE)
         device = torch.device(device)
         parts = _load_parts(folder, device, dtype)
-        _check_scheduler(folder, parts["scheduler"].config)
         tokenizer = read_config(folder, "tokenizer").config
         model = cls(str(path), SimpleNamespace(**parts, tokenizer=tokenizer), tokens, device, dtype)
 
@@ -96,14 +90,15 @@ class SD3(DiffusionModel):
     @classmethod
     def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
-        _, tokens = _wanted(cls, folder, max_sequence_length)
+        names, tokens = _wanted(cls, folder, max_sequence_length)
+        check_present(folder, names, weights=False)
         parts = SimpleNamespace(
             transformer=meta_transformer(folder),
             vae=read_config(folder, "vae"),
             scheduler=read_config(folder, "scheduler"),
             tokenizer=read_config(folder, "tokenizer").config,
         )
-        _check_scheduler(folder, vars(parts.scheduler.config))
+        check_options(folder, vars(parts.scheduler.config), *_SCHEDULE)
         return cls(str(folder), parts, tokens, torch.device("meta"), dtype)
 
     @torch.no_grad()
@@ -133,15 +128,8 @@ class SD3(DiffusionModel):
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        patch = int(self._config.patch_size)
-        if resolution <= 0 or resolution % (factor * patch):
-            below = max(resolution // (factor * patch), 1) * factor * patch
-            raise ValueError(
-                f"resolution {resolution} is not a multiple of {factor * patch} (VAE factor {factor} x patch {patch}); "
-                f"try {below} or {below + factor * patch}"
-            )
-        size = resolution // factor
+        factor, patch = vae_factor(self.vae), int(self._config.patch_size)
+        size = latent_size(resolution, factor, patch)
         limit = self._config.pos_embed_max_size
         if limit is not None and size // patch > limit:
             raise ValueError(
@@ -163,7 +151,7 @@ class SD3(DiffusionModel):
     ) -> Tensor:
         # The timestep stays a float32 number: truncating it to an integer, or rounding it to bfloat16, moves the level.
         timestep = (sigma.to(torch.float32) * self._timesteps).expand(x.shape[0])
-        dtype = self._input_dtype(transformer)
+        dtype = weight_dtype(getattr(getattr(transformer, "pos_embed", None), "proj", None), self.dtype)
         text = text.to(dtype=dtype)
         return transformer(
             hidden_states=x.to(dtype),
@@ -173,21 +161,11 @@ class SD3(DiffusionModel):
             return_dict=False,
         )[0]
 
-    def _input_dtype(self, transformer: nn.Module) -> torch.dtype:
-        # The dtype the patch embedding computes in; a wrapper that hides it (DDP, say) gets the model's.
-        weight = getattr(getattr(getattr(transformer, "pos_embed", None), "proj", None), "weight", None)
-        return weight.dtype if isinstance(weight, Tensor) else self.dtype
-
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """z / scaling_factor + shift_factor through the float32 VAE, in chunks that bound its memory."""
-        config = self.vae.config
-        z = latents.to(self.device, torch.float32) / config.scaling_factor + config.shift_factor
-        factor = 2 ** (len(config.block_out_channels) - 1)
-        pixels = z.shape[-2] * z.shape[-1] * factor**2
-        chunk = max(1, min(_DECODE_IMAGES, _DECODE_PIXELS // pixels))
-        images = [self.vae.decode(part, return_dict=False)[0] for part in z.split(chunk)]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+        z = latents.to(self.device, torch.float32)
+        return decode_in_chunks(z, partial(kl_pixels, self.vae), vae_factor(self.vae), _DECODE_PIXELS)
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return list(transformer.transformer_blocks)  # type: ignore[arg-type]
@@ -210,7 +188,7 @@ def _load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[
     """The arguments of StableDiffusion3Pipeline that are no text, networks on ``device``."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-    transformer = load_component(SD3Transformer2DModel, folder, "transformer", torch_dtype=dtype)
+    transformer = load_component(SD3Transformer2DModel, folder, "transformer", exact=True, torch_dtype=dtype)
     return {
         "scheduler": load_component(FlowMatchEulerDiscreteScheduler, folder, "scheduler"),
         "transformer": transformer.to(device),
@@ -239,12 +217,3 @@ def _load_text(folder: Path, use_t5: bool, device: torch.device, dtype: torch.dt
         parts["tokenizer_3"] = load_component(T5TokenizerFast, folder, "tokenizer_3")
         parts["text_encoder_3"] = network(T5EncoderModel, "text_encoder_3", dtype=dtype)
     return parts
-
-
-def _check_scheduler(folder: Path, config: Any) -> None:
-    for option in _OTHER_SCHEDULES:
-        if config.get(option):
-            raise ValueError(
-                f"{folder}/scheduler sets {option}={config.get(option)}, which SD3's published schedule does not; "
-                f"switch it off in scheduler_config.json"
-            )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.models.base import TextEmbeds
-from opd_fast.models.padded import PATCH, PaddedTextModel
+from opd_fast.models.latents import PATCH, kl_pixels, vae_factor, weight_dtype
+from opd_fast.models.padded import PaddedTextModel
 
 _ATTENTION = ["attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"]
 _FEED_FORWARD = ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
@@ -72,7 +73,7 @@ class ZImage(PaddedTextModel):
 
     @property
     def _vae_factor(self) -> int:
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return vae_factor(self.vae)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must divide, and fit the transformer's position tables."""
@@ -89,15 +90,13 @@ class ZImage(PaddedTextModel):
         self, transformer: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbeds, guidance: float = 1.0
     ) -> Tensor:
         embedder = getattr(transformer, "all_x_embedder", {})
-        dtype = self._dtype_of(next(iter(embedder.values()), None))
+        dtype = weight_dtype(next(iter(embedder.values()), None), self.dtype)
         time = (1 - sigma.to(torch.float32)).expand(x.shape[0])
         v: Tensor = transformer(x.to(dtype), time, text.sequence.to(dtype), cap_mask=text.mask)
         return -v
 
     def _pixels(self, z: Tensor) -> Tensor:
-        config = self.vae.config
-        pixels: Tensor = self.vae.decode(z / config.scaling_factor + config.shift_factor, return_dict=False)[0]
-        return pixels
+        return kl_pixels(self.vae, z)
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The refiners' blocks and the main ones."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import ZImageTransformer2DModel as Published
 from torch import Tensor, nn
 
-from opd_fast.models.padded import PATCH
+from opd_fast.models.latents import PATCH
 from opd_fast.models.z_image import MULTIPLE
 
 
