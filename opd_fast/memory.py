@@ -5,7 +5,7 @@ masters cut into s shards:
 
     base               P w / s      frozen; under full weights it stays as the reference that is evaluated
     teachers           M P w        merged copies, on every rank; with parallel.offload_teachers one at a time, P w
-                       A w          placement shared: their adapters of A values
+                       4 A          placement shared: their float32 adapters of A values
     merged layers      L w / s      LoRA: the target layers' L weights with the student's adapter added for the round
     trained weights    4 T          LoRA: on every rank; full: 4 T / s
     working copy       see `working_copy`: weights gathered, or cast, for a forward and its backward
@@ -91,7 +91,7 @@ def memory(load: Load, strategy: Strategy, world: int = 1, shard_size: int = 8) 
     whole = load.parameters * load.itemsize
     trained = 4 * load.trainable
     if load.placement == "shared":
-        teachers = load.adapters * load.itemsize
+        teachers = 4 * load.adapters
     else:
         teachers = min(load.teachers, 1 if load.offload else load.teachers) * whole
     return {
