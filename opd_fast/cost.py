@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,9 @@ def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             counter,
             engine,
+            warnings.catch_warnings(),
         ):
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # as in the real one
             model.velocity(transformer, x, torch.empty((), device="meta"), text, 1.0)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
         raise ValueError(f"a forward of {model.name} cannot be traced without numbers ({error})") from error

@@ -36,6 +36,7 @@ from typing import Any, Literal
 from opd_fast.errors import UserError, main_guard
 from opd_fast.memory import GIB, RESERVE, Load, Strategy, memory, shards
 
+Reshard = Literal["step", "block", "round"]
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 
 
@@ -220,9 +221,7 @@ def build_parser() -> Any:
     parser.add_argument("recipes", nargs="*", type=str, help=f"recipes or YAML files; without any {', '.join(RECIPES)}")
     parser.add_argument("--world", type=str, default="8,64,512", help="numbers of devices, with commas")
     parser.add_argument("--samples", type=int, default=9, help="of a device in a round, whatever the number of devices")
-    parser.add_argument(
-        "--reshard", type=Literal["step", "block", "round"], default="step", help="as parallel.reshard, of fsdp2"
-    )
+    parser.add_argument("--reshard", type=Reshard, default="step", help="as parallel.reshard, of fsdp2")
     parser.add_argument("--rate", type=float, default=800.0, help="TFLOP/s of large bfloat16 products on a device")
     parser.add_argument("--share", type=float, default=0.5, help="of that rate that a round reaches")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of a device")
@@ -254,7 +253,7 @@ def rows(
     samples: int,
     network: Network,
     rate: float,
-    reshard: Literal["step", "block", "round"] = "step",
+    reshard: Reshard = "step",
 ) -> list[Row]:
     """LoRA by ddp and full weights by fsdp2, each device with `samples` samples at every number of devices."""
     from opd_fast.command import parse
@@ -290,8 +289,8 @@ def main(argv: list[str]) -> int:
     parser = build_parser()
     options = [action.option_strings[0] for action in parser._actions if action.option_strings]
     check_options(argv, options, "python -m opd_fast.scale --help lists all")
-    defaults = parser.get_defaults()
-    hints = {name: (type(value), value) for name, value in defaults.items()}
+    hints: dict[str, tuple[Any, Any]] = {name: (type(v), v) for name, v in parser.get_defaults().items()}
+    hints["reshard"] = (Reshard, "step")
     given = strict(lambda: parser.parse_args(argv), hints=hints)
     worlds = _worlds(given.world)
     for name in ("samples", "rate", "share", "gpu_memory", "ranks_per_node", "intra_bandwidth", "inter_bandwidth"):
