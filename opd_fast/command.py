@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 from opd_fast.config import (
     Config,
     check_known,
+    check_text,
     describe,
     from_dict,
     leaves,
@@ -105,6 +106,9 @@ def parse(argv: list[str]) -> Command:
     parser = build_parser()
     check_options(argv, [*SWITCHES, *(f"--{key}" for key in leaves())], "python -m opd_fast.train --help lists all")
     first = strict(lambda: parser.parse_args(argv))
+    for option, text in (("RECIPE", first.recipe), ("--run-dir", first.run_dir), ("--resume", first.resume)):
+        if text is not None:
+            check_text(option, text)
     _check_plan_options(first)
     if first.resume is not None:
         return _resumed(parser, argv, first)
@@ -157,7 +161,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(path), f"cannot be read ({one_line(error)})", "name a readable YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:  # brackets in brackets without end
         raise UserError(str(path), f"is not valid YAML ({one_line(error)})", "mend the file") from error
     if data is None:
         return {}
@@ -256,6 +260,8 @@ def strict(run: Any, source: str = "", prefix: str = "", hints: Hints | None = N
 
     try:
         return run()
+    except RecursionError:
+        raise UserError("command line", "a value has brackets in brackets without end", "mend it") from None
     except ArgumentError as error:
         hints = hints or {**{key: (hint, default) for key, (hint, default, _) in leaves().items()}, **_OPTION_HINTS}
         raise _readable(str(error), source, prefix, hints) from None

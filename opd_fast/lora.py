@@ -171,7 +171,9 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise ValueError(f"{file} holds no tensors; save the LoRA again")
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not tensor.is_floating_point() and not key.endswith(".alpha"):
+            raise ValueError(f"{file}: tensor {key} is {tensor.dtype}, no floating-point number; save the LoRA again")
+        if not bool(tensor.float().isfinite().all()):  # in float32, in which it is applied
             raise ValueError(f"{file}: tensor {key} has NaN or infinite values; take another checkpoint")
     return tensors, header
 

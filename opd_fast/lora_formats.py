@@ -80,6 +80,8 @@ def read_pairs(file: Path, tensors: Mapping[str, Tensor]) -> tuple[Pairs, dict[s
             )
         module, half = found
         if half == "alpha":
+            if tensor.numel() != 1 or tensor.is_complex():
+                raise ValueError(f"{file}: {key} is no single number but {tuple(tensor.shape)}; save the LoRA again")
             alphas[module] = float(tensor)
         else:
             halves.setdefault(module, {})[half] = tensor
