@@ -4,9 +4,11 @@ With P parameters of a transformer, T trained values, w bytes of the model's dty
 masters cut into s shards:
 
     base               P w / s      frozen; under full weights it stays as the reference that is evaluated
-    teachers           M P w        merged copies, on every rank; with parallel.offload_teachers one at a time, P w
+    teachers           M P w        merged copies, on every rank; with parallel.offload_teachers two blocks and what is
+                                    outside the blocks
                        4 A          placement shared: their float32 adapters of A values
-    merged layers      L w / s      LoRA: the target layers' L weights with the student's adapter added for the round
+    merged layers      L w          LoRA: the target layers' L weights with the student's adapter added for the round;
+                                    0 where the base is sharded, as it is not merged there
     trained weights    4 T          LoRA: on every rank; full: 4 T / s
     working copy       see `working_copy`: weights gathered, or cast, for a forward and its backward
     gradients          4 T          full, sharded: 4 T + 4 T / s, as the whole gradient waits for the round's end
@@ -29,7 +31,7 @@ GIB = 2**30
 RESERVE = 0.1
 """Share of a device's memory that a plan leaves free: CUDA context, VAE, text embeddings, fragmentation."""
 PREFETCHED = 2
-"""Blocks that are gathered at once under parallel.reshard block: the one that computes and the next."""
+"""Blocks that lie on the device at once where they come and go: the one that computes and the next."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Load:
     """Weights of the layers that the student's LoRA adapts; 0 for full weights."""
     block: int
     """Parameters of the largest repeated block."""
+    outside: int
+    """Parameters outside the repeated blocks."""
     itemsize: int
     """Bytes of the model's dtype."""
     teachers: int
@@ -92,12 +96,14 @@ def memory(load: Load, strategy: Strategy, world: int = 1, shard_size: int = 8) 
     trained = 4 * load.trainable
     if load.placement == "shared":
         teachers = 4 * load.adapters
+    elif load.offload:
+        teachers = in_passing(load) if load.teachers else 0
     else:
-        teachers = min(load.teachers, 1 if load.offload else load.teachers) * whole
+        teachers = load.teachers * whole
     return {
         "base": _cut(whole, s),
         "teachers": teachers,
-        "merged layers": _cut(load.merged * load.itemsize, s),
+        "merged layers": load.merged * load.itemsize if s == 1 else 0,
         "trained weights": _cut(trained, of_masters),
         "working copy": working_copy(load, s),
         "gradients": trained + (_cut(trained, s) if of_masters > 1 else 0),
@@ -110,13 +116,17 @@ def memory(load: Load, strategy: Strategy, world: int = 1, shard_size: int = 8) 
 def working_copy(load: Load, s: int) -> int:
     """Bytes of weights that live beside the stored ones from a forward to its backward.
 
-    Sharded weights are gathered in the model's dtype: all of them, or `PREFETCHED` blocks under reshard block. Float32
+    Sharded weights are gathered in the model's dtype: all of them, or few blocks at a time under reshard block. Float32
     masters that are not sharded are cast by autocast, which keeps the copies for the backward.
     """
     if s > 1:
-        gathered = load.parameters if load.reshard != "block" else min(PREFETCHED * load.block, load.parameters)
-        return gathered * load.itemsize
+        return load.parameters * load.itemsize if load.reshard != "block" else in_passing(load)
     return load.parameters * load.itemsize if load.kind == "full" and load.itemsize < 4 else 0
+
+
+def in_passing(load: Load) -> int:
+    """Bytes of a transformer whose blocks come and go: `PREFETCHED` of them, and what is outside them."""
+    return min(PREFETCHED * load.block + load.outside, load.parameters) * load.itemsize
 
 
 def choose_strategy(load: Load, world: int, gpu_memory: float, shard_size: int = 8) -> tuple[Strategy, str]:

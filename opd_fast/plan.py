@@ -202,6 +202,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         trainable=adapter if lora else parameters,
         merged=sum(i * o for i, o in layers.values()) if lora else 0,
         block=max(blocks),
+        outside=parameters - sum(blocks),
         itemsize=resolved.dtype.itemsize,
         teachers=len(config.teachers),
         adapters=adapters,
