@@ -189,7 +189,8 @@ def _too_large(load: Load, strategy: Strategy, world: int, room: float, shard_si
             return (
                 f"{says}; {', '.join(dict.fromkeys([*changes, 'parallel.reshard block']))} on {ranks} devices would do"
             )
-    return f"{says}; no setting helps: take devices of more memory, student.kind lora or a smaller model"
+    smaller = "student.kind lora or a smaller model" if load.kind == "full" else "or a smaller model"
+    return f"{says}; no setting helps: take devices of more memory, {smaller}"
 
 
 def _cut(size: int, parts: int) -> int:
