@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any, Literal, get_args
 from opd_fast.config import (
     Config,
     check_known,
+    check_text,
     describe,
     from_dict,
     leaves,
@@ -32,7 +34,8 @@ from opd_fast.config import (
 from opd_fast.errors import UserError, did_you_mean, one_line
 
 Hints = dict[str, tuple[Any, Any]]  # key to its type and default
-SWITCHES = ("--run-dir", "--resume", "--dry-run", "--seed", "--teachers")
+_OPTION_HINTS: Hints = {"seed": (int, 0), "devices": (int, 8), "gpu_memory": (float, 80.0)}
+SWITCHES = ("--run-dir", "--resume", "--dry-run", "--devices", "--gpu-memory", "--seed", "--teachers")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Command:
         resume: whether `run_dir` holds a run that goes on.
         dry_run: print the plan and stop.
         recipe: the recipe or YAML file named, for titles.
+        devices: ranks that a plan is for; None: as many as were started.
+        gpu_memory: GiB of each that a plan is for; None: the device's own.
     """
 
     config: Config
@@ -52,6 +57,8 @@ class Command:
     resume: bool
     dry_run: bool
     recipe: str
+    devices: int | None = None
+    gpu_memory: float | None = None
 
 
 def recipes() -> dict[str, Path]:
@@ -78,6 +85,8 @@ def build_parser() -> Any:
     parser.add_argument("--run-dir", type=str, help="where the run writes; runs/RECIPE-TIME when not given")
     parser.add_argument("--resume", type=str, help="run directory whose run goes on from its newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and the plan, then stop")
+    parser.add_argument("--devices", type=int | None, help="plan for this many devices (with --dry-run)")
+    parser.add_argument("--gpu-memory", type=float | None, help="GiB of each of them; the device's own, else 80")
     parser.add_argument("--seed", type=int | None, help="short for --train.seed")
     fields = ", ".join(f"{name} ({help})" for name, (_, _, help) in teacher_leaves().items())
     parser.add_argument("--teachers", type=list[dict], default=[], help=f"list of teachers, as YAML or JSON: {fields}")
@@ -97,6 +106,10 @@ def parse(argv: list[str]) -> Command:
     parser = build_parser()
     check_options(argv, [*SWITCHES, *(f"--{key}" for key in leaves())], "python -m opd_fast.train --help lists all")
     first = strict(lambda: parser.parse_args(argv))
+    for option, text in (("RECIPE", first.recipe), ("--run-dir", first.run_dir), ("--resume", first.resume)):
+        if text is not None:
+            check_text(option, text)
+    _check_plan_options(first)
     if first.resume is not None:
         return _resumed(parser, argv, first)
     recipe = first.recipe or "bundled"
@@ -109,7 +122,17 @@ def parse(argv: list[str]) -> Command:
         raise UserError("--run-dir", "not given while torchrun may restart the run", "name one for it to find")
     # After a failure torchrun starts the same command again: it goes on with what the first start began.
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (run_dir / "config.yaml").is_file()
-    return Command(config, run_dir, resume=again, dry_run=first.dry_run, recipe=recipe)
+    return Command(config, run_dir, again, first.dry_run, recipe, first.devices, first.gpu_memory)
+
+
+def _check_plan_options(first: Any) -> None:
+    for option, value in (("--devices", first.devices), ("--gpu-memory", first.gpu_memory)):
+        if value is None:
+            continue
+        if not first.dry_run:
+            raise UserError(option, "is for a plan", "add --dry-run, or start the run with torchrun on as many devices")
+        if not 0 < value < math.inf:
+            raise UserError(option, f"{value} is not above 0", "give a positive number")
 
 
 def _resumed(parser: Any, argv: list[str], first: Any) -> Command:
@@ -127,7 +150,7 @@ def _resumed(parser: Any, argv: list[str], first: Any) -> Command:
     after = _overlaid(parser, argv, base, source=str(run_dir / "config.yaml"))
     refuse_unsafe_changes(before, after)
     after.validate()
-    return Command(after, run_dir, resume=True, dry_run=first.dry_run, recipe=run_dir.name)
+    return Command(after, run_dir, True, first.dry_run, run_dir.name, first.devices, first.gpu_memory)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -138,7 +161,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(path), f"cannot be read ({one_line(error)})", "name a readable YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:  # brackets in brackets without end
         raise UserError(str(path), f"is not valid YAML ({one_line(error)})", "mend the file") from error
     if data is None:
         return {}
@@ -237,8 +260,10 @@ def strict(run: Any, source: str = "", prefix: str = "", hints: Hints | None = N
 
     try:
         return run()
+    except RecursionError:
+        raise UserError("command line", "a value has brackets in brackets without end", "mend it") from None
     except ArgumentError as error:
-        hints = hints or {**{key: (hint, default) for key, (hint, default, _) in leaves().items()}, "seed": (int, 0)}
+        hints = hints or {**{key: (hint, default) for key, (hint, default, _) in leaves().items()}, **_OPTION_HINTS}
         raise _readable(str(error), source, prefix, hints) from None
 
 

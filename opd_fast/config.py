@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,9 @@ Solver = Literal["ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm1", "dpm2"]
 DETERMINISTIC: tuple[str, ...] = ("ode", "dpm1", "dpm2")
 # What may change when a run is resumed: how long it goes on, where, and what it writes down, never what it learns from.
 RESUMABLE = ("train.rounds", "model.text_cache", "logging.", "evaluation.", "checkpoint.", "parallel.")
+
+# The largest whole numbers, where 2**31 - 1 is too many or too few.
+MOST = {"train.seed": 2**63 - 1, "sampler.steps": 10_000, "evaluation.steps": 10_000, "student.rank": 65_536}
 
 
 def option(help: str, default: Any = MISSING) -> Any:
@@ -242,10 +246,25 @@ class Config:
         for key, value in flatten(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(key, f"{value} is not a finite number", "give a finite one")
+            if isinstance(value, str):
+                check_text(key, value)
+            most = MOST.get(key, 2**31 - 1)
+            if isinstance(value, int) and value > most:
+                raise UserError(key, f"{value} is above {most}", f"give {most} or less")
         _check_ranges(self)
         _check_sampler(self)
         _check_teachers(self)
         _check_engine(self)
+
+
+def check_text(key: str, text: str) -> None:
+    """Raise `UserError` for text that no file can have as its name, whatever it is meant as."""
+    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in text):
+        raise UserError(key, f"{text!r} has characters that cannot be printed", "take them out")
+    if any(len(part.encode()) > 255 for part in text.split("/")) or len(text) > 4000:
+        raise UserError(key, f"{text!r} is longer than a file's name can be", "give a shorter one")
+    if text.startswith("~") and len(text) > 1 and os.path.expanduser(text) == text:
+        raise UserError(key, f"{text!r} names a user who has no home here", "write the path in full")
 
 
 def _check_ranges(config: Config) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 
 PACKAGES = ("opd_fast", "opd_kernels")
+LONGEST = 600
+"""Characters of each part of a message."""
 
 
 class UserError(ValueError):
@@ -24,11 +26,17 @@ class UserError(ValueError):
     """
 
     def __init__(self, key: str, problem: str, remedy: str) -> None:
+        key, problem, remedy = (short(part) for part in (key, problem, remedy))
         super().__init__(f"{key}: {problem}; {remedy}")
         self.key, self.problem, self.remedy = key, problem, remedy
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
         return type(self), (self.key, self.problem, self.remedy)  # the default would call it with the joined message
+
+
+def short(text: str, longest: int = LONGEST) -> str:
+    """A line that can be read: of a value that fills pages, its beginning and its end."""
+    return text if len(text) <= longest else f"{text[: longest - 100]} ... {text[-95:]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -76,7 +84,7 @@ def main_guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         except ValueError as error:
             if not isinstance(error, UserError) and not is_ours(error.__traceback__):
                 raise
-            _tell(f"error: {one_line(error)}")
+            _tell(f"error: {short(one_line(error), 3 * LONGEST)}")
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

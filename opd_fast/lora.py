@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from opd_fast.lora_formats import (
     DIFFUSERS_PREFIX,
-    FLOATS,
     PEFT_PREFIX,
     Format,
     read_keys,
@@ -172,7 +171,9 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise ValueError(f"{file} holds no tensors; save the LoRA again")
     for key, tensor in tensors.items():
-        if tensor.dtype in FLOATS and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not bool(
+            tensor.float().isfinite().all()
+        ):  # in float32, in which it is applied
             raise ValueError(f"{file}: tensor {key} has NaN or infinite values; take another checkpoint")
     return tensors, header
 

@@ -39,7 +39,6 @@ _HALVES = (
     re.compile(r"(?P<module>.+\.processor\.\w+)\.(?P<half>down|up)\.weight"),  # XLabs
     re.compile(r"(?P<module>.+)\.(?P<half>alpha)"),
 )
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # How PEFT's init_lora_weights begin that also change the base: B@A is then no difference to the base as published.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Settings of PEFT's LoRA that change the forward beyond scale*B@A.
@@ -83,12 +82,15 @@ def read_pairs(file: Path, tensors: Mapping[str, Tensor]) -> tuple[Pairs, dict[s
             )
         module, half = found
         if half == "alpha":
-            if tensor.numel() != 1:
-                raise ValueError(f"{file}: {key} has {tensor.numel()} values instead of one; copy the file again")
+            if tensor.numel() != 1 or tensor.is_complex():
+                raise ValueError(f"{file}: {key} is no single number but {tuple(tensor.shape)}; save the LoRA again")
             alphas[module] = float(tensor)
             continue
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{file}: {key} is {tensor.dtype}; quantized weights are not read: save it in bfloat16")
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{file}: {key} is {tensor.dtype}, no floating-point number; quantized weights are not read: save it "
+                f"in bfloat16"
+            )
         if halves.setdefault(module, {}).setdefault(half, tensor) is not tensor:
             raise ValueError(f"{file}: module {module} has lora_{half} twice (the second: {key}); keep one adapter")
     pairs: Pairs = {}

@@ -39,6 +39,12 @@ class _MergedLinear(torch.autograd.Function):
         return dx, None, None, da, db, None
 
 
+def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x W'^T + bias with the gradients of the factors: x (..., in), weight = W' (out, in), a (r, in) and b (out, r)."""
+    y: Tensor = _MergedLinear.apply(x, weight, bias, a, b, scale)
+    return y
+
+
 class MergedLayers:
     """The LoRA layers of `adapter` on an injected transformer.
 
@@ -84,7 +90,6 @@ class MergedLayers:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if layer._disable_adapters or layer._active_adapter not in (mine, self.adapter):
                 return original(x, *args, **kwargs)
-            y: Tensor = _MergedLinear.apply(x.to(weight.dtype), weight, bias, a, b, scale)
-            return y
+            return merged_linear(x.to(weight.dtype), weight, bias, a, b, scale)
 
         return forward

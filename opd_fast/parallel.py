@@ -31,13 +31,13 @@ from torch import Tensor, nn
 
 from opd_fast.config import Config
 from opd_fast.errors import UserError, one_line
+from opd_fast.memory import Strategy
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 _opened = itertools.count()
-Strategy = Literal["single", "ddp", "fsdp2", "hsdp"]
 Reshard = Literal["step", "block", "round"]
 
 
@@ -286,7 +286,9 @@ def _strategy(config: Config, size: int) -> Strategy:
         return asked
     if size == 1:
         return "single"
-    return "ddp" if config.student.kind == "lora" else "fsdp2"
+    from opd_fast.plan import make_plan
+
+    return make_plan(config, size).strategy
 
 
 def _mesh(config: Config, strategy: Strategy, size: int, device: str) -> DeviceMesh | None:

@@ -6,6 +6,7 @@ The transformer is built on the meta device, so nothing is loaded and a model of
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,17 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 from opd_fast.config import Config, config_hash, to_yaml
 from opd_fast.errors import UserError
+from opd_fast.memory import GIB, RESERVE, Load, Strategy, choose_strategy, memory
+from opd_fast.scale import collectives, sent
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from opd_fast.cost import RowCost
     from opd_fast.models.base import DiffusionModel
     from opd_fast.solvers import SolverTable
 
-SAVED_PER_BLOCK = {"lora": 18, "full": 24}
-"""Values that autograd keeps for each token, unit of width and MMDiT block: modulated norms, q, k, v, what attention
-and the feed-forward read again. Upper ends of measurements on SD3's blocks; tests/test_plan.py measures them again."""
+SAVED_PER_BLOCK = {"lora": 26, "full": 46}
+"""For families that cannot be traced (`opd_fast.cost`): values of the model's dtype that autograd keeps for each token,
+unit of width and block. Those of SD3.5-Medium in bfloat16, where the norms run in float32; FLUX.1-dev keeps 18 and 31,
+float32 models 14 and 25."""
+GPU_MEMORY = 80.0
+"""GiB that a plan assumes where there is no GPU to ask."""
 
 
 # --- what auto means --------------------------------------------------------------------------------------------------
@@ -89,13 +96,17 @@ class Plan:
     """Numbers of one run. Rows count guidance's branches: a guided sample is two rows of a forward."""
 
     resolved: Resolved
+    devices: int
     samples: int
+    """Of a round, on all devices."""
     student_rows: int
+    """Of a step, on all devices."""
     teacher_rows: dict[str, int]
     """When the teacher's task has a turn."""
     turns: dict[str, float]
     """Of each task in a round, on average."""
     forwards_per_step: int
+    """Of a device."""
     trained_steps: int
     latent: tuple[int, int, int]
     image_tokens: int
@@ -104,8 +115,20 @@ class Plan:
     weight: list[float]
     parameters: int
     trainable: int
+    blocks: int
     lora_modules: int | None
-    bytes: dict[str, int]
+    row: RowCost
+    """Of one row of a forward."""
+    traced: bool
+    """Whether `row` was found by a trace; else it is a rough estimate."""
+    load: Load
+    """What memory and traffic follow from."""
+    strategy: Strategy
+    reason: str
+    shard_size: int
+    ranks_per_node: int
+    gpu_memory: float
+    """GiB of a device."""
     evaluations: int
     evaluation_rows: int
 
@@ -121,9 +144,23 @@ class Plan:
             ),
         }
 
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Of the fullest device at a round's peak, by purpose (`opd_fast.memory`)."""
+        return memory(self.load, self.strategy, self.devices, self.shard_size)
 
-def make_plan(config: Config) -> Plan:
+    @property
+    def sent(self) -> dict[str, int]:
+        """Bytes that a rank sends in a round, by kind of collective."""
+        return sent(collectives(self.load, self.strategy, self.devices, self.shard_size, self.ranks_per_node))
+
+
+def make_plan(config: Config, devices: int | None = None, gpu_memory: float | None = None) -> Plan:
     """Work out a run from the model's configuration files.
+
+    Args:
+        devices: ranks that share the round; None: WORLD_SIZE, or one.
+        gpu_memory: GiB of each; None: that of this process's GPU, else `GPU_MEMORY`.
 
     Raises:
         ValueError: the model's folder is missing or damaged, or does not fit the settings.
@@ -134,6 +171,8 @@ def make_plan(config: Config) -> Plan:
     from opd_fast.solvers import solver_table
 
     resolved = resolve(config)
+    devices = devices or int(os.environ.get("WORLD_SIZE", "1"))
+    gpu_memory = gpu_memory or _own_memory(resolved.device)
     settings = config.model
     model = outline_model(
         settings.path, settings.family, dtype=resolved.dtype, max_sequence_length=settings.max_sequence_length
@@ -148,35 +187,138 @@ def make_plan(config: Config) -> Plan:
     shares = [teacher.share for teacher in config.teachers]
     schedule = TaskSchedule(shares, config.train.tasks_per_round, config.train.task_schedule)
     samples = per_task * schedule.per_round
-    modules = None
-    if config.student.kind == "lora":
-        modules = lora_modules(model.transformer, model.targets(config.student.targets))
     parameters = sum(p.numel() for p in model.transformer.parameters())
-    trainable = parameters
-    if modules is not None:
-        trainable = sum(config.student.rank * (i + o) for i, o in modules.values())
-    image_tokens = model.image_tokens(settings.resolution)
+    lora = config.student.kind == "lora"
+    layers = lora_modules(model.transformer, model.targets(config.student.targets)) if lora else {}
+    adapter = sum(config.student.rank * (i + o) for i, o in layers.values())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks(model.transformer)]
+    # A teacher that is not on this machine counts as large as the student's LoRA, or as 1 % of full weights.
+    adapters = sum(_adapter_values(teacher.weights) or adapter or parameters // 100 for teacher in config.teachers)
+    row, traced = _row_cost(model, config, layers if lora else None)
+    trained_steps = s.steps if s.train_last else s.steps - 1
+    load = Load(
+        kind=config.student.kind,
+        parameters=parameters,
+        trainable=adapter if lora else parameters,
+        merged=sum(i * o for i, o in layers.values()) if lora else 0,
+        block=max(blocks),
+        outside=parameters - sum(blocks),
+        itemsize=resolved.dtype.itemsize,
+        teachers=len(config.teachers),
+        adapters=adapters,
+        placement=config.engine.placement,
+        offload=config.parallel.offload_teachers,
+        reshard=config.parallel.reshard,
+        samples=samples,
+        micro_batch=config.train.micro_batch,
+        activation=row.saved * _branches(config.student.guidance, branches),
+        steps=trained_steps,
+        tasks=schedule.per_round,
+    )
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
+    strategy, shard_size, reason = _strategy(config, load, devices, ranks_per_node, gpu_memory)
     evaluations, evaluation_rows = _evaluation(config, branches)
     return Plan(
         resolved=resolved,
+        devices=devices,
         samples=samples,
         student_rows=samples * _branches(config.student.guidance, branches),
         teacher_rows={t.name: per_task * _branches(t.guidance, branches) for t in config.teachers},
         turns={t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)},
-        forwards_per_step=math.ceil(samples / (config.train.micro_batch or samples)),
-        trained_steps=s.steps if s.train_last else s.steps - 1,
+        forwards_per_step=load.forwards_per_step(devices),
+        trained_steps=trained_steps,
         latent=model.latent_shape(settings.resolution),
-        image_tokens=image_tokens,
+        image_tokens=model.image_tokens(settings.resolution),
         text_tokens=model.text_tokens,
         table=table,
         weight=step_weights(table, config.objective.kind).tolist(),
         parameters=parameters,
-        trainable=trainable,
-        lora_modules=None if modules is None else len(modules),
-        bytes=_memory(config, resolved, model, trainable, samples, image_tokens + model.text_tokens, branches),
+        trainable=load.trainable,
+        blocks=len(blocks),
+        lora_modules=len(layers) if lora else None,
+        row=row,
+        traced=traced,
+        load=load,
+        strategy=strategy,
+        reason=reason,
+        shard_size=shard_size,
+        ranks_per_node=ranks_per_node,
+        gpu_memory=gpu_memory,
         evaluations=evaluations,
         evaluation_rows=evaluation_rows,
     )
+
+
+def _strategy(
+    config: Config, load: Load, devices: int, ranks_per_node: int, gpu_memory: float
+) -> tuple[Strategy, int, str]:
+    """(strategy, ranks of a shard group, why)."""
+    wanted = config.parallel.strategy
+    shard_size = config.parallel.shard_size or min(ranks_per_node, devices)
+    if wanted == "hsdp" and devices % shard_size:
+        raise UserError(
+            "parallel.shard_size", f"{shard_size} does not divide {devices} devices", "give a divisor of their number"
+        )
+    if wanted == "single" and devices > 1:
+        raise UserError("parallel.strategy", f"single on {devices} devices", "give auto, ddp, fsdp2 or hsdp")
+    chosen, reason = choose_strategy(load, devices, gpu_memory * GIB, shard_size)
+    if wanted == "auto":
+        return chosen, shard_size, reason
+    why = "as parallel.strategy says"
+    need = sum(memory(load, wanted, devices, shard_size).values()) / GIB
+    if need > gpu_memory * (1 - RESERVE):
+        why += f", but {need:.1f} GiB do not fit into the {gpu_memory * (1 - RESERVE):.1f} GiB that may be filled"
+    if wanted != chosen:
+        why += f"; auto would take {chosen}: {reason}"
+    return wanted, shard_size, why
+
+
+def _own_memory(device: torch.device) -> float:
+    """GiB of the GPU, or what stands for it."""
+    import torch
+
+    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else GPU_MEMORY
+
+
+def _row_cost(model: DiffusionModel, config: Config, layers: dict[str, tuple[int, int]] | None) -> tuple[RowCost, bool]:
+    """The cost of a row by a trace, or, of a family that cannot be traced, by its size; and which of the two."""
+    from torch import nn
+
+    from opd_fast.cost import RowCost, row_cost
+
+    lora = None if layers is None else dict.fromkeys(layers, config.student.rank)
+    resolution = config.model.resolution
+    try:
+        return row_cost(model, lora, resolution), True
+    except ValueError:
+        transformer: Any = model.transformer
+        tokens = model.image_tokens(resolution) + model.text_tokens
+        # The residual stream feeds most of the linear layers.
+        width = statistics.mode([m.in_features for m in transformer.modules() if isinstance(m, nn.Linear)])
+        parameters = sum(p.numel() for p in transformer.parameters())
+        saved = SAVED_PER_BLOCK[config.student.kind] * tokens * width * len(model.blocks(transformer))
+        return RowCost(2 * parameters * tokens, saved * model.dtype.itemsize), False
+
+
+def _adapter_values(weights: str) -> int | None:
+    """Values of a LoRA that lies on this machine; None for anything else."""
+    from safetensors import SafetensorError, safe_open
+
+    from opd_fast.command import looks_like_hub_id
+    from opd_fast.lora import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, find_lora
+
+    if looks_like_hub_id(weights) and not weights.startswith("bundled/"):
+        return None
+    found = find_lora(weights)
+    if found is None:
+        return None
+    files = [found] if found.is_file() else [found / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)]
+    file = next((file for file in files if file.is_file()), None)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError):  # damaged, or None: the loader says so when it comes to it
+        return None
 
 
 def check_guidance(config: Config, model: DiffusionModel) -> None:
@@ -212,35 +354,6 @@ def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[
         name: (m.in_features, m.out_features)
         for name, m in linear.items()
         if any(name == target or name.endswith("." + target) for target in targets)
-    }
-
-
-def _memory(
-    config: Config,
-    resolved: Resolved,
-    model: DiffusionModel,
-    trainable: int,
-    samples: int,
-    tokens: int,
-    branches: int,
-) -> dict[str, int]:
-    """Bytes by purpose, a rough estimate. Frozen weights count in the model's dtype; what is trained in float32, five
-    times: itself, gradient, AdamW's two moments, exponential average. Activations are those of one student step."""
-    from torch import nn
-
-    item = resolved.dtype.itemsize
-    transformer: Any = model.transformer
-    parameters = sum(p.numel() for p in transformer.parameters())
-    copies = len(config.teachers) if config.engine.placement == "merged" else 0
-    linear = [m.in_features for m in transformer.modules() if isinstance(m, nn.Linear)]
-    width = statistics.mode(linear)  # the residual stream feeds most of them
-    rows = min(samples, config.train.micro_batch or samples) * _branches(config.student.guidance, branches)
-    blocks = len(model.blocks(transformer))
-    return {
-        "base weights": parameters * item,
-        "teacher copies": copies * parameters * item,
-        "trained weights and optimizer": trainable * 4 * 5,
-        "activations": SAVED_PER_BLOCK[config.student.kind] * rows * tokens * width * blocks * item,
     }
 
 
@@ -300,10 +413,13 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     work = ", ".join(f"{name} {rows}" for name, rows in plan.round_rows.items())
     c, h, w = plan.latent
     lora = "" if plan.lora_modules is None else f" in {plan.lora_modules} LoRA modules of rank {config.student.rank}"
-    memory = ", ".join(f"{name} {_size(size)}" for name, size in plan.bytes.items())
     teachers = ", ".join(f"{name} ({rows},{c},{h},{w})" for name, rows in plan.teacher_rows.items())
     total = sum(plan.round_rows.values()) * config.train.rounds
-    saved = SAVED_PER_BLOCK[config.student.kind]
+    sizes = plan.bytes
+    traffic = ", ".join(f"{kind} {_size(size)}" for kind, size in plan.sent.items())
+    group = f" in groups of {plan.shard_size}" if plan.strategy == "hsdp" else ""
+    found = "traced" if plan.traced else "a rough estimate, as the family cannot be traced"
+    many = plan.devices > 1
     evaluation = "off"
     if plan.evaluations:
         evaluation = f"{plan.evaluations} times; {plan.evaluation_rows:,} forward rows with base and teachers"
@@ -315,14 +431,22 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
             f"{config.train.rounds} of {plan.samples} samples: {tasks}",
         ),
         ("solver steps", f"{plan.table.steps}, of which {plan.trained_steps} are run and trained"),
-        ("student batch", f"({plan.student_rows},{c},{h},{w}) in {plan.forwards_per_step} forward(s) a step"),
+        (
+            "student batch",
+            f"({plan.student_rows},{c},{h},{w})"
+            + (f" on {plan.devices} devices, each" if many else "")
+            + f" in {plan.forwards_per_step} forward(s) a step",
+        ),
         ("teacher batch", f"{teachers} a step"),
         ("rows of a round", f"{work}  (a guided sample is two rows)"),
         ("rows of the run", f"{total:,}"),
         ("tokens of a row", f"{plan.image_tokens} image + {plan.text_tokens} text"),
         ("parameters", f"{plan.parameters:,} in the transformer, {plan.trainable:,} trained{lora}"),
-        ("memory, about", f"{_size(sum(plan.bytes.values()))}: {memory}"),
-        ("", f"activations: {saved} x rows x tokens x width x blocks x bytes of the dtype"),
+        ("cost of a row", f"{plan.row.flops / 1e9:,.1f} GFLOP forward, {_size(plan.row.saved)} kept ({found})"),
+        ("strategy", f"{plan.strategy}{group} on {plan.devices} device(s) of {plan.gpu_memory:g} GiB: {plan.reason}"),
+        ("memory of a device", f"{_size(sum(sizes.values()))} at a round's peak, of which"),
+        *(("", f"{name} {_size(size)}") for name, size in sizes.items()),
+        ("sent by a rank", f"{traffic or 'nothing'} a round"),
         ("evaluations", evaluation),
     ]
 

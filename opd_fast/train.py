@@ -21,7 +21,8 @@ def main(argv: list[str]) -> int:
         from opd_fast.plan import make_plan, print_plan
 
         # A plan needs no prompts and no weights: what a run would still miss is told beneath it.
-        print_plan(make_plan(command.config), command.config, command.run_dir, problems(command.config))
+        plan = make_plan(command.config, command.devices, command.gpu_memory)
+        print_plan(plan, command.config, command.run_dir, problems(command.config))
         return 0
 
     check_paths(command.config)

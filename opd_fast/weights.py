@@ -77,9 +77,13 @@ def load_with_origin(
         return transformer, Origin.of_lora(weights, lora, modules)
     folder = _find_transformer(weights, what)
     _check_whole(model, folder, weights, what)
+    _check_files(model, folder, what)
     kind = type(model.transformer)
     loaded: nn.Module = load_component(kind, folder.parent, folder.name, exact=True, torch_dtype=model.dtype)
     loaded = loaded.to(model.device)
+    for name, tensor in loaded.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{what}: {name} of {weights} has NaN or infinite values; take another checkpoint")
     modules = [name for name, m in loaded.named_modules() if any(True for _ in m.parameters(recurse=False))]
     count = len(loaded.state_dict())
     digest = sha256(*sorted(folder.glob("*.safetensors")))
@@ -140,3 +144,22 @@ def _check_whole(model: DiffusionModel, folder: Path, weights: str, what: str) -
             f"{what}: {weights} has {key} of shape {list(theirs.get(key, ()))}, the base {list(mine.get(key, ()))}; "
             f"student and teachers must share the model's architecture"
         )
+
+
+def _check_files(model: DiffusionModel, folder: Path, what: str) -> None:
+    """Raise ValueError for tensors that the base has no place for, which diffusers passes over, and for such as are no
+    floating-point numbers, which it converts."""
+    from safetensors import SafetensorError, safe_open
+
+    known = {name.replace(".base_layer.", ".") for name in model.transformer.state_dict()}
+    for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                dtypes = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{what}: {file} is damaged ({one_line(error)}); fetch the transformer again") from None
+        for key, dtype in dtypes.items():
+            if key not in known:
+                raise ValueError(f"{what}: {file} holds {key}, which the base does not have; give its own transformer")
+            if not dtype.startswith(("F", "BF")):
+                raise ValueError(f"{what}: {key} in {file} is {dtype}, no floating-point number; fetch it again")

@@ -1,0 +1,197 @@
+"""Bytes on each device by purpose, and the parallel strategy that they leave: pure arithmetic, no torch, no files.
+
+With P parameters of a transformer, T trained values, w bytes of the model's dtype, M teachers, and the base or the
+masters cut into s shards:
+
+    base               P w / s      frozen; under full weights it stays as the reference that is evaluated
+    teachers           M P w        merged copies, on every rank; with parallel.offload_teachers two blocks and what is
+                                    outside the blocks
+                       4 A          placement shared: their float32 adapters of A values
+    merged layers      L w          LoRA: the target layers' L weights with the student's adapter added for the round;
+                                    0 where the base is sharded, as it is not merged there
+    trained weights    4 T          LoRA: on every rank; full: 4 T / s
+    working copy       see `working_copy`: weights gathered, or cast, for a forward and its backward
+    gradients          4 T          full, sharded: 4 T + 4 T / s, as the whole gradient waits for the round's end
+    optimizer          8 T          AdamW's two moments; full: / s
+    average            4 T          full: / s
+    activations        of one student forward of at most micro_batch samples
+
+ZeRO (arXiv 1910.02054, section 3) counts the same things. The base, the masters and what follows them are cut into
+s = world shards under fsdp2 and s = the ranks of a group under hsdp; s = 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Strategy = Literal["single", "ddp", "fsdp2", "hsdp"]
+GIB = 2**30
+RESERVE = 0.1
+"""Share of a device's memory that a plan leaves free: CUDA context, VAE, text embeddings, fragmentation."""
+PREFETCHED = 2
+"""Blocks that lie on the device at once where they come and go: the one that computes and the next."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What memory and traffic depend on. Counts are of values unless they say bytes."""
+
+    kind: Literal["lora", "full"]
+    parameters: int
+    """Of one transformer."""
+    trainable: int
+    merged: int
+    """Weights of the layers that the student's LoRA adapts; 0 for full weights."""
+    block: int
+    """Parameters of the largest repeated block."""
+    outside: int
+    """Parameters outside the repeated blocks."""
+    itemsize: int
+    """Bytes of the model's dtype."""
+    teachers: int
+    adapters: int
+    """Of all teachers' LoRAs; read where they share the base."""
+    placement: Literal["merged", "shared"]
+    offload: bool
+    reshard: Literal["step", "block", "round"]
+    samples: int
+    """Of a round, on all devices."""
+    micro_batch: int | None
+    activation: int
+    """Bytes of one sample in a student forward, both branches of guidance."""
+    steps: int
+    """Trained solver steps."""
+    tasks: int
+    """In a round."""
+
+    def samples_per_device(self, world: int) -> int:
+        """Of the rank that has most: sample i goes to rank i % world."""
+        return math.ceil(self.samples / world)
+
+    def forward_samples(self, world: int) -> int:
+        """Samples of one student forward on the rank that has most."""
+        return min(self.samples_per_device(world), self.micro_batch or self.samples)
+
+    def forwards_per_step(self, world: int) -> int:
+        return math.ceil(self.samples_per_device(world) / self.forward_samples(world))
+
+
+def shards(strategy: Strategy, world: int, shard_size: int) -> int:
+    """Into how many parts what is sharded is cut."""
+    return {"single": 1, "ddp": 1, "fsdp2": world, "hsdp": min(shard_size, world)}[strategy]
+
+
+def memory(load: Load, strategy: Strategy, world: int = 1, shard_size: int = 8) -> dict[str, int]:
+    """Bytes of the fullest device at the peak of a round, by purpose; see the module's table.
+
+    Args:
+        world: ranks.
+        shard_size: ranks of a group under hsdp.
+    """
+    s = shards(strategy, world, shard_size)
+    of_masters = s if load.kind == "full" else 1
+    whole = load.parameters * load.itemsize
+    trained = 4 * load.trainable
+    if load.placement == "shared":
+        teachers = 4 * load.adapters
+    elif load.offload:
+        teachers = in_passing(load) if load.teachers else 0
+    else:
+        teachers = load.teachers * whole
+    return {
+        "base": _cut(whole, s),
+        "teachers": teachers,
+        "merged layers": load.merged * load.itemsize if s == 1 else 0,
+        "trained weights": _cut(trained, of_masters),
+        "working copy": working_copy(load, s),
+        "gradients": trained + (_cut(trained, s) if of_masters > 1 else 0),
+        "optimizer": 2 * _cut(trained, of_masters),
+        "average": _cut(trained, of_masters),
+        "activations": load.activation * load.forward_samples(world),
+    }
+
+
+def working_copy(load: Load, s: int) -> int:
+    """Bytes of weights that live beside the stored ones from a forward to its backward.
+
+    Sharded weights are gathered in the model's dtype: all of them, or few blocks at a time under reshard block. Float32
+    masters that are not sharded are cast by autocast, which keeps the copies for the backward.
+    """
+    if s > 1:
+        return load.parameters * load.itemsize if load.reshard != "block" else in_passing(load)
+    return load.parameters * load.itemsize if load.kind == "full" and load.itemsize < 4 else 0
+
+
+def in_passing(load: Load) -> int:
+    """Bytes of a transformer whose blocks come and go: `PREFETCHED` of them, and what is outside them."""
+    return min(PREFETCHED * load.block + load.outside, load.parameters) * load.itemsize
+
+
+def choose_strategy(load: Load, world: int, gpu_memory: float, shard_size: int = 8) -> tuple[Strategy, str]:
+    """The strategy behind parallel.strategy auto, and why in one sentence.
+
+    One device takes single. LoRA takes ddp where everything fits on every device, else fsdp2. Full weights take fsdp2.
+
+    Args:
+        gpu_memory: bytes of a device, of which `RESERVE` stays free.
+    """
+
+    def need(strategy: Strategy, of: Load = load, ranks: int = world) -> int:
+        return sum(memory(of, strategy, ranks, shard_size).values())
+
+    room = gpu_memory * (1 - RESERVE)
+    room_words = f"the {room / GIB:.1f} GiB that may be filled of each device"
+    if world == 1:
+        if need("single") <= room:
+            return "single", f"one device, and {need('single') / GIB:.1f} GiB fit into {room_words}"
+        return "single", f"one device, but {_too_large(load, 'single', 1, room, shard_size)}"
+    if load.kind == "lora" and need("ddp") <= room:
+        return "ddp", f"the base with everything beside it, {need('ddp') / GIB:.1f} GiB, fits into {room_words}"
+    why = "full weights: masters and moments are sharded"
+    if load.kind == "lora":
+        why = f"replicated it would take {need('ddp') / GIB:.1f} GiB, more than {room_words}"
+    if need("fsdp2") <= room:
+        return "fsdp2", f"{why}; sharded over {world} it takes {need('fsdp2') / GIB:.1f} GiB"
+    return "fsdp2", f"{why}; but {_too_large(load, 'fsdp2', world, room, shard_size)}"
+
+
+def _too_large(load: Load, strategy: Strategy, world: int, room: float, shard_size: int) -> str:
+    """That it does not fit, what is largest, and what would help: one change, all of them, or more devices as well."""
+
+    def fits(changed: Load, ranks: int = world) -> bool:
+        of: Strategy = "fsdp2" if ranks > 1 else strategy
+        return sum(memory(changed, of, ranks, shard_size).values()) <= room
+
+    found = memory(load, strategy, world, shard_size)
+    largest = max(found, key=lambda purpose: found[purpose])
+    says = f"{sum(found.values()) / GIB:.1f} GiB ({largest} {found[largest] / GIB:.1f}) do not fit into "
+    says += f"{room / GIB:.1f} GiB"
+    changes: dict[str, dict[str, Any]] = {}
+    if load.forward_samples(world) > 1:
+        changes["train.micro_batch 1"] = {"micro_batch": 1}
+    if load.placement == "merged" and load.teachers > 1 and not load.offload:
+        changes["parallel.offload_teachers true"] = {"offload": True}
+    if load.placement == "merged" and load.teachers:
+        changes["engine.placement shared"] = {"placement": "shared"}
+    if world > 1 and load.reshard != "block":
+        changes["parallel.reshard block"] = {"reshard": "block"}
+    if enough := [words for words, change in changes.items() if fits(replace(load, **change))]:
+        return f"{says}; {' or '.join(enough)} would do"
+    changes.pop("parallel.offload_teachers true", None)  # shared goes further
+    together = replace(load, **{key: value for change in changes.values() for key, value in change.items()})
+    if changes and fits(together):
+        return f"{says}; {', '.join(changes)} together would do"
+    together = replace(together, reshard="block")
+    for ranks in (2**i for i in range(1, 13)):
+        if ranks > world and fits(together, ranks):
+            return (
+                f"{says}; {', '.join(dict.fromkeys([*changes, 'parallel.reshard block']))} on {ranks} devices would do"
+            )
+    smaller = "student.kind lora or a smaller model" if load.kind == "full" else "or a smaller model"
+    return f"{says}; no setting helps: take devices of more memory, {smaller}"
+
+
+def _cut(size: int, parts: int) -> int:
+    return -(-size // parts)
