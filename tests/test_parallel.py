@@ -26,6 +26,7 @@ from opd_fast.trainers.loop import train
 from tests.parallel_cases import TRAINED, cases
 from tests.runs import settings, write_world
 
+pytestmark = pytest.mark.slow
 SIZES = (1, 2, 4)
 
 
