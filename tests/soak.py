@@ -79,7 +79,7 @@ def kills(count: int, processes: int, rounds: int, chance: random.Random, work: 
     while killed < count:
         arguments = ("--resume", str(run)) if (run / "config.yaml").exists() else (*settings, "--run-dir", str(run))
         process = start(processes, *arguments)
-        delay, told = chance.uniform(0, 2 * loading), len(read_metrics(run / "metrics.jsonl"))
+        delay, told = chance.uniform(0, 1.6 * loading), len(read_metrics(run / "metrics.jsonl"))
         try:
             assert process.wait(delay) == 0, "a resumed run failed"
             raise SystemExit(f"the run was through after {killed} kills: give more --rounds")
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--crashes", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=200, help="of the runs that are killed")
+    parser.add_argument("--rounds", type=int, default=500, help="of the runs that are killed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--crash", nargs=4, help=argparse.SUPPRESS)
