@@ -198,6 +198,9 @@ def _overlaid(parser: Any, argv: list[str], base: dict[str, Any], source: str) -
     fresh = build_parser()
     fresh.set_defaults({**flat, "teachers": typed.get("teachers") or []})
     found = strict(lambda: fresh.parse_args(argv)).as_dict()
+    for key, (hint, default, _) in leaves().items():
+        section, name = key.split(".")
+        _refuse_null(key, found[section][name], hint, default)
     data = {name: found[name] for name in (*sections(), "teachers")}
     check_known(data)
     if data["teachers"] != typed.get("teachers"):
@@ -223,6 +226,12 @@ def _words(base: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _refuse_null(key: str, value: Any, hint: Any, default: Any) -> None:
+    """The parser takes null for any setting, as if it were not given."""
+    if value is None and type(None) not in get_args(hint):
+        raise UserError(key, f"null is not {describe(hint)}", _example(key, default))
+
+
 def _typed_teacher(index: int, teacher: dict[str, Any], source: str) -> dict[str, Any]:
     from jsonargparse import ArgumentParser
 
@@ -231,6 +240,8 @@ def _typed_teacher(index: int, teacher: dict[str, Any], source: str) -> dict[str
         parser.add_argument(f"--{name}", type=hint, **({} if default is MISSING else {"default": default}))
     hints = {f"teachers[{index}].{name}": (hint, default) for name, (hint, default, _) in teacher_leaves().items()}
     found = strict(lambda: parser.parse_object(teacher), source, f"teachers[{index}].", hints)
+    for name, (hint, default, _) in teacher_leaves().items():
+        _refuse_null(f"teachers[{index}].{name}", found[name], hint, default)
     result: dict[str, Any] = found.as_dict()
     return result
 

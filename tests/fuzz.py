@@ -69,6 +69,7 @@ class Tally:
         self.counts[f"{kind}: {outcome}"] += 1
         if outcome not in GOOD:
             self.faults.append(f"{kind}: {outcome}: {case}\n{detail}")
+            print(self.faults[-1], file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -335,9 +336,7 @@ def damage_bytes(rng: random.Random, file: Path) -> str:
 
 def damage_tensors(rng: random.Random, file: Path) -> str:
     """Damage that leaves a well-formed safetensors file; its name."""
-    kind = rng.choice(
-        ["wrong header", "dtype", "label", "NaN", "renamed", "dropped", "transposed", "extra", "no tensor"]
-    )
+    kind = rng.choice(["wrong header", "dtype", "label", "NaN", "renamed", "dropped", "reshaped", "extra", "no tensor"])
     if kind in ("wrong header", "label"):
         data = file.read_bytes()
         size = struct.unpack("<Q", data[:8])[0]
@@ -381,8 +380,8 @@ def damage_tensors(rng: random.Random, file: Path) -> str:
         tensors[rng.choice([key + "x", "x" + key, "", key.replace("lora_A", "lora_C"), key.upper()])] = tensors.pop(key)
     elif kind == "dropped":
         del tensors[key]
-    elif kind == "transposed":
-        tensors[key] = torch.cat([tensors[key], tensors[key]])
+    elif kind == "reshaped":
+        tensors[key] = torch.cat([tensors[key].reshape(-1), tensors[key].reshape(-1)])
     elif kind == "extra":
         tensors[rng.choice(["x", "base_model.model.x.lora_A.weight", key + ".alpha"])] = torch.zeros(3, 8)
     elif kind == "no tensor":
@@ -580,13 +579,12 @@ def main(argv: list[str]) -> int:
     prepare()
     results: dict[str, Any] = {"seed": settings.seed}
     faults: list[str] = []
-    for name, count, fuzz in (("configs", settings.configs, fuzz_configs), ("files", settings.files, fuzz_files)):
+    for name, count, fuzz in (("files", settings.files, fuzz_files), ("configs", settings.configs, fuzz_configs)):
         begun = time.monotonic()
         tally = fuzz(count, settings.seed)
         seconds = round(time.monotonic() - begun, 1)
         results[name] = {"cases": count, "seconds": seconds, "outcomes": dict(sorted(tally.counts.items()))}
         faults += tally.faults
-    print("\n\n".join(faults))
     print(json.dumps(results, indent=2))
     if settings.out is not None:
         settings.out.write_text(json.dumps(results, indent=2) + "\n")

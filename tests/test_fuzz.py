@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from opd_fast import train
+from opd_fast.command import parse
+from opd_fast.config import leaves
+from opd_fast.errors import UserError
 from opd_fast.lora import match, read_lora
 from opd_fast.weights import load_with_origin
 from tests import fuzz
@@ -84,6 +89,22 @@ def test_brackets_without_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "deep.yaml").write_text("model: " + "[" * 3000)
     assert train.main([str(tmp_path / "deep.yaml"), "--dry-run"]) == 2
     assert "is not valid YAML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", [key for key, (hint, _, _) in leaves().items() if type(None) not in get_args(hint)])
+def test_null_is_no_value(key: str, tmp_path: Path) -> None:
+    section, name = key.split(".")
+    file = tmp_path / "null.yaml"
+    file.write_text(yaml.safe_dump({section: {name: None}, "teachers": list(fuzz.TEACHERS)}))
+    with pytest.raises(UserError, match=re.escape(key)):
+        parse([str(file)])
+
+
+def test_null_in_a_teacher(tmp_path: Path) -> None:
+    file = tmp_path / "null.yaml"
+    file.write_text(yaml.safe_dump({"teachers": [{**fuzz.TEACHERS[0], "guidance": None}]}))
+    with pytest.raises(UserError, match=r"teachers\[0\]\.guidance: null is not a number"):
+        parse([str(file)])
 
 
 @pytest.fixture(scope="module")
