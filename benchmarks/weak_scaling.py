@@ -37,7 +37,7 @@ CASES = {
     "lora-ddp": ("--parallel.strategy", "ddp"),
     "full-ddp": ("--parallel.strategy", "ddp", "--student.kind", "full"),
     "full-fsdp2": ("--parallel.strategy", "fsdp2", "--student.kind", "full"),
-    "full-fsdp2-round": ("--parallel.strategy", "fsdp2", "--student.kind", "full", "--parallel.reshard", "round"),
+    "full-fsdp2-block": ("--parallel.strategy", "fsdp2", "--student.kind", "full", "--parallel.reshard", "block"),
 }
 
 

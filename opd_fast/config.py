@@ -195,10 +195,10 @@ class ParallelConfig:
         "auto",
     )
     shard_size: int | None = option("devices of an hsdp group; null: those of one machine", None)
-    reshard: Literal["step", "block", "round"] = option(
-        "how long sharded weights stay gathered; step: from a step's forward to its backward; block: only while their "
-        "block computes, gathered twice a step; round: as long as the weights stand still, which needs room for all",
-        "step",
+    reshard: Literal["round", "block"] = option(
+        "how long sharded weights stay gathered; round: as long as they stand still, gathered once; block: only while "
+        "their block computes, gathered twice a step, where there is no room for all",
+        "round",
     )
     offload_teachers: bool = option("keep merged teachers in CPU memory, on the GPU only while asked", False)
     timeout: float = option("minutes that a process waits for another before it gives up", 30.0)

@@ -55,7 +55,7 @@ class Load:
     """Of all teachers' LoRAs; read where they share the base."""
     placement: Literal["merged", "shared"]
     offload: bool
-    reshard: Literal["step", "block", "round"]
+    reshard: Literal["round", "block"]
     samples: int
     """Of a round, on all devices."""
     micro_batch: int | None

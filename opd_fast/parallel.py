@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _opened = itertools.count()
-Reshard = Literal["step", "block", "round"]
+Reshard = Literal["round", "block"]
 
 
 def launched() -> int | None:
@@ -57,7 +57,7 @@ class World:
     strategy: Strategy = "single"
     mesh: DeviceMesh | None = None
     """Of sharded weights: (W,) under fsdp2, (replicas, shards) under hsdp."""
-    reshard: Reshard = "step"
+    reshard: Reshard = "round"
 
     @property
     def first(self) -> bool:

@@ -36,7 +36,7 @@ from typing import Any, Literal
 from opd_fast.errors import UserError, main_guard
 from opd_fast.memory import GIB, RESERVE, Load, Strategy, memory, shards
 
-Reshard = Literal["step", "block", "round"]
+Reshard = Literal["round", "block"]
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 
 
@@ -83,8 +83,8 @@ def collectives(
 ) -> list[Collective]:
     """The traffic of a round; empty for one rank.
 
-    Weights are gathered in the model's dtype: once a forward, a second time for the backward under reshard block, once
-    a round under reshard round. Teachers that share a sharded base gather it for their own forwards, unless the student
+    Weights are gathered in the model's dtype: once a round, or, under reshard block, for each forward and again for its
+    backward. Teachers that share a sharded base gather it for their own forwards, unless the student
     holds it gathered. Gradients are float32.
     """
     if world == 1 or strategy == "single":
@@ -96,7 +96,7 @@ def collectives(
     found: list[Collective] = []
     if parts > 1:
         forwards = load.steps * load.forwards_per_step(world)
-        often = {"step": forwards, "block": 2 * forwards, "round": 1}[load.reshard]
+        often = 1 if load.reshard == "round" else 2 * forwards
         found.append(Collective("all-gather", weights, often, parts, within, "student"))
         if load.placement == "shared" and not (load.kind == "lora" and load.reshard != "block"):
             calls = forwards * min(load.tasks, load.forward_samples(world)) if load.reshard != "round" else 1
@@ -221,7 +221,7 @@ def build_parser() -> Any:
     parser.add_argument("recipes", nargs="*", type=str, help=f"recipes or YAML files; without any {', '.join(RECIPES)}")
     parser.add_argument("--world", type=str, default="8,64,512", help="numbers of devices, with commas")
     parser.add_argument("--samples", type=int, default=9, help="of a device in a round, whatever the number of devices")
-    parser.add_argument("--reshard", type=Reshard, default="step", help="as parallel.reshard, of fsdp2")
+    parser.add_argument("--reshard", type=Reshard, default="round", help="as parallel.reshard, of fsdp2")
     parser.add_argument("--rate", type=float, default=800.0, help="TFLOP/s of large bfloat16 products on a device")
     parser.add_argument("--share", type=float, default=0.5, help="of that rate that a round reaches")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of a device")
@@ -253,7 +253,7 @@ def rows(
     samples: int,
     network: Network,
     rate: float,
-    reshard: Reshard = "step",
+    reshard: Reshard = "round",
 ) -> list[Row]:
     """LoRA by ddp and full weights by fsdp2, each device with `samples` samples at every number of devices."""
     from opd_fast.command import parse
@@ -290,7 +290,7 @@ def main(argv: list[str]) -> int:
     options = [action.option_strings[0] for action in parser._actions if action.option_strings]
     check_options(argv, options, "python -m opd_fast.scale --help lists all")
     hints: dict[str, tuple[Any, Any]] = {name: (type(v), v) for name, v in parser.get_defaults().items()}
-    hints["reshard"] = (Reshard, "step")
+    hints["reshard"] = (Reshard, "round")
     given = strict(lambda: parser.parse_args(argv), hints=hints)
     worlds = _worlds(given.world)
     for name in ("samples", "rate", "share", "gpu_memory", "ranks_per_node", "intra_bandwidth", "inter_bandwidth"):

@@ -41,7 +41,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "one": {},
     "ddp": {"parallel__strategy": "ddp"},
     "fsdp2": {"parallel__strategy": "fsdp2"},
-    "hsdp": {"parallel__strategy": "hsdp", "parallel__shard_size": 2, "parallel__reshard": "round"},
+    "hsdp": {"parallel__strategy": "hsdp", "parallel__shard_size": 2},
 }
 
 

@@ -25,7 +25,7 @@ def test_lora_is_reduced_once_a_round() -> None:
     assert collectives(LORA, "single", 1) == collectives(FULL, "fsdp2", 1) == []
 
 
-@pytest.mark.parametrize(("reshard", "gathers"), [("step", 18), ("block", 36), ("round", 1)])
+@pytest.mark.parametrize(("reshard", "gathers"), [("block", 36), ("round", 1)])
 def test_full_weights_are_gathered_and_scattered(reshard: Any, gathers: int) -> None:
     load = replace(FULL, reshard=reshard)  # nine samples a device, eight a forward: two forwards in each of nine steps
     gather, scatter = collectives(load, "fsdp2", 8)
@@ -44,7 +44,7 @@ def test_shared_teachers_gather_the_base() -> None:
     shared = replace(LORA, placement="shared", reshard="block")
     purposes = {c.purpose: c.count for c in collectives(shared, "fsdp2", 8)}
     assert purposes == {"student": 36, "teacher": 54, "gradients": 1}  # three tasks in each of 18 forwards
-    assert "teacher" not in {c.purpose for c in collectives(replace(shared, reshard="step"), "fsdp2", 8)}
+    assert "teacher" not in {c.purpose for c in collectives(replace(shared, reshard="round"), "fsdp2", 8)}
 
 
 def test_times() -> None:
@@ -66,7 +66,7 @@ def test_small_messages_take_a_tree() -> None:
 
 def test_what_is_hidden() -> None:
     """A gather behind a long computation shows its first block alone; behind none, all of it."""
-    load = replace(FULL, micro_batch=None, steps=1, reshard="step")
+    load = replace(FULL, micro_batch=None, steps=1, reshard="round")
     network = Network()
     gather = seconds("all-gather", 4e9, 8, network)
     scatter = seconds("reduce-scatter", 8e9, 8, network)
@@ -94,7 +94,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
         (["--rate", "-1"], "rate: -1.0 is not above 0"),
         (["--rate", "fast"], "rate: 'fast' is not a number; the default is 800.0"),
         (["--inter-latency", "-1"], "inter-latency: -1.0 is below 0"),
-        (["--reshard", "never"], "reshard: 'never' is not one of step, block, round"),
+        (["--reshard", "never"], "reshard: 'never' is not one of round, block"),
         (["--bandwidth", "3"], "bandwidth: unknown key"),
         (["absent"], "RECIPE: no recipe or YAML file 'absent'"),
     ):
