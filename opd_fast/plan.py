@@ -78,8 +78,6 @@ def resolve(config: Config) -> Resolved:
     on_gpu = device.type == "cuda"
     if config.engine.precision == "tf32" and not on_gpu:
         raise UserError("engine.precision", "tf32 needs a CUDA device", "use auto or float32")
-    if config.parallel.offload_teachers and not on_gpu:
-        raise UserError("parallel.offload_teachers", "there is no GPU to free", "give false")
     return Resolved(
         device=device,
         dtype=pick_dtype(config.model.dtype, config.engine.precision, device),

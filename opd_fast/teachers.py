@@ -82,7 +82,11 @@ class TeacherBank:
                     adapter = None
                     if offload:
                         transformer.enable_group_offload(  # type: ignore[operator]
-                            onload_device=model.device, offload_device=torch.device("cpu"), use_stream=True
+                            onload_device=model.device,
+                            offload_device=torch.device("cpu"),
+                            offload_type="block_level",
+                            num_blocks_per_group=1,
+                            use_stream=model.device.type == "cuda",
                         )
                     else:
                         transformer.to(model.device)

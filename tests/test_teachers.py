@@ -228,6 +228,17 @@ def longer(mixed: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_lora(tmp_path_factory.mktemp("longer"), tensors, rank=2, alpha=5)
 
 
+def test_offloaded_teachers_teach_the_same(model: SD3, mixed: list[Path]) -> None:
+    """Block by block through diffusers' hooks; here from the CPU to the CPU."""
+    model = fresh(model)
+    configs = [TeacherConfig(name=p.name, weights=str(p), prompts="bundled/composition") for p in mixed]
+    there, here = (TeacherBank.load(model, configs, offload=offload) for offload in (True, False))
+    for a, b in zip(there.teachers, here.teachers, strict=True):
+        assert torch.equal(velocity(model, a.transformer), velocity(model, b.transformer))
+        assert any(hasattr(m, "_diffusers_hook") for m in model.blocks(a.transformer))
+        assert not any(hasattr(m, "_diffusers_hook") for m in model.blocks(b.transformer))
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_part_is_refused_unless_asked_for(model: SD3, mixed: list[Path], longer: Path, placement: str) -> None:
     said = r"teacher 't0': .* fits 2 of its 3 modules; .*transformer_blocks\.7\.attn\.to_q.*teachers\[\]\.partial"

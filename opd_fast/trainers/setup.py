@@ -59,6 +59,8 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
     resolved = resolve(config)
     device, dtype = resolved.device, resolved.dtype
     check_fit(config, dtype)
+    if config.parallel.offload_teachers and device.type != "cuda":
+        raise UserError("parallel.offload_teachers", "there is no GPU to free", "give false")
     if world.sharded and config.student.kind == "full" and dtype == torch.float16:
         raise UserError(
             "model.dtype", "float16 cannot train sharded weights", "give bfloat16, or parallel.strategy ddp"
