@@ -31,8 +31,9 @@ CASES: dict[str, dict[str, Any]] = {
     # Six samples divide among no four ranks; in micro-batches; teachers on the shards.
     "lora-shared": {"engine__placement": "shared", "train__samples_per_task": 3, "train__micro_batch": 2},
     "full-guided": {"student__kind": "full", "student__guidance": 2.0, "parallel__reshard": "block"},
+    "full-half": {"student__kind": "full", "model__dtype": "bfloat16"},
 }
-"""Settings by name, for every strategy."""
+"""Settings by name."""
 TRAINED = ("lora", "full")
 """The cases that go on for all rounds."""
 
@@ -53,7 +54,9 @@ def cases(size: int | None) -> list[tuple[str, str]]:
     if size == 1:
         return pairs
     pairs += [("lora-shared", "fsdp2"), ("full-guided", "fsdp2")]
-    return pairs + ([("lora-shared", "ddp")] if size == 2 else [("full", "hsdp"), ("lora-shared", "hsdp")])
+    return pairs + (
+        [("lora-shared", "ddp"), ("full-half", "fsdp2")] if size == 2 else [("full", "hsdp"), ("lora-shared", "hsdp")]
+    )
 
 
 def case_settings(folder: Path, changes: dict[str, Any]) -> Config:

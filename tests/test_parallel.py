@@ -84,7 +84,13 @@ def student(directory: Path) -> dict[str, Tensor]:
 def test_gradient_of_one_process(out: Path, size: int, strategy: str, name: str) -> None:
     expected = load_file(out / "alone" / f"{name}-one" / "gradient.safetensors")
     found = load_file(out / str(size) / f"{name}-{strategy}" / "gradient.safetensors")
-    assert relative(found, expected) <= 1e-5
+    if name != "full-half":
+        assert relative(found, expected) <= 1e-5
+        return
+    # In bfloat16 every other batch rounds otherwise: what counts is the distance to float32.
+    truth = load_file(out / "alone" / "full-one" / "gradient.safetensors")
+    assert relative(found, truth) <= 1.1 * relative(expected, truth) < 0.5
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
 
 
 @pytest.mark.parametrize("name", TRAINED)
