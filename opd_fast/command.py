@@ -12,6 +12,7 @@ import datetime
 import json
 import math
 import os
+import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
@@ -429,20 +430,50 @@ def _check_rewards(config: Config) -> None:
             raise UserError(key, f"unknown reward {reward!r}", did_you_mean(reward, REWARDS))
 
 
-def prepare_run_dir(command: Command) -> Path:
-    """Make the run directory, write config.yaml into it and return it.
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep `run_dir` for this process until the block, or the process, ends.
+
+    A launcher that is killed may leave its processes training: a resumed run must not write between them. Where the
+    file system knows no locks the block runs without one.
 
     Raises:
-        UserError: the directory cannot be made or written, or holds more than the config.yaml of a run that never began
-            while `command.resume` is false.
+        UserError: a living process has it.
+    """
+    import fcntl
+
+    with (run_dir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                "--run-dir", f"{run_dir} is in use by {file.read().strip() or 'another process'}", "end that run first"
+            ) from None
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def prepare_run_dir(command: Command, hold: contextlib.ExitStack | None = None) -> Path:
+    """Make the run directory, write config.yaml into it and return it; keep it `locked` for as long as `hold` is open.
+
+    Raises:
+        UserError: the directory cannot be made or written, another run is in it, or it holds more than the config.yaml
+            of a run that never began while `command.resume` is false.
     """
     run_dir = command.run_dir
     key = "--resume" if command.resume else "--run-dir"
-    beginning = {"config.yaml", ".config.yaml.part"}
+    beginning = {"config.yaml", ".config.yaml.part", ".lock"}
     if not command.resume and run_dir.is_dir() and any(p.name not in beginning for p in run_dir.iterdir()):
         raise UserError(key, f"{run_dir} is not empty", f"give another, or go on with --resume {run_dir}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if hold is not None:
+            hold.enter_context(locked(run_dir))
         part = run_dir / ".config.yaml.part"
         part.write_text(to_yaml(command.config), encoding="utf-8")
         os.replace(part, run_dir / "config.yaml")

@@ -6,6 +6,7 @@ python -m opd_fast.train [RECIPE_OR_YAML] [--section.key VALUE ...] [--run-dir D
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 
 from opd_fast.command import check_paths, parse, prepare_run_dir, problems
 from opd_fast.errors import main_guard
@@ -30,8 +31,8 @@ def main(argv: list[str]) -> int:
     from opd_fast.parallel import open_world
     from opd_fast.trainers.loop import train
 
-    with open_world(command.config) as world:
-        run_dir = world.on_first(lambda: prepare_run_dir(command))
+    with open_world(command.config) as world, ExitStack() as hold:
+        run_dir = world.on_first(lambda: prepare_run_dir(command, hold))
         train(command.config, run_dir, resume=command.resume, world=world)
     return 0
 

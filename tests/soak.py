@@ -89,7 +89,7 @@ def kills(count: int, processes: int, rounds: int, chance: random.Random, work: 
         if processes > 1 and chance.random() < 0.5:
             _kill_one(process, chance)
         else:
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill_all(process)
         process.wait()
         killed += 1
         assert whole_round(run) >= whole, "a kill cost a checkpoint"
@@ -115,7 +115,15 @@ def _kill_one(launcher: subprocess.Popen[bytes], chance: random.Random) -> None:
     if children:
         chance.choice(children).kill()
     else:
-        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.kill()
+
+
+def _kill_all(launcher: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for a process and what it started; a launcher's processes lead sessions of their own."""
+    import psutil
+
+    for process in (*psutil.Process(launcher.pid).children(recursive=True), launcher):
+        process.kill()
 
 
 # --- inside a save ----------------------------------------------------------------------------------------------------

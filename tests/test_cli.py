@@ -254,3 +254,19 @@ def test_evaluate_mistakes(
     line = said(argv, capsys, evaluate.main)
     assert line.startswith(f"error: {key}"), line
     assert words in line, line
+
+
+def test_a_run_directory_serves_one_run_at_a_time(world: Path) -> None:
+    from contextlib import ExitStack
+
+    named = command.parse(["good.yaml", "--run-dir", "run"])
+    with ExitStack() as hold:
+        command.prepare_run_dir(named, hold)
+        before = (world / "run" / "config.yaml").read_text()
+        again = command.parse(["--resume", "run", "--train.rounds", "9"])
+        with pytest.raises(UserError, match=rf"run is in use by process {os.getpid()} on .*end that run first"):
+            command.prepare_run_dir(again, ExitStack())
+        assert (world / "run" / "config.yaml").read_text() == before
+    with ExitStack() as hold:
+        command.prepare_run_dir(again, hold)
+    assert command.read_config(Path("run/config.yaml")).train.rounds == 9
