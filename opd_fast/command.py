@@ -298,6 +298,8 @@ def problems(config: Config) -> Iterator[UserError]:
     checks.append((_check_weights, ("model.path", config.model.path, "pipeline")))
     if config.student.start not in (None, "merged"):
         checks.append((_check_weights, ("student.start", config.student.start, "teachers")))
+    if config.objective.anchor not in (None, "base"):
+        checks.append((_check_weights, ("objective.anchor", config.objective.anchor, "teachers")))
     for i, teacher in enumerate(config.teachers):
         of = f" of teacher {teacher.name!r}"
         checks.append((_check_weights, (f"teachers[{i}].weights", teacher.weights, "teachers", of)))

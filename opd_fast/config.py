@@ -120,11 +120,12 @@ class SamplerConfig:
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """The loss of a step: w_j * (v_student - v_teacher)^2."""
+    """The loss of a step: w_j * (v_student - v_teacher)^2, or a policy gradient with that as its reward."""
 
-    kind: Literal["kl", "l2", "velocity"] = option(
+    kind: Literal["kl", "l2", "velocity", "ppo"] = option(
         "kl: closed-form KL of the step (L2 of the means where the solver adds no noise); l2: half the squared gap of "
-        "the means; velocity: plain squared gap of the velocities",
+        "the means; velocity: plain squared gap of the velocities; ppo: the step's KL as dense reward of a PPO "
+        "surrogate, at ratio 1 since every rollout trains once",
         "kl",
     )
     variance: Literal["exact", "published"] = option(
@@ -132,6 +133,30 @@ class ObjectiveConfig:
     )
     reduction: Literal["mean", "sum"] = option("over the elements of a sample", "mean")
     steps: Literal["sum", "mean"] = option("over the trained steps; sum: the paper's; mean: the released code's", "sum")
+    reward_gradient: Literal["live", "detached", "return_to_go"] = option(
+        "of ppo; live: pathwise gradient of the reward plus score function; detached: score function alone, whose mean "
+        "is zero (a control); return_to_go: pathwise plus score function of the later steps' rewards, by a second pass",
+        "live",
+    )
+    kl_scale: float = option("of ppo: factor on the KL before the clamp", 1.0)
+    clamp: float | None = option("of ppo: largest reward of a step; Flow-OPD: 5; null: none", None)
+    anchor: str | None = option(
+        "frozen weights that the student is held to by the same loss, in any form a teacher can have; base: the base; "
+        "null: none",
+        None,
+    )
+    anchor_weight: float = option("factor on the anchor's loss (Flow-OPD's)", 0.04)
+    queries: int | None = option("trained steps drawn for each round; null: all of them; DanceOPD: 1", None)
+    query_law: Literal["uniform", "beta"] = option(
+        "of the drawn steps' place between noise and image; beta: Beta(query_alpha, query_beta)", "uniform"
+    )
+    query_alpha: float = option("of query_law beta; above query_beta: nearer the image (DanceOPD's)", 5.0)
+    query_beta: float = option("of query_law beta (DanceOPD's)", 2.0)
+    query_weights: Literal["unbiased", "law"] = option(
+        "unbiased: a drawn step stands for those that were not, so that the mean loss is that of all steps; law: drawn "
+        "steps count alike (DanceOPD)",
+        "unbiased",
+    )
 
 
 @dataclass(kw_only=True)
@@ -230,6 +255,7 @@ class Config:
                 raise UserError(key, f"{value} is not a finite number", "give a finite one")
         _check_ranges(self)
         _check_sampler(self)
+        _check_objective(self)
         _check_teachers(self)
         _check_engine(self)
 
@@ -291,6 +317,38 @@ def _check_sampler(config: Config) -> None:
     if s.steps < least:
         why = "" if s.train_last else " while the last step is not trained"
         raise UserError("sampler.steps", f"{s.steps} is below {least}{why}", f"give {least} or more")
+
+
+def _check_objective(config: Config) -> None:
+    o, s = config.objective, config.sampler
+    default = ObjectiveConfig()
+    readers: list[tuple[tuple[str, ...], bool, str]] = [
+        (("reward_gradient", "kl_scale", "clamp"), o.kind == "ppo", "objective.kind ppo"),
+        (("anchor_weight",), o.anchor is not None, "objective.anchor"),
+        (("query_law", "query_weights"), o.queries is not None, "objective.queries"),
+        (("query_alpha", "query_beta"), o.query_law == "beta", "objective.query_law beta"),
+    ]
+    for names, read, reader in readers:
+        for name in names:
+            if not read and getattr(o, name) != getattr(default, name):
+                raise UserError(f"objective.{name}", "has no reader", f"set {reader}, or leave it out")
+    for name in ("kl_scale", "clamp", "anchor_weight", "query_alpha", "query_beta"):
+        value = getattr(o, name)
+        if value is not None and value <= 0:
+            raise UserError(f"objective.{name}", f"{value} is not above 0", "give a positive number")
+    if o.kind == "ppo" and s.solver in DETERMINISTIC:
+        raise UserError(
+            "objective.kind", f"ppo needs log-probabilities, and {s.solver} draws nothing", "use solver flow_sde, or kl"
+        )
+    if o.kind == "ppo" and s.train_last and s.solver in ("cps", "ddim"):
+        raise UserError(
+            "sampler.train_last", f"the last step of {s.solver} adds no noise, so ppo cannot train it", "set it false"
+        )
+    trained = s.steps if s.train_last else s.steps - 1
+    if o.queries is not None and not 1 <= o.queries <= trained:
+        raise UserError("objective.queries", f"{o.queries} of {trained} trained steps", f"give 1 to {trained}, or null")
+    if o.queries is not None and o.kind == "ppo":
+        raise UserError("objective.queries", "are not for ppo, whose rewards are those of all steps", "use kl or null")
 
 
 def _check_teachers(config: Config) -> None:

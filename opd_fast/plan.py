@@ -95,6 +95,11 @@ class Plan:
     """Of each task in a round, on average."""
     forwards_per_step: int
     trained_steps: int
+    asked_steps: float
+    """Trained steps that a round has a loss at, on average: fewer where steps are queried."""
+    rehearsals: int
+    """Rollouts without gradient before the one that trains."""
+    anchor_rows: int
     latent: tuple[int, int, int]
     image_tokens: int
     text_tokens: int
@@ -109,15 +114,15 @@ class Plan:
 
     @property
     def round_rows(self) -> dict[str, int]:
-        """Transformer rows of a round: student forward, student backward, teacher forward."""
-        student = self.student_rows * self.trained_steps
-        return {
-            "student forward": student,
-            "student backward": student,
-            "teacher forward": round(
-                sum(rows * self.turns[name] for name, rows in self.teacher_rows.items()) * self.trained_steps
-            ),
+        """Transformer rows of a round: student forward, student backward, teacher forward, anchor forward. Queries end
+        a rollout at the last queried step, which is not taken off the student's forwards."""
+        teachers = sum(rows * self.turns[name] for name, rows in self.teacher_rows.items())
+        rows = {
+            "student forward": self.student_rows * self.trained_steps * (1 + self.rehearsals),
+            "student backward": round(self.student_rows * self.asked_steps),
+            "teacher forward": round(teachers * self.asked_steps * (1 + self.rehearsals)),
         }
+        return rows | ({"anchor forward": round(self.anchor_rows * self.asked_steps)} if self.anchor_rows else {})
 
 
 def make_plan(config: Config) -> Plan:
@@ -127,7 +132,7 @@ def make_plan(config: Config) -> Plan:
         ValueError: the model's folder is missing or damaged, or does not fit the settings.
     """
     from opd_fast.models import outline_model
-    from opd_fast.objectives import step_weights
+    from opd_fast.objectives import query_law, step_weights
     from opd_fast.prompts import TaskSchedule
     from opd_fast.solvers import solver_table
 
@@ -155,6 +160,12 @@ def make_plan(config: Config) -> Plan:
         trainable = sum(config.student.rank * (i + o) for i, o in modules.values())
     image_tokens = model.image_tokens(settings.resolution)
     evaluations, evaluation_rows = _evaluation(config, branches)
+    trained = s.steps if s.train_last else s.steps - 1
+    o = config.objective
+    asked = float(trained)
+    if o.queries is not None:  # a step is drawn at all with this probability, systematic sampling's
+        law = query_law(trained, o.query_law, o.query_alpha, o.query_beta)
+        asked = float((law * o.queries).clamp(max=1).sum())
     return Plan(
         resolved=resolved,
         samples=samples,
@@ -162,7 +173,10 @@ def make_plan(config: Config) -> Plan:
         teacher_rows={t.name: per_task * _branches(t.guidance, branches) for t in config.teachers},
         turns={t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)},
         forwards_per_step=math.ceil(samples / (config.train.micro_batch or samples)),
-        trained_steps=s.steps if s.train_last else s.steps - 1,
+        trained_steps=trained,
+        asked_steps=asked,
+        rehearsals=int(o.kind == "ppo" and o.reward_gradient == "return_to_go"),
+        anchor_rows=0 if o.anchor is None else samples * _branches(config.student.guidance, branches),
         latent=model.latent_shape(settings.resolution),
         image_tokens=image_tokens,
         text_tokens=model.text_tokens,
@@ -229,7 +243,8 @@ def _memory(
     item = resolved.dtype.itemsize
     transformer: Any = model.transformer
     parameters = sum(p.numel() for p in transformer.parameters())
-    copies = len(config.teachers) if config.engine.placement == "merged" else 0
+    copies = len(config.teachers) + (config.objective.anchor not in (None, "base"))
+    copies = copies if config.engine.placement == "merged" else 0
     linear = [m.in_features for m in transformer.modules() if isinstance(m, nn.Linear)]
     width = statistics.mode(linear)  # the residual stream feeds most of them
     rows = min(samples, config.train.micro_batch or samples) * _branches(config.student.guidance, branches)

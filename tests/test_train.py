@@ -139,8 +139,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights(
         {"engine__placement": "shared", "student__guidance": 3.0},
         {"sampler__solver": "ode", "train__micro_batch": 3, "sampler__train_last": True},
         {"sampler__solver": "dpm2", "objective__kind": "velocity"},
+        {"objective__kind": "ppo", "objective__reward_gradient": "return_to_go", "student__guidance": 3.0},
+        {"objective__kind": "ppo", "objective__clamp": 5.0, "objective__anchor": "base", "engine__placement": "shared"},
+        {"sampler__solver": "ode", "objective__kind": "velocity", "objective__queries": 1},
     ],
-    ids=["full", "shared-guided", "ode-micro", "dpm2-velocity"],
+    ids=["full", "shared-guided", "ode-micro", "dpm2-velocity", "return-to-go", "flow-opd", "one-query"],
 )
 def test_other_ways_to_run(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     results = _start(settings(world, train__rounds=2, evaluation__every=2, **changes), tmp_path / "run")
@@ -151,6 +154,37 @@ def test_other_ways_to_run(world: Path, tmp_path: Path, changes: dict[str, Any])
         from diffusers import SD3Transformer2DModel
 
         assert SD3Transformer2DModel.from_pretrained(tmp_path / "run" / "student" / "transformer")
+
+
+def test_anchor_holds_the_student(world: Path, tmp_path: Path) -> None:
+    """A strong anchor at a LoRA, in either placement: the same student, and not the one without anchor."""
+    students = []
+    for name, changes in {
+        "free": {},
+        "merged": {"objective__anchor": str(world.parent / "words"), "objective__anchor_weight": 10.0},
+        "shared": {
+            "objective__anchor": str(world.parent / "words"),
+            "objective__anchor_weight": 10.0,
+            "engine__placement": "shared",
+        },
+    }.items():
+        _start(settings(world, train__rounds=2, evaluation__every=0, **changes), tmp_path / name)
+        students.append(_student(tmp_path / name))
+    free, merged, shared = students
+    assert not _same(free, merged)
+    for key, value in merged.items():
+        torch.testing.assert_close(shared[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_queried_steps_differ_from_round_to_round(world: Path, tmp_path: Path) -> None:
+    config = settings(world, objective__queries=1, sampler__steps=6, evaluation__every=0)
+    _start(config, tmp_path / "run")
+    asked = []
+    for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        steps = [key for key, value in line.items() if key.startswith("loss/step_") and value > 0]
+        assert len(steps) == 1
+        asked += steps
+    assert len(set(asked)) > 1
 
 
 def test_micro_batches_change_no_gradient(world: Path, whole: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.start import MERGED
 from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank, check_teachers
+from opd_fast.teachers import BASE, TeacherBank, check_teachers
 from opd_fast.velocity import Conditioning
 from opd_fast.weights import check_weights
 from opd_kernels.philox import INITIAL_NOISE, philox_normal
@@ -48,6 +48,8 @@ class Setup:
     tasks: list[EvalTask]
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
+    anchor: TeacherBank | None = None
+    """A bank of one: what the student is held to."""
 
 
 def prepare(config: Config, say: Callable[[str], None]) -> Setup:
@@ -98,18 +100,43 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     teachers = TeacherBank.load(model, config.teachers, config.engine.placement)
     for teacher in teachers.teachers:
         say(f"teacher {teacher.name}: {teacher.origin}")
+    anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
     sigma = table.sigmas[0].float().to(device)
     probe = philox_normal(noise_keys(config.train.seed, samples=1).to(device), shape, INITIAL_NOISE)
     teachers.check(probe, sigma, Conditioning.build(model, text.negative, None, 1.0))
     if resolved.compile:
-        compile_blocks(model, student, teachers)
+        compile_blocks(model, student, teachers, anchor)
     trainable = sum(p.numel() for p in student.parameters())
     say(f"student starts from {student.began}")
     say(f"student trains {trainable:,} parameters in {dtype}".replace("torch.", "") + f" on {device}")
     return Setup(
-        config, model, student, teachers, table, evaluation_table, shape, prompts, sources, schedule, tasks, text
+        config,
+        model,
+        student,
+        teachers,
+        table,
+        evaluation_table,
+        shape,
+        prompts,
+        sources,
+        schedule,
+        tasks,
+        text,
+        anchor,
     )
+
+
+def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:
+    """The frozen model of `objective.anchor`, with the student's guidance; loaded before the student's adapters."""
+    weights, guidance = config.objective.anchor, config.student.guidance
+    if weights is None:
+        return None
+    if weights == BASE:
+        return TeacherBank.of_base(model, guidance)
+    # A space keeps the name apart from those that teachers may have.
+    settings = TeacherConfig(name="the anchor", weights=weights, prompts="", guidance=guidance)
+    return TeacherBank.load(model, [settings], config.engine.placement)
 
 
 def check_fit(config: Config, dtype: torch.dtype) -> None:
@@ -125,11 +152,16 @@ def check_fit(config: Config, dtype: torch.dtype) -> None:
     check_teachers(outline, config.teachers, config.engine.placement)
     if config.student.start not in (None, MERGED):
         check_weights(outline, str(config.student.start), what="student.start")
+    if config.objective.anchor not in (None, BASE):
+        check_weights(outline, str(config.objective.anchor), what="objective.anchor")
 
 
-def compile_blocks(model: DiffusionModel, student: Student, teachers: TeacherBank) -> None:
+def compile_blocks(
+    model: DiffusionModel, student: Student, teachers: TeacherBank, anchor: TeacherBank | None = None
+) -> None:
     """torch.compile of each repeated block, in place: one compilation serves all blocks of a kind."""
-    transformers = {id(t): t for t in [student.transformer, *(teacher.transformer for teacher in teachers.teachers)]}
+    frozen = [*teachers.teachers, *(anchor.teachers if anchor is not None else [])]
+    transformers = {id(t): t for t in [student.transformer, *(teacher.transformer for teacher in frozen)]}
     for transformer in transformers.values():
         for block in model.blocks(transformer):
             block.compile()
