@@ -384,10 +384,15 @@ def _check_rewards(config: Config) -> None:
     named = [(f"teachers[{i}].reward", t.reward) for i, t in enumerate(config.teachers) if t.reward is not None]
     if not named:
         return
-    from opd_fast.rewards import REWARDS  # imports torch, so it comes last
+    from opd_fast.rewards import REWARDS, get_reward  # imports torch, so it comes last
 
     for key, reward in named:
-        if reward not in REWARDS:
+        if ":" in reward:
+            try:
+                get_reward(reward)
+            except ValueError as error:
+                raise UserError(key, str(error), "name it as package.module:function") from error
+        elif reward not in REWARDS:
             raise UserError(key, f"unknown reward {reward!r}", did_you_mean(reward, REWARDS))
 
 

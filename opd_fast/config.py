@@ -105,7 +105,10 @@ class TeacherConfig:
     weight: float = option("factor on this task's loss", 1.0)
     share: float = option("how often the weighted schedule takes this task, relative to the other tasks", 1.0)
     eval_prompts: str | None = option("held-out prompts that the reward needs; null: those of bundled/NAME", None)
-    reward: str | None = option("reward that judges this task in evaluations; null: none", None)
+    reward: str | None = option(
+        "reward that judges this task in evaluations: composition, text, colour or package.module:function; null: none",
+        None,
+    )
 
 
 @dataclass(kw_only=True)
@@ -201,6 +204,10 @@ class EvaluationConfig:
     steps: int = option("ODE steps of an evaluation's images", 20)
     guidance: float | None = option("guidance of base and student when judged; null: student.guidance", None)
     batch: int = option("images drawn at once", 64)
+    reward_timeout: float | None = option(
+        "seconds that a reward may take for a batch; one that fails or takes longer is passed over; null: any",
+        300.0,
+    )
     vae_tiling: bool = option("decode in overlapping tiles: less memory at high resolutions, faint seams", False)
 
 
@@ -292,8 +299,9 @@ def _check_ranges(config: Config) -> None:
         ("train.lr", t.lr),
         ("train.clip", t.clip),
         ("train.eps", t.eps),
+        ("evaluation.reward_timeout", config.evaluation.reward_timeout),
     ):
-        if positive <= 0:
+        if positive is not None and positive <= 0:
             raise UserError(key, f"{positive} is not above 0", "give a positive number")
     for key, share in (("train.ema", t.ema), ("train.betas[0]", t.betas[0]), ("train.betas[1]", t.betas[1])):
         if not 0 <= share < 1:

@@ -156,6 +156,20 @@ def test_other_ways_to_run(world: Path, tmp_path: Path, changes: dict[str, Any])
         assert SD3Transformer2DModel.from_pretrained(tmp_path / "run" / "student" / "transformer")
 
 
+def test_a_reward_that_fails_ends_no_distillation(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone.py").write_text("def score(images, prompts):\n    raise OSError('server gone')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = settings(world, train__rounds=2, evaluation__every=1)
+    config.teachers[0].reward = "gone:score"
+    _start(config, tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all(row["gone:score"] is None for row in results["rows"].values())
+    assert results["recovered"]["words"] is None
+    assert results["rows"]["student"]["colour"] > 0
+    for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert "gone:score" not in line.get("evaluation", {}).get("words", {})
+
+
 def test_anchor_holds_the_student(world: Path, tmp_path: Path) -> None:
     """A strong anchor at a LoRA, in either placement: the same student, and not the one without anchor."""
     students = []

@@ -137,6 +137,7 @@ class _Run:
             text=self.setup.text,
             batch=self.config.evaluation.batch,
             keep_images=GRID_COLUMNS,
+            reward_timeout=self.config.evaluation.reward_timeout,
         )
 
     def _guidance(self) -> float:
