@@ -302,7 +302,8 @@ def problems(config: Config) -> Iterator[UserError]:
         checks.append((_check_weights, ("objective.anchor", config.objective.anchor, "teachers")))
     for i, teacher in enumerate(config.teachers):
         of = f" of teacher {teacher.name!r}"
-        checks.append((_check_weights, (f"teachers[{i}].weights", teacher.weights, "teachers", of)))
+        if not config.reinforces:
+            checks.append((_check_weights, (f"teachers[{i}].weights", teacher.weights, "teachers", of)))
         checks.append((_check_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
         if teacher.eval_prompts is not None and config.evaluation.every > 0:
             checks.append((_check_prompts, (f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")))

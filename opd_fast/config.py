@@ -166,7 +166,11 @@ class ObjectiveConfig:
 class TrainConfig:
     """The optimizer and the length of the run. One round is one optimizer step."""
 
-    method: Literal["opd"] = option("opd: on-policy distillation", "opd")
+    method: Literal["opd", "grpo", "nft"] = option(
+        "opd: on-policy distillation; grpo (Flow-GRPO, GRPO-Guard), nft (DiffusionNFT): reinforcement learning, which "
+        "makes teachers: each entry of teachers is a task with its reward, its weights being base",
+        "opd",
+    )
     rounds: int = option("optimizer steps", 80)
     samples_per_task: int = option("rollouts of each task in a round", 8)
     tasks_per_round: int | None = option("tasks that a round takes; null: as many as there are", None)
@@ -185,6 +189,37 @@ class TrainConfig:
     clip: float = option("largest gradient norm", 1.0)
     ema: float = option("decay of the exponential average that is evaluated and exported; 0 follows the weights", 0.9)
     seed: int = option("of prompts, noise and adapters; --seed is short for it", 0)
+
+
+@dataclass(kw_only=True)
+class RLConfig:
+    """Reinforcement learning, train.method grpo and nft. Defaults are Flow-GRPO's (arXiv 2505.05470), GRPO-Guard's
+    (arXiv 2510.22319) and DiffusionNFT's (arXiv 2509.16117), from their released code."""
+
+    images_per_prompt: int = option("images of one prompt, a group; train.samples_per_task is a multiple of it", 24)
+    updates: int = option("optimizer steps, that is rounds, on the images of one rollout; nft publishes 1 or 2", 2)
+    std: Literal["global", "group"] = option(
+        "standard deviation that an advantage is divided by: of all rewards of the task in a rollout, or of the group",
+        "global",
+    )
+    advantage_clip: float = option("largest size of an advantage", 5.0)
+    kl: float | None = option(
+        "factor on the KL to the base; 0: none; null: 0.04 under grpo, 1e-4 under nft (there of the velocities)", None
+    )
+    guard: bool = option("grpo: GRPO-Guard's normalised ratio and step weights; solver flow_sde", False)
+    clip: float | None = option("grpo: range of the ratio around 1; null: 1e-4, with guard 2e-6", None)
+    window: int | None = option(
+        "grpo: steps that draw noise and are trained, somewhere among the first window_range, all others being ODE "
+        "(Flow-GRPO-Fast: 2 or 3); null: all but the last are trained",
+        None,
+    )
+    window_range: int | None = option("grpo: see window; null: half of the steps", None)
+    beta: float = option("nft: how far the implied policies lie from the old one; published: 1 or 0.1", 1.0)
+    decay: Literal["early", "late"] = option(
+        "nft: how the old policy follows; early: min(0.001 k, 0.5) after k updates; late: at once for 75 updates, then "
+        "min(0.0075 (k - 75), 0.999)",
+        "early",
+    )
 
 
 @dataclass(kw_only=True)
@@ -249,11 +284,17 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def reinforces(self) -> bool:
+        """Whether the run learns from rewards instead of teachers."""
+        return self.train.method != "opd"
 
     def validate(self) -> None:
         """Raise `UserError` for a value out of range or a combination that cannot work. Looks at no file."""
@@ -264,6 +305,7 @@ class Config:
         _check_sampler(self)
         _check_objective(self)
         _check_teachers(self)
+        _check_reinforcement(self)
         _check_engine(self)
 
 
@@ -357,6 +399,61 @@ def _check_objective(config: Config) -> None:
         raise UserError("objective.queries", f"{o.queries} of {trained} trained steps", f"give 1 to {trained}, or null")
     if o.queries is not None and o.kind == "ppo":
         raise UserError("objective.queries", "are not for ppo, whose rewards are those of all steps", "use kl or null")
+
+
+def _check_reinforcement(config: Config) -> None:
+    rl, method, s = config.rl, config.train.method, config.sampler
+    unread = [f"rl.{f.name}" for f in fields(RLConfig)] if method == "opd" else []
+    if method != "opd":
+        unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
+        unread += [f"teachers[{i}].{name}" for i in range(len(config.teachers)) for name in ("guidance", "partial")]
+    unread += ["rl.beta", "rl.decay"] if method == "grpo" else []
+    unread += ["rl.guard", "rl.clip", "rl.window"] if method == "nft" else []
+    unread += ["rl.window_range"] if rl.window is None else []
+    flat, defaults = flatten(config), {key: default for key, (_, default, _) in leaves().items()}
+    for key in unread:
+        if flat[key] != defaults.get(key, {"guidance": 1.0, "partial": False}.get(key.split(".")[-1])):
+            what = f"train.method {method}" if key != "rl.window_range" else "rl.window null"
+            raise UserError(key, f"is not read under {what}", "leave it out")
+    if method == "opd":
+        return
+    positive = [("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)]
+    for key, value in positive:
+        if value is not None and value <= 0:
+            raise UserError(key, f"{value} is not above 0", "give a positive number")
+    if rl.kl is not None and rl.kl < 0:
+        raise UserError("rl.kl", f"{rl.kl} is below 0", "give 0 or more")
+    if rl.updates < 1:
+        raise UserError("rl.updates", f"{rl.updates} is below 1", "give 1 or more")
+    if rl.images_per_prompt < 2:
+        raise UserError("rl.images_per_prompt", f"{rl.images_per_prompt} is no group", "give 2 or more")
+    if config.train.samples_per_task % rl.images_per_prompt:
+        raise UserError(
+            "train.samples_per_task",
+            f"{config.train.samples_per_task} is no multiple of rl.images_per_prompt = {rl.images_per_prompt}",
+            f"give {rl.images_per_prompt * max(1, config.train.samples_per_task // rl.images_per_prompt)}",
+        )
+    for i, task in enumerate(config.teachers):
+        if task.weights != "base":
+            raise UserError(f"teachers[{i}].weights", f"{task.weights} teaches nothing under {method}", "write base")
+        if task.reward is None:
+            raise UserError(f"teachers[{i}].reward", f"is missing, which {method} learns from", "name a reward")
+    if config.student.start == "merged":
+        raise UserError("student.start", f"merged is the mean of teachers, of which {method} has none", "name weights")
+    if method == "nft":
+        if config.student.guidance != 1:
+            raise UserError("student.guidance", f"{config.student.guidance} under nft, which has none", "give 1")
+        return
+    if s.solver in DETERMINISTIC:
+        raise UserError("sampler.solver", f"{s.solver} draws nothing that grpo could judge", "use flow_sde")
+    if rl.guard and s.solver != "flow_sde":
+        raise UserError("rl.guard", f"is made for flow_sde, not {s.solver}", "use flow_sde, or set it false")
+    if rl.window is not None:
+        most = s.steps // 2 if rl.window_range is None else rl.window_range
+        if not 1 <= most < s.steps:
+            raise UserError("rl.window_range", f"{most} of {s.steps} steps", f"give 1 to {s.steps - 1}")
+        if not 1 <= rl.window <= most:
+            raise UserError("rl.window", f"{rl.window} of the first {most} steps", f"give 1 to {most}")
 
 
 def _check_teachers(config: Config) -> None:

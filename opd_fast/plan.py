@@ -136,6 +136,8 @@ def make_plan(config: Config) -> Plan:
     from opd_fast.prompts import TaskSchedule
     from opd_fast.solvers import solver_table
 
+    if config.reinforces:
+        raise UserError("train.method", f"{config.train.method} has no plan yet", "start the run without --dry-run")
     resolved = resolve(config)
     settings = config.model
     model = outline_model(

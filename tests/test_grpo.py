@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from opd_fast.solvers import sd3_sigmas, solver_table
-from opd_fast.trainers.grpo import advantages, clipped_surrogate, guard_log_ratio, policy_loss, varied
+from opd_fast.trainers.advantages import advantages, varied
+from opd_fast.trainers.grpo import clipped_surrogate, guard_log_ratio, policy_loss
 from opd_kernels import fused_step, log_prob, log_prob_reference
 
 TABLE = solver_table("flow_sde", sd3_sigmas(10), 0.7)

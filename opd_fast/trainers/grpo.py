@@ -1,65 +1,25 @@
-"""GRPO for flow-matching models (Flow-GRPO, arXiv 2505.05470) and GRPO-Guard (arXiv 2510.22319): advantages and losses.
+"""GRPO for flow-matching models (Flow-GRPO, arXiv 2505.05470) and GRPO-Guard (arXiv 2510.22319).
 
-A group is the images of one prompt; what a reward is worth is how far it lies from its group's mean. The
-log-probability of a drawn step, mean over the elements, and its ratio to the policy that drew come from
+The log-probability of a drawn step, mean over the elements, and its ratio to the policy that drew come from
 `opd_kernels.log_prob`; the KL to the base, mean((mu - mu_base)^2) / (2 g^2), is the loss of `opd_kernels.fused_step`
 with the base for a teacher and the `published` weights.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from opd_fast.solvers import SolverTable
+from opd_fast.seeds import noise_keys
+from opd_fast.solvers import SolverTable, solver_table
+from opd_fast.trainers.reinforce import Reinforcement
+from opd_fast.trainers.setup import Setup
+from opd_kernels import fused_step, log_prob, philox_normal
+from opd_kernels.philox import INITIAL_NOISE
 
-# --- advantages -------------------------------------------------------------------------------------------------------
-
-
-def varied(rewards: Tensor, groups: Tensor) -> Tensor:
-    """(B,) bool: whether a sample's group holds different rewards. One that does not teaches nothing and is dropped."""
-    count = int(groups.max()) + 1 if len(groups) else 0
-    highest = rewards.new_full((count,), -torch.inf).scatter_reduce(0, groups, rewards, "amax")
-    lowest = rewards.new_full((count,), torch.inf).scatter_reduce(0, groups, rewards, "amin")
-    return (highest > lowest)[groups]
-
-
-def advantages(
-    rewards: Tensor,
-    groups: Tensor,
-    *,
-    std: Literal["global", "group"] = "global",
-    eps: float = 1e-4,
-    clip: float = 5.0,
-) -> Tensor:
-    """(reward - mean of its group) / (std + eps), at most `clip` in size.
-
-    Args:
-        rewards: (B,) finite.
-        groups: (B,) int64, equal for the images of one prompt, numbered from 0 (`rewards.prompt_groups`).
-        std: population standard deviation of all rewards (Flow-GRPO's default), or of each group's.
-
-    Returns:
-        (B,) float32; exactly 0 in groups whose rewards are all equal.
-
-    Raises:
-        ValueError: a reward that is not finite; the mean would spread it over its group.
-    """
-    if not bool(rewards.isfinite().all()):
-        raise ValueError("a reward is NaN or infinite; it would spoil its group's mean: judge with policy raise")
-    values = rewards.double()
-    count = int(groups.max()) + 1 if len(groups) else 0
-    size = torch.zeros(count, dtype=torch.float64, device=values.device).index_add_(0, groups, torch.ones_like(values))
-    mean = torch.zeros_like(size).index_add_(0, groups, values) / size
-    gap = (values - mean[groups]).masked_fill(~varied(rewards, groups), 0.0)  # the mean of equals is rounded
-    if std == "group":
-        spread = (torch.zeros_like(size).index_add_(0, groups, gap.square()) / size).sqrt()[groups]
-    else:
-        spread = values.std(correction=0)
-    return (gap / (spread + eps)).clamp(-clip, clip).float()
-
+WINDOW_STREAM = 4
+CLIP = {False: 1e-4, True: 2e-6}
+"""Of the ratio, without and with Guard."""
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
@@ -91,3 +51,109 @@ def policy_loss(
         return clipped_surrogate(log_ratio, advantage, clip)
     length = float(table.sigmas[step] - table.sigmas[step + 1])
     return clipped_surrogate(guard_log_ratio(log_ratio, drift, float(table.std[step])), advantage, clip) / length
+
+
+# --- the method -------------------------------------------------------------------------------------------------------
+
+
+class GRPO(Reinforcement):
+    """The method `grpo` of the training loop.
+
+    The student draws with noise and keeps state, next state and mean of every step that will be trained: all but the
+    last, or those of a window whose place is drawn for each rollout, the other steps being ODE steps (Flow-GRPO-Fast).
+    """
+
+    published_kl = 0.04
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        device = setup.model.device
+        self.drawing = setup.table.rows(device=device)
+        sigmas = setup.table.sigmas
+        self.still = solver_table("ode", sigmas, 0.0).rows(device=device)
+        published = solver_table(setup.table.solver, sigmas, setup.config.sampler.eta, variance="published")
+        self.kl_rows = published.rows(device=device)
+        self.clip = CLIP[self.rl.guard] if self.rl.clip is None else self.rl.clip
+
+    def trained_steps(self, epoch: int) -> range:
+        """The steps of rollout `epoch` that draw noise and are trained."""
+        steps, window = self.setup.table.steps, self.rl.window
+        if window is None:
+            return range(steps - 1)
+        places = (steps // 2 if self.rl.window_range is None else self.rl.window_range) - window + 1
+        start = int(noise_keys(self.setup.config.train.seed, WINDOW_STREAM, epoch, samples=1)) % places
+        return range(start, start + window)
+
+    def rows(self, epoch: int) -> Tensor:
+        """(N, 6) the rollout's solver rows. Without a window the last step draws too, untrained, as published."""
+        if self.rl.window is None:
+            return self.drawing
+        rows, steps = self.still.clone(), self.trained_steps(epoch)
+        rows[steps.start : steps.stop] = self.drawing[steps.start : steps.stop]
+        return rows
+
+    def chosen(self, drawn: dict[str, Tensor]) -> Tensor:
+        return drawn["advantage"] != 0  # so groups of equal rewards are dropped
+
+    def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        setup, trained = self.setup, self.trained_steps(epoch)
+        rows, keys = self.rows(epoch), self.keys(epoch)
+        kept: dict[str, list[Tensor]] = {"x": [], "sample": [], "mean": []}
+        latents = []
+        with torch.no_grad(), setup.student.at_rest():
+            for part in self.micro_batches(torch.arange(len(keys))):
+                condition, mine = self.condition(epoch, part), keys[part.to(keys.device)]
+                guidance = torch.full((len(part),), setup.student.guidance, device=keys.device)
+                x = philox_normal(mine, setup.shape, INITIAL_NOISE)
+                path: dict[str, list[Tensor]] = {name: [] for name in kept}
+                for j in range(setup.table.steps):
+                    v = setup.student.velocities(setup.model, x, rows[j, -1], condition)
+                    branches, ones = (v.cond, v.uncond), torch.ones_like(guidance)
+                    step = fused_step(
+                        *(x, *branches, *branches, guidance, guidance, rows, j, ones), keys=mine, return_means=True
+                    )
+                    if j in trained and step.mean_s is not None:
+                        for name, tensor in zip(kept, (x, step.x_next, step.mean_s), strict=True):
+                            path[name].append(tensor)
+                    x = step.x_next
+                latents.append(x)
+                for name, tensors in path.items():
+                    kept[name].append(torch.stack(tensors, 1))
+        return torch.cat(latents), {name: torch.cat(parts) for name, parts in kept.items()}
+
+    def learn(self, epoch: int, rows: Tensor, shares: Tensor, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+        setup, steps, drawn = self.setup, self.trained_steps(epoch), self._drawn
+        sums = {name: torch.zeros((), device=rows.device) for name in ("loss", "kl", "clipped")}
+        with setup.student.at_rest():
+            for part, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
+                condition = self.condition(epoch, part)
+                guidance = torch.full((len(part),), setup.student.guidance, device=rows.device)
+                advantage = drawn["advantage"][part]
+                for i, j in enumerate(steps):
+                    x, sample, mean = (drawn[name][part, i] for name in ("x", "sample", "mean"))
+                    sigma = self.drawing[j, -1]
+                    v = setup.student.velocities(setup.model, x, sigma, condition)
+                    out = log_prob(x, sample, v.cond, v.uncond, guidance, self.drawing, j, mean_old=mean)
+                    assert out.log_ratio is not None
+                    assert out.drift is not None
+                    loss = policy_loss(
+                        out.log_ratio, out.drift, advantage, setup.table, j, guard=self.rl.guard, clip=self.clip
+                    )
+                    if self.kl > 0:
+                        base = self.base_velocities(x, sigma, condition)
+                        pull = fused_step(
+                            *(x, v.cond, v.uncond, base.cond, base.uncond, guidance, guidance, self.kl_rows, j),
+                            torch.full_like(guidance, self.kl),
+                        )
+                        loss = loss + pull.loss
+                        sums["kl"] += (share * pull.loss.detach()).sum() / (self.kl * len(steps))
+                    weighed = (share * loss).sum() / len(steps)
+                    scaler.scale(weighed).backward()
+                    sums["loss"] += weighed.detach()
+                    with torch.no_grad():
+                        change = out.log_ratio
+                        if self.rl.guard:
+                            change = guard_log_ratio(change, out.drift, float(setup.table.std[j]))
+                        beyond = (change.exp() - 1).abs() > self.clip
+                        sums["clipped"] += beyond.sum() / (len(rows) * len(steps))
+        return sums

@@ -21,10 +21,12 @@ from opd_fast.evaluate import Evaluation, evaluate
 from opd_fast.report import gain_recovered, image_grid, new_results, print_table, write_report, write_results
 from opd_fast.student import Student
 from opd_fast.telemetry import Telemetry, annotate, read_metrics
+from opd_fast.trainers.grpo import GRPO
+from opd_fast.trainers.nft import NFT
 from opd_fast.trainers.opd import OPD
 from opd_fast.trainers.setup import Setup, prepare
 
-METHODS = {"opd": OPD}
+METHODS: dict[str, Any] = {"opd": OPD, "grpo": GRPO, "nft": NFT}
 GRID_COLUMNS = 8
 
 
@@ -179,6 +181,7 @@ class _Run:
     def save(self) -> None:
         """A checkpoint of everything a resumed run needs, and the student's export beside it."""
         tensors = {**self.setup.student.state(), **optimizer_tensors(self.optimizer)}
+        tensors |= {f"method.{name}": tensor for name, tensor in self.method.state().items()}
         for row, images in self.images.items():
             tensors |= {f"images.{row}.{task}": pixels for task, pixels in images.items()}
         meta = {"rows": self.rows, "train_seconds": self.train_seconds, "total_seconds": self._total_seconds()}
@@ -189,6 +192,8 @@ class _Run:
     def load(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         self.setup.student.load_state(tensors)
         load_optimizer(self.optimizer, tensors)
+        prefix = "method."
+        self.method.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         self.scaler.load_state_dict(meta.get("scaler", {}))
         for name, pixels in tensors.items():
             if name.startswith("images."):
@@ -211,7 +216,7 @@ class _Run:
             return results
         for row in ("base", "student"):
             self.rows.setdefault(row, {})  # a run without rewards has no numbers to show
-        for task in self.setup.tasks:
+        for task in self.setup.tasks if len(self.setup.teachers) else ():
             reward = task.rewards[0]
             base, teacher = self.rows["base"][reward], self.rows[f"teacher:{task.name}"][reward]
             results["recovered"][task.name] = gain_recovered(base, teacher, self.rows["student"][reward])

@@ -15,6 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opd_fast.rollout import sample
+from opd_fast.trainers.reinforce import Reinforcement, generator
+from opd_fast.trainers.setup import Setup
+from opd_kernels import philox_normal
+
+NOISE_STREAM, STEP_STREAM = 5, 6
+SHARE_OF_STEPS = 0.99
+"""Of the noise levels that an image is trained at, a random choice: all but one of up to 100, as published."""
 SCALE = 5.0
 """Factor of the policy's loss in the released code: the advantage's clip."""
 
@@ -85,3 +93,84 @@ def move_old_policy(old: list[Tensor], new: list[Tensor], decay: float) -> None:
         torch._foreach_copy_(old, new)
     else:
         torch._foreach_lerp_(old, new, 1 - decay)
+
+
+# --- the method -------------------------------------------------------------------------------------------------------
+
+
+class NFT(Reinforcement):
+    """The method `nft` of the training loop. The old policy draws, without guidance; published with solver dpm2."""
+
+    published_kl = 1e-4
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.old = [p.detach().clone() for p in setup.student.parameters()]
+
+    def chosen(self, drawn: dict[str, Tensor]) -> Tensor:
+        return torch.ones_like(drawn["advantage"], dtype=torch.bool)
+
+    def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        setup, keys, latents = self.setup, self.keys(epoch), []
+        if epoch:
+            decay = old_policy_decay(self.rl.decay, epoch * self.rl.updates)
+            move_old_policy(self.old, [p.detach() for p in setup.student.parameters()], decay)
+        with setup.student.holding(self.old) as transformer:
+            for part in self.micro_batches(torch.arange(len(keys))):
+                mine = keys[part.to(keys.device)]
+                text = self.text(epoch, part)
+                latents.append(
+                    sample(setup.model, transformer, text, None, 1.0, setup.table, shape=setup.shape, keys=mine)
+                )
+        x0 = torch.cat(latents)
+        return x0, {"x0": x0}
+
+    def noise_levels(self, epoch: int) -> Tensor:
+        """(B, N) bool: the steps of the grid whose noise levels an image of rollout `epoch` is trained at."""
+        steps = self.setup.table.steps
+        order = torch.rand(self.images, steps, generator=generator(self.setup.config.train.seed, STEP_STREAM, epoch))
+        return order.argsort(1) < int(steps * SHARE_OF_STEPS)
+
+    def learn(self, epoch: int, rows: Tensor, shares: Tensor, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+        setup, drawn = self.setup, self._drawn
+        levels = self.noise_levels(epoch)
+        count = int(levels[0].sum())
+        sigmas = setup.table.sigmas[:-1].float().to(rows.device)
+        keys = self.keys(epoch, NOISE_STREAM)
+        points = []
+        """(step, rows, shares, old policy's velocity)"""
+
+        def noised(j: int, part: Tensor) -> Tensor:
+            return torch.lerp(drawn["x0"][part], philox_normal(keys[part], setup.shape, j), sigmas[j])
+
+        with torch.no_grad(), setup.student.holding(self.old):
+            for part, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
+                for j in range(setup.table.steps):
+                    here = levels[part.cpu(), j].to(part.device)
+                    if bool(here.any()):
+                        some = part[here]
+                        x, condition = noised(j, some), self.condition(epoch, some)
+                        old = setup.student.velocities(setup.model, x, sigmas[j], condition).cond
+                        points.append((j, some, share[here], old))
+        sums = {name: torch.zeros((), device=rows.device) for name in ("loss", "change")}
+        with setup.student.at_rest():
+            for j, part, share, old in points:
+                x, condition = noised(j, part), self.condition(epoch, part)
+                base = self.base_velocities(x, sigmas[j], condition).cond if self.kl > 0 else None
+                v = setup.student.velocities(setup.model, x, sigmas[j], condition).cond
+                r = optimality(drawn["advantage"][part], self.rl.advantage_clip)
+                loss = nft_loss(v, old, base, x, sigmas[j], drawn["x0"][part], r, beta=self.rl.beta, kl_weight=self.kl)
+                weighed = (share * loss).sum().float() / count
+                scaler.scale(weighed).backward()
+                sums["loss"] += weighed.detach()
+                sums["change"] += (share * (v.detach() - old).float().flatten(1).square().mean(1)).sum() / count
+        return sums | {"old_policy_decay": torch.tensor(old_policy_decay(self.rl.decay, epoch * self.rl.updates))}
+
+    def state(self) -> dict[str, Tensor]:
+        names = [name for name, _ in self.setup.student.named_parameters()]
+        return super().state() | {f"old.{name}": old for name, old in zip(names, self.old, strict=True)}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        super().load_state(tensors)
+        for old, (name, _) in zip(self.old, self.setup.student.named_parameters(), strict=True):
+            old.copy_(tensors[f"old.{name}"])

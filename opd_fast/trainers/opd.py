@@ -100,6 +100,13 @@ class OPD:
         )
         return replace(output, losses=output.losses / scaler.get_scale()) if scaler.is_enabled() else output
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Nothing beyond the student: a round follows from its number."""
+        return {}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what `state` gave."""
+
     def metrics(self, index: int, output: RoundOutput) -> dict[str, float]:
         """The round's loss, whole, by step and by task; raises FloatingPointError naming where it is not finite."""
         losses = output.losses.double().cpu()

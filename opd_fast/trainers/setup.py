@@ -87,7 +87,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     met = [
         p[i].text
         for p, source, turns in zip(prompts, sources, schedule.turns(train.rounds), strict=True)
-        for i in source.seen(turns, train.samples_per_task)
+        for i in source.seen(turns, prompts_per_turn(config))
     ]
     met += [p.text for task in tasks for p in task.prompts]
     store = TextStore.open(config.model.text_cache, model)
@@ -97,7 +97,7 @@ def prepare(config: Config, say: Callable[[str], None]) -> Setup:
     read = f", read {len(text) - text.encoded} from {store.folder}" if store is not None else ""
     say(f"encoded {text.encoded} distinct prompts{read}")
 
-    teachers = TeacherBank.load(model, config.teachers, config.engine.placement)
+    teachers = TeacherBank.load(model, frozen_teachers(config), config.engine.placement)
     for teacher in teachers.teachers:
         say(f"teacher {teacher.name}: {teacher.origin}")
     anchor = load_anchor(model, config)
@@ -149,11 +149,21 @@ def check_fit(config: Config, dtype: torch.dtype) -> None:
     check_guidance(config, outline)
     if config.student.kind == "lora":
         lora_modules(outline.transformer, outline.targets(config.student.targets))
-    check_teachers(outline, config.teachers, config.engine.placement)
+    check_teachers(outline, frozen_teachers(config), config.engine.placement)
     if config.student.start not in (None, MERGED):
         check_weights(outline, str(config.student.start), what="student.start")
     if config.objective.anchor not in (None, BASE):
         check_weights(outline, str(config.objective.anchor), what="objective.anchor")
+
+
+def prompts_per_turn(config: Config) -> int:
+    """Distinct prompts among a task's samples: as many, or one for each group in reinforcement learning."""
+    return config.train.samples_per_task // (config.rl.images_per_prompt if config.reinforces else 1)
+
+
+def frozen_teachers(config: Config) -> list[TeacherConfig]:
+    """The entries of `teachers` that teach: none in reinforcement learning, where they are tasks with rewards."""
+    return [] if config.reinforces else config.teachers
 
 
 def compile_blocks(
