@@ -147,15 +147,20 @@ class Checkpoints:
         """Name to shape of every tensor in a checkpoint, shards put together."""
         return {name: tuple(entry.size) for name, entry in self._entries(folder).items()}
 
-    def load(self, path: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """`find` a checkpoint and read all of it, whole, to the CPU."""
+    def blanks(self, folder: Path, prefix: str = "") -> dict[str, Tensor]:
+        """Targets for `restore` on the CPU, whole and unset: one for each tensor whose name begins with `prefix`."""
         import torch
 
-        folder, meta = self.find(path)
-        tensors = {
+        return {
             name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
             for name, entry in self._entries(folder).items()
+            if name.startswith(prefix)
         }
+
+    def load(self, path: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """`find` a checkpoint and read all of it, whole, to the CPU."""
+        folder, meta = self.find(path)
+        tensors = self.blanks(folder)
         self.restore(folder, tensors)
         return tensors, meta
 

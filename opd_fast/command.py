@@ -339,9 +339,12 @@ def problems(config: Config) -> Iterator[UserError]:
     checks.append((_check_weights, ("model.path", config.model.path, "pipeline")))
     if config.student.start not in (None, "merged"):
         checks.append((_check_weights, ("student.start", config.student.start, "teachers")))
+    if config.objective.anchor not in (None, "base"):
+        checks.append((_check_weights, ("objective.anchor", config.objective.anchor, "teachers")))
     for i, teacher in enumerate(config.teachers):
         of = f" of teacher {teacher.name!r}"
-        checks.append((_check_weights, (f"teachers[{i}].weights", teacher.weights, "teachers", of)))
+        if not config.reinforces:
+            checks.append((_check_weights, (f"teachers[{i}].weights", teacher.weights, "teachers", of)))
         checks.append((_check_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
         if teacher.eval_prompts is not None and config.evaluation.every > 0:
             checks.append((_check_prompts, (f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")))
@@ -423,10 +426,15 @@ def _check_rewards(config: Config) -> None:
     named = [(f"teachers[{i}].reward", t.reward) for i, t in enumerate(config.teachers) if t.reward is not None]
     if not named:
         return
-    from opd_fast.rewards import REWARDS  # imports torch, so it comes last
+    from opd_fast.rewards import REWARDS, get_reward  # imports torch, so it comes last
 
     for key, reward in named:
-        if reward not in REWARDS:
+        if ":" in reward:
+            try:
+                get_reward(reward)
+            except ValueError as error:
+                raise UserError(key, str(error), "name it as package.module:function") from error
+        elif reward not in REWARDS:
             raise UserError(key, f"unknown reward {reward!r}", did_you_mean(reward, REWARDS))
 
 

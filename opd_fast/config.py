@@ -108,7 +108,10 @@ class TeacherConfig:
     weight: float = option("factor on this task's loss", 1.0)
     share: float = option("how often the weighted schedule takes this task, relative to the other tasks", 1.0)
     eval_prompts: str | None = option("held-out prompts that the reward needs; null: those of bundled/NAME", None)
-    reward: str | None = option("reward that judges this task in evaluations; null: none", None)
+    reward: str | None = option(
+        "reward that judges this task in evaluations: composition, text, colour or package.module:function; null: none",
+        None,
+    )
 
 
 @dataclass(kw_only=True)
@@ -123,11 +126,12 @@ class SamplerConfig:
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """The loss of a step: w_j * (v_student - v_teacher)^2."""
+    """The loss of a step: w_j * (v_student - v_teacher)^2, or a policy gradient with that as its reward."""
 
-    kind: Literal["kl", "l2", "velocity"] = option(
+    kind: Literal["kl", "l2", "velocity", "ppo"] = option(
         "kl: closed-form KL of the step (L2 of the means where the solver adds no noise); l2: half the squared gap of "
-        "the means; velocity: plain squared gap of the velocities",
+        "the means; velocity: plain squared gap of the velocities; ppo: the step's KL as dense reward of a PPO "
+        "surrogate, at ratio 1 since every rollout trains once",
         "kl",
     )
     variance: Literal["exact", "published"] = option(
@@ -135,13 +139,41 @@ class ObjectiveConfig:
     )
     reduction: Literal["mean", "sum"] = option("over the elements of a sample", "mean")
     steps: Literal["sum", "mean"] = option("over the trained steps; sum: the paper's; mean: the released code's", "sum")
+    reward_gradient: Literal["live", "detached", "return_to_go"] = option(
+        "of ppo; live: pathwise gradient of the reward plus score function; detached: score function alone, whose mean "
+        "is zero (a control); return_to_go: pathwise plus score function of the later steps' rewards, by a second pass",
+        "live",
+    )
+    kl_scale: float = option("of ppo: factor on the KL before the clamp", 1.0)
+    clamp: float | None = option("of ppo: largest reward of a step; Flow-OPD: 5; null: none", None)
+    anchor: str | None = option(
+        "frozen weights that the student is held to by the same loss, in any form a teacher can have; base: the base; "
+        "null: none",
+        None,
+    )
+    anchor_weight: float = option("factor on the anchor's loss (Flow-OPD's)", 0.04)
+    queries: int | None = option("trained steps drawn for each round; null: all of them; DanceOPD: 1", None)
+    query_law: Literal["uniform", "beta"] = option(
+        "of the drawn steps' place between noise and image; beta: Beta(query_alpha, query_beta)", "uniform"
+    )
+    query_alpha: float = option("of query_law beta; above query_beta: nearer the image (DanceOPD's)", 5.0)
+    query_beta: float = option("of query_law beta (DanceOPD's)", 2.0)
+    query_weights: Literal["unbiased", "law"] = option(
+        "unbiased: a drawn step stands for those that were not, so that the mean loss is that of all steps; law: drawn "
+        "steps count alike (DanceOPD)",
+        "unbiased",
+    )
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
     """The optimizer and the length of the run. One round is one optimizer step."""
 
-    method: Literal["opd"] = option("opd: on-policy distillation", "opd")
+    method: Literal["opd", "grpo", "nft"] = option(
+        "opd: on-policy distillation; grpo (Flow-GRPO, GRPO-Guard), nft (DiffusionNFT): reinforcement learning, which "
+        "makes teachers: each entry of teachers is a task with its reward, its weights being base",
+        "opd",
+    )
     rounds: int = option("optimizer steps", 80)
     samples_per_task: int = option("rollouts of each task in a round", 8)
     tasks_per_round: int | None = option("tasks that a round takes; null: as many as there are", None)
@@ -166,6 +198,37 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class RLConfig:
+    """Reinforcement learning, train.method grpo and nft. Defaults are Flow-GRPO's (arXiv 2505.05470), GRPO-Guard's
+    (arXiv 2510.22319) and DiffusionNFT's (arXiv 2509.16117), from their released code."""
+
+    images_per_prompt: int = option("images of one prompt, a group; train.samples_per_task is a multiple of it", 24)
+    updates: int = option("optimizer steps, that is rounds, on the images of one rollout; nft publishes 1 or 2", 2)
+    std: Literal["global", "group"] = option(
+        "standard deviation that an advantage is divided by: of all rewards of the task in a rollout, or of the group",
+        "global",
+    )
+    advantage_clip: float = option("largest size of an advantage", 5.0)
+    kl: float | None = option(
+        "factor on the KL to the base; 0: none; null: 0.04 under grpo, 1e-4 under nft (there of the velocities)", None
+    )
+    guard: bool = option("grpo: GRPO-Guard's normalised ratio and step weights; solver flow_sde", False)
+    clip: float | None = option("grpo: range of the ratio around 1; null: 1e-4, with guard 2e-6", None)
+    window: int | None = option(
+        "grpo: steps that draw noise and are trained, somewhere among the first window_range, all others being ODE "
+        "(Flow-GRPO-Fast: 2 or 3); null: all but the last are trained",
+        None,
+    )
+    window_range: int | None = option("grpo: see window; null: half of the steps", None)
+    beta: float = option("nft: how far the implied policies lie from the old one; published: 1 or 0.1", 1.0)
+    decay: Literal["early", "late"] = option(
+        "nft: how the old policy follows; early: min(0.001 k, 0.5) after k updates; late: at once for 75 updates, then "
+        "min(0.0075 (k - 75), 0.999)",
+        "early",
+    )
+
+
+@dataclass(kw_only=True)
 class CheckpointConfig:
     """What --resume starts from."""
 
@@ -182,6 +245,10 @@ class EvaluationConfig:
     steps: int = option("ODE steps of an evaluation's images", 20)
     guidance: float | None = option("guidance of base and student when judged; null: student.guidance", None)
     batch: int = option("images drawn at once", 64)
+    reward_timeout: float | None = option(
+        "seconds that a reward may take for a batch; one that fails or takes longer is passed over; null: any",
+        300.0,
+    )
     vae_tiling: bool = option("decode in overlapping tiles: less memory at high resolutions, faint seams", False)
 
 
@@ -235,11 +302,17 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def reinforces(self) -> bool:
+        """Whether the run learns from rewards instead of teachers."""
+        return self.train.method != "opd"
 
     def validate(self) -> None:
         """Raise `UserError` for a value out of range or a combination that cannot work. Looks at no file."""
@@ -253,7 +326,9 @@ class Config:
                 raise UserError(key, f"{value} is above {most}", f"give {most} or less")
         _check_ranges(self)
         _check_sampler(self)
+        _check_objective(self)
         _check_teachers(self)
+        _check_reinforcement(self)
         _check_engine(self)
 
 
@@ -301,8 +376,9 @@ def _check_ranges(config: Config) -> None:
         ("train.lr", t.lr),
         ("train.clip", t.clip),
         ("train.eps", t.eps),
+        ("evaluation.reward_timeout", config.evaluation.reward_timeout),
     ):
-        if positive <= 0:
+        if positive is not None and positive <= 0:
             raise UserError(key, f"{positive} is not above 0", "give a positive number")
     for key, share in (("train.ema", t.ema), ("train.betas[0]", t.betas[0]), ("train.betas[1]", t.betas[1])):
         if not 0 <= share < 1:
@@ -326,6 +402,98 @@ def _check_sampler(config: Config) -> None:
     if s.steps < least:
         why = "" if s.train_last else " while the last step is not trained"
         raise UserError("sampler.steps", f"{s.steps} is below {least}{why}", f"give {least} or more")
+
+
+def _check_objective(config: Config) -> None:
+    o, s = config.objective, config.sampler
+    default = ObjectiveConfig()
+    readers: list[tuple[tuple[str, ...], bool, str]] = [
+        (("reward_gradient", "kl_scale", "clamp"), o.kind == "ppo", "objective.kind ppo"),
+        (("anchor_weight",), o.anchor is not None, "objective.anchor"),
+        (("query_law", "query_weights"), o.queries is not None, "objective.queries"),
+        (("query_alpha", "query_beta"), o.query_law == "beta", "objective.query_law beta"),
+    ]
+    for names, read, reader in readers:
+        for name in names:
+            if not read and getattr(o, name) != getattr(default, name):
+                raise UserError(f"objective.{name}", "has no reader", f"set {reader}, or leave it out")
+    for name in ("kl_scale", "clamp", "anchor_weight", "query_alpha", "query_beta"):
+        value = getattr(o, name)
+        if value is not None and value <= 0:
+            raise UserError(f"objective.{name}", f"{value} is not above 0", "give a positive number")
+    if o.kind == "ppo" and s.solver in DETERMINISTIC:
+        raise UserError(
+            "objective.kind", f"ppo needs log-probabilities, and {s.solver} draws nothing", "use solver flow_sde, or kl"
+        )
+    if o.kind == "ppo" and s.train_last and s.solver in ("cps", "ddim"):
+        raise UserError(
+            "sampler.train_last", f"the last step of {s.solver} adds no noise, so ppo cannot train it", "set it false"
+        )
+    trained = s.steps if s.train_last else s.steps - 1
+    if o.queries is not None and not 1 <= o.queries <= trained:
+        raise UserError("objective.queries", f"{o.queries} of {trained} trained steps", f"give 1 to {trained}, or null")
+    if o.queries is not None and o.kind == "ppo":
+        raise UserError("objective.queries", "are not for ppo, whose rewards are those of all steps", "use kl or null")
+
+
+def _check_reinforcement(config: Config) -> None:
+    rl, method, s = config.rl, config.train.method, config.sampler
+    unread = [f"rl.{f.name}" for f in fields(RLConfig)] if method == "opd" else []
+    if method != "opd":
+        unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
+        unread += ["parallel.offload_teachers"]
+        unread += [f"teachers[{i}].{name}" for i in range(len(config.teachers)) for name in ("guidance", "partial")]
+    unread += ["rl.beta", "rl.decay"] if method == "grpo" else []
+    unread += ["rl.guard", "rl.clip", "rl.window"] if method == "nft" else []
+    unread += ["rl.window_range"] if rl.window is None else []
+    flat, defaults = flatten(config), {key: default for key, (_, default, _) in leaves().items()}
+    for key in unread:
+        if flat[key] != defaults.get(key, {"guidance": 1.0, "partial": False}.get(key.split(".")[-1])):
+            what = f"train.method {method}" if key != "rl.window_range" else "rl.window null"
+            raise UserError(key, f"is not read under {what}", "leave it out")
+    if method == "opd":
+        return
+    if config.parallel.strategy not in ("auto", "single"):
+        raise UserError(
+            "parallel.strategy", f"{config.parallel.strategy} under {method}, which runs in one process", "give auto"
+        )
+    positive = [("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)]
+    for key, value in positive:
+        if value is not None and value <= 0:
+            raise UserError(key, f"{value} is not above 0", "give a positive number")
+    if rl.kl is not None and rl.kl < 0:
+        raise UserError("rl.kl", f"{rl.kl} is below 0", "give 0 or more")
+    if rl.updates < 1:
+        raise UserError("rl.updates", f"{rl.updates} is below 1", "give 1 or more")
+    if rl.images_per_prompt < 2:
+        raise UserError("rl.images_per_prompt", f"{rl.images_per_prompt} is no group", "give 2 or more")
+    if config.train.samples_per_task % rl.images_per_prompt:
+        raise UserError(
+            "train.samples_per_task",
+            f"{config.train.samples_per_task} is no multiple of rl.images_per_prompt = {rl.images_per_prompt}",
+            f"give {rl.images_per_prompt * max(1, config.train.samples_per_task // rl.images_per_prompt)}",
+        )
+    for i, task in enumerate(config.teachers):
+        if task.weights != "base":
+            raise UserError(f"teachers[{i}].weights", f"{task.weights} teaches nothing under {method}", "write base")
+        if task.reward is None:
+            raise UserError(f"teachers[{i}].reward", f"is missing, which {method} learns from", "name a reward")
+    if config.student.start == "merged":
+        raise UserError("student.start", f"merged is the mean of teachers, of which {method} has none", "name weights")
+    if method == "nft":
+        if config.student.guidance != 1:
+            raise UserError("student.guidance", f"{config.student.guidance} under nft, which has none", "give 1")
+        return
+    if s.solver in DETERMINISTIC:
+        raise UserError("sampler.solver", f"{s.solver} draws nothing that grpo could judge", "use flow_sde")
+    if rl.guard and s.solver != "flow_sde":
+        raise UserError("rl.guard", f"is made for flow_sde, not {s.solver}", "use flow_sde, or set it false")
+    if rl.window is not None:
+        most = s.steps // 2 if rl.window_range is None else rl.window_range
+        if not 1 <= most < s.steps:
+            raise UserError("rl.window_range", f"{most} of {s.steps} steps", f"give 1 to {s.steps - 1}")
+        if not 1 <= rl.window <= most:
+            raise UserError("rl.window", f"{rl.window} of the first {most} steps", f"give 1 to {most}")
 
 
 def _check_teachers(config: Config) -> None:

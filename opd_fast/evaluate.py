@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,10 +50,12 @@ class Evaluation:
     Attributes:
         rewards: task to reward to mean.
         images: task to its first `keep_images` images (n, 3, H, W), float32 in [0, 1], on the CPU.
+        failures: what went wrong with rewards, in words. A mean is over the images that have a value; NaN: none has.
     """
 
     rewards: dict[str, dict[str, float]]
     images: dict[str, Tensor]
+    failures: tuple[str, ...] = ()
 
 
 def task_keys(seed: int, task: str, count: int) -> Tensor:
@@ -77,6 +80,7 @@ def evaluate(
     batch: int = 64,
     keep_images: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    reward_timeout: float | None = None,
     world: World | None = None,
 ) -> Evaluation:
     """Draw an image for every prompt of every task and average its rewards.
@@ -90,7 +94,10 @@ def evaluate(
         batch: images drawn at once on a device. It changes no result beyond rounding.
         keep_images: images of each task that are returned.
         progress: called with (images done, images in all).
+        reward_timeout: seconds that a reward may take for a batch; null: any.
         world: the processes that draw them together, each its share; all get the same result.
+
+    A reward that fails is passed over, and said so on stderr.
 
     Raises:
         ValueError: a task without prompts, an unknown reward, or a model that yields NaN or infinite numbers.
@@ -99,17 +106,20 @@ def evaluate(
 
     from opd_fast.parallel import World
     from opd_fast.rewards import get_reward
+    from opd_fast.rewards.judge import Jury
 
     world = world or World()
+    jury = Jury("record", reward_timeout)
     means: dict[str, dict[str, float]] = {}
     kept: dict[str, Tensor] = {}
     done, total = 0, sum(len(task.prompts) for task in tasks)
     for task in tasks:
         if not task.prompts:
             raise ValueError(f"evaluation task {task.name!r} has no prompts; give it some or leave it out")
-        judges = {name: get_reward(name) for name in task.rewards}
+        for name in task.rewards:
+            get_reward(name)
         keys = task_keys(seed, task.name, len(task.prompts))
-        scores: dict[str, list[Tensor]] = {name: [] for name in judges}
+        scores: dict[str, list[Tensor]] = {name: [] for name in task.rewards}
         images_kept: list[Tensor] = []
         mine, _ = world.rows(len(task.prompts))
         to_keep, _ = world.rows(keep := min(keep_images, len(task.prompts)))
@@ -122,18 +132,21 @@ def evaluate(
                     f"task {task.name!r}: the model's images hold NaN or infinite numbers; look at its weights, or set "
                     "model.dtype to float32"
                 )
-            for name, judge in judges.items():
-                scores[name].append(judge(images, prompts).detach().double().cpu())
+            for name in task.rewards:
+                scores[name].append(jury(name, images, prompts).double())
             if start < len(to_keep):
                 images_kept.append(images[: len(to_keep) - start].float().cpu())
             done = min(done + len(rows) * world.size, total)
             if progress is not None:
                 progress(done, total)
         everyone = {name: world.collect(torch.cat(parts), len(task.prompts)) for name, parts in scores.items()}
-        means[task.name] = {name: float(values.mean()) for name, values in everyone.items()}
+        means[task.name] = {name: float(values.nanmean()) for name, values in everyone.items()}
         if keep:
             kept[task.name] = world.collect(torch.cat(images_kept), keep)
-    return Evaluation(means, kept)
+    failures = tuple(dict.fromkeys(world.everyone(jury.messages)))
+    for message in failures if world.first else ():
+        print(f"evaluation: {message}", file=sys.stderr, flush=True)
+    return Evaluation(means, kept, failures)
 
 
 def _draw(
@@ -186,6 +199,7 @@ def build_parser() -> Any:
     add("--text-cache", type=str, default="auto", help="folder for text embeddings, auto or off, as model.text_cache")
     add("--seed", type=int, default=0, help="of the noise")
     add("--batch", type=int, default=64, help="images drawn at once")
+    add("--reward_timeout", type=float | None, default=300.0, help="seconds a reward may take for a batch; null: any")
     add("--dtype", type=Literal["auto", "float32", "bfloat16", "float16"], default="auto", help="of the weights")
     add("--grid", type=int, default=8, help="images of each file in the image grid; 0: no grid")
     add("--out", type=str | None, default=None, help="folder for results.json and grids; null: runs/evaluate-TIME")
@@ -208,6 +222,8 @@ def _settings(argv: list[str]) -> Any:
         value = getattr(found, name)
         if value is not None and not value >= least:
             raise UserError(name, f"{value} is below {least}", f"give {least} or more")
+    if found.reward_timeout is not None and not found.reward_timeout > 0:
+        raise UserError("reward_timeout", f"{found.reward_timeout:g} is not above 0", "give seconds, or null for any")
     if not found.text_cache:
         raise UserError("text-cache", "is empty", "name a folder, or give auto or off")
     if found.solver not in DETERMINISTIC and not found.eta > 0:
@@ -253,7 +269,11 @@ def main(argv: list[str]) -> int:
     results = {
         "model": settings.model,
         "lora": settings.lora,
-        "rewards": found.rewards,
+        "rewards": {
+            task: {name: value if math.isfinite(value) else None for name, value in means.items()}
+            for task, means in found.rewards.items()
+        },
+        "failures": list(found.failures),
         "prompts": {task.name: len(task.prompts) for task in tasks},
         "settings": {k: getattr(settings, k) for k in ("solver", "eta", "steps", "guidance", "resolution", "seed")},
         "seconds": round(time.monotonic() - began, 3),
@@ -304,6 +324,7 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
             batch=settings.batch,
             keep_images=settings.grid,
             progress=advance,
+            reward_timeout=settings.reward_timeout,
         )
 
 
@@ -360,7 +381,8 @@ def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) ->
         table.add_column(heading, justify="left" if heading in ("prompts", "reward") else "right")
     for task in tasks:
         for name, value in found.rewards[task.name].items():
-            table.add_row(task.name, str(len(task.prompts)), name.replace("_", " "), f"{value:.3f}")
+            shown = f"{value:.3f}" if math.isfinite(value) else "-"
+            table.add_row(task.name, str(len(task.prompts)), name.replace("_", " "), shown)
     console.print(table)
     for task in tasks:
         if task.name in found.images:

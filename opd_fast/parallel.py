@@ -94,6 +94,14 @@ class World:
         dist.all_reduce(whole)
         return whole
 
+    def everyone(self, mine: Sequence[T]) -> list[T]:
+        """All ranks' items, which pickle can hold, rank after rank; the same on every rank."""
+        if self.size == 1:
+            return list(mine)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, list(mine))
+        return [item for items in found for item in items]
+
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set on any rank."""
         if self.size == 1:
@@ -234,6 +242,10 @@ def open_world(config: Config) -> Iterator[World]:
     """
     size = launched()
     strategy = config.parallel.strategy
+    if config.reinforces and (size or 1) > 1:
+        raise UserError(
+            "train.method", f"{config.train.method} in {size} processes, which it cannot share", "start one process"
+        )
     if size is None:
         if strategy not in ("auto", "single"):
             raise UserError(

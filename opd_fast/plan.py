@@ -106,6 +106,11 @@ class Plan:
     forwards_per_step: int
     """Of a device."""
     trained_steps: int
+    asked_steps: float
+    """Trained steps that a round has a loss at, on average: fewer where steps are queried."""
+    rehearsals: int
+    """Rollouts without gradient before the one that trains."""
+    anchor_rows: int
     latent: tuple[int, int, int]
     image_tokens: int
     text_tokens: int
@@ -132,15 +137,15 @@ class Plan:
 
     @property
     def round_rows(self) -> dict[str, int]:
-        """Transformer rows of a round: student forward, student backward, teacher forward."""
-        student = self.student_rows * self.trained_steps
-        return {
-            "student forward": student,
-            "student backward": student,
-            "teacher forward": round(
-                sum(rows * self.turns[name] for name, rows in self.teacher_rows.items()) * self.trained_steps
-            ),
+        """Transformer rows of a round: student forward, student backward, teacher forward, anchor forward. Queries end
+        a rollout at the last queried step, which is not taken off the student's forwards."""
+        teachers = sum(rows * self.turns[name] for name, rows in self.teacher_rows.items())
+        rows = {
+            "student forward": self.student_rows * self.trained_steps * (1 + self.rehearsals),
+            "student backward": round(self.student_rows * self.asked_steps),
+            "teacher forward": round(teachers * self.asked_steps * (1 + self.rehearsals)),
         }
+        return rows | ({"anchor forward": round(self.anchor_rows * self.asked_steps)} if self.anchor_rows else {})
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -164,10 +169,12 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         ValueError: the model's folder is missing or damaged, or does not fit the settings.
     """
     from opd_fast.models import outline_model
-    from opd_fast.objectives import step_weights
+    from opd_fast.objectives import query_law, step_weights
     from opd_fast.prompts import TaskSchedule
     from opd_fast.solvers import solver_table
 
+    if config.reinforces:
+        raise UserError("train.method", f"{config.train.method} has no plan yet", "start the run without --dry-run")
     resolved = resolve(config)
     devices = devices or int(os.environ.get("WORLD_SIZE", "1"))
     gpu_memory = gpu_memory or _own_memory(resolved.device)
@@ -191,7 +198,10 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     adapter = sum(config.student.rank * (i + o) for i, o in layers.values())
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks(model.transformer)]
     # A teacher that is not on this machine counts as large as the student's LoRA, or as 1 % of full weights.
-    adapters = sum(_adapter_values(teacher.weights) or adapter or parameters // 100 for teacher in config.teachers)
+    o = config.objective
+    anchors = [] if o.anchor is None or o.anchor == "base" else [o.anchor]
+    frozen = [teacher.weights for teacher in config.teachers] + anchors
+    adapters = sum(_adapter_values(weights) or adapter or parameters // 100 for weights in frozen)
     row, traced = _row_cost(model, config, layers if lora else None)
     trained_steps = s.steps if s.train_last else s.steps - 1
     load = Load(
@@ -202,7 +212,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         block=max(blocks),
         outside=parameters - sum(blocks),
         itemsize=resolved.dtype.itemsize,
-        teachers=len(config.teachers),
+        teachers=len(frozen),
         adapters=adapters,
         placement=config.engine.placement,
         offload=config.parallel.offload_teachers,
@@ -216,6 +226,10 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
     strategy, shard_size, reason = _strategy(config, load, devices, ranks_per_node, gpu_memory)
     evaluations, evaluation_rows = _evaluation(config, branches)
+    asked = float(trained_steps)
+    if o.queries is not None:  # a step is drawn at all with this probability, systematic sampling's
+        law = query_law(trained_steps, o.query_law, o.query_alpha, o.query_beta)
+        asked = float((law * o.queries).clamp(max=1).sum())
     return Plan(
         resolved=resolved,
         devices=devices,
@@ -225,6 +239,9 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         turns={t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)},
         forwards_per_step=load.forwards_per_step(devices),
         trained_steps=trained_steps,
+        asked_steps=asked,
+        rehearsals=int(o.kind == "ppo" and o.reward_gradient == "return_to_go"),
+        anchor_rows=0 if o.anchor is None else samples * _branches(config.student.guidance, branches),
         latent=model.latent_shape(settings.resolution),
         image_tokens=model.image_tokens(settings.resolution),
         text_tokens=model.text_tokens,

@@ -46,9 +46,9 @@ def write_results(run_dir: Path, results: dict[str, Any]) -> None:
 
 def gain_recovered(base: float, teacher: float, student: float) -> float | None:
     """(student - base) / (teacher - base): 0 has learnt nothing, 1 equals the teacher. None where the teacher gains
-    nothing over the base."""
+    nothing over the base, NaN where one of them has no value."""
     gain = teacher - base
-    return (student - base) / gain if gain > 1e-6 else None
+    return None if gain <= 1e-6 else (student - base) / gain
 
 
 @functools.cache
@@ -107,7 +107,9 @@ def _share(recovered: dict[str, float | None], row: str) -> str:
     if not row.startswith("teacher:") or task not in recovered:
         return ""
     share = recovered[task]
-    return "no gain" if share is None or not math.isfinite(share) else f"{100 * share:.0f} %"
+    if share is not None and not math.isfinite(share):
+        return "-"
+    return "no gain" if share is None else f"{100 * share:.0f} %"
 
 
 def _finite(value: Any) -> Any:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.objectives import Surrogate, score_factors
 from opd_fast.solvers import SolverTable
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
 from opd_fast.telemetry import annotate
 from opd_fast.velocity import Conditioning, velocities
-from opd_kernels import fused_step, philox_normal
+from opd_kernels import StepOutput, fused_step, philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 
 
@@ -93,21 +94,52 @@ def one_pass(
     train_last: bool = False,
     reduction: Literal["mean", "sum"] = "mean",
     micro_batch: int | None = None,
+    surrogate: Surrogate | None = None,
+    anchor: tuple[TeacherBank, float] | None = None,
 ) -> RoundOutput:
     """Roll the student out and accumulate the gradient of the round's loss in its parameters.
 
     `weight` (N,) float64 is the loss weight of each solver step (`objectives.step_weights`). Without `train_last` the
-    last step is left out altogether: nothing needs the state it leads to.
+    last step is left out altogether: nothing needs the state it leads to. A step of weight 0 is only rolled through,
+    without teacher or gradient, and the rollout ends at the last step that has a weight.
+
+    `surrogate` replaces the gradient of the weighted gap by a policy gradient with that gap as its reward. Where this
+    looks ahead, a first rollout without gradient, on the same noise, measures the rewards. `anchor` is a bank of one
+    frozen model and the factor of its loss, of the teachers' form, which is added for every sample.
     """
     steps = table.steps if train_last else table.steps - 1
     rows = table.rows(weight, batch.keys.device)
-    losses = torch.empty(steps, len(batch), device=batch.keys.device)
+    if surrogate is not None:
+        table.require_stochastic("the ppo objective", range(steps))
+    plan = _Plan(
+        table, rows, (weight[:steps] != 0).tolist(), score_factors(table).tolist(), reduction, surrogate, anchor
+    )
+    losses = torch.zeros(steps, len(batch), device=batch.keys.device)
     states = []
     with student.at_rest():
         for part_rows, part in batch.split(micro_batch):
             last = part_rows.stop == len(batch)
-            states.append(_roll_out(model, student, teachers, part, table, rows, losses[:, part_rows], reduction, last))
+            states.append(_roll_out(model, student, teachers, part, plan, losses[:, part_rows], last=last))
     return RoundOutput(losses, torch.cat(states))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is the same for all micro-batches of a round."""
+
+    table: SolverTable
+    rows: Tensor
+    asked: list[bool]
+    """Of each trained step: whether it has a loss."""
+    score: list[float]
+    reduction: Literal["mean", "sum"]
+    surrogate: Surrogate | None
+    anchor: tuple[TeacherBank, float] | None
+
+    @property
+    def steps(self) -> int:
+        """Steps up to the last that has a loss."""
+        return max((j + 1 for j, asked in enumerate(self.asked) if asked), default=0)
 
 
 def _roll_out(
@@ -115,24 +147,37 @@ def _roll_out(
     student: Student,
     teachers: TeacherBank,
     batch: RoundBatch,
-    table: SolverTable,
-    rows: Tensor,
+    plan: _Plan,
     losses: Tensor,
-    reduction: Literal["mean", "sum"],
+    *,
     last: bool,
 ) -> Tensor:
-    """`one_pass` of one micro-batch; fills losses (steps, B) and returns the state after the last of them."""
+    """`one_pass` of one micro-batch; fills losses (steps, B) and returns the state after the last of them.
+
+    `last` says that it is the round's last micro-batch. Under `torch.no_grad` the same rollout and its losses, without
+    gradient.
+    """
+    table, rows, surrogate = plan.table, plan.rows, plan.surrogate
+    later = None
+    if surrogate is not None and surrogate.looks_ahead:
+        measured = torch.zeros_like(losses)
+        with torch.no_grad():
+            _roll_out(model, student, teachers, batch, replace(plan, surrogate=None, anchor=None), measured, last=False)
+        later = surrogate.returns(_unscaled(measured, batch.scale))
     condition = Conditioning.build(model, batch.text, batch.negative, student.guidance)
     guidance = torch.full_like(batch.scale, student.guidance)
     course = teachers.course(batch)
+    anchored = None
+    if plan.anchor is not None:
+        anchored = plan.anchor[0].course(replace(batch, tasks=((0, slice(0, len(batch))),)))
     sigmas = rows[:, -1]
     x = philox_normal(batch.keys, batch.shape, INITIAL_NOISE) if batch.x is None else batch.x
     x0 = None
-    for j in range(len(losses)):
-        with annotate("student.forward"):
+    for j in range(plan.steps):
+        with annotate("student.forward"), torch.set_grad_enabled(plan.asked[j] and torch.is_grad_enabled()):
             v_student = student.velocities(model, x, sigmas[j], condition)
         with annotate("teacher.forward"):
-            v_teacher = teachers.velocities(x, sigmas[j], course)
+            v_teacher = teachers.velocities(x, sigmas[j], course) if plan.asked[j] else v_student
         with annotate("step"):
             step = fused_step(
                 x,
@@ -141,7 +186,7 @@ def _roll_out(
                 v_teacher.cond,
                 v_teacher.uncond,
                 guidance,
-                course.guidance,
+                course.guidance if plan.asked[j] else guidance,
                 rows,
                 j,
                 batch.scale,
@@ -149,17 +194,74 @@ def _roll_out(
                 keys=batch.keys if batch.noise is None and table.stochastic else None,
                 history=x0,
                 want_x0=table.uses_history,
-                reduction=reduction,
+                reduction=plan.reduction,
             )
-        with annotate("backward"):
-            student.before_backward(last=last and j == len(losses) - 1)
-            torch.autograd.backward(
-                [v for v in (v_student.cond, v_student.uncond) if v is not None],
-                [g for g in (step.grad_cond, step.grad_uncond) if g is not None],
+        if surrogate is not None and plan.asked[j]:
+            step = _policy_gradient(surrogate, step, batch, plan, j, guidance, None if later is None else later[j])
+        if plan.anchor is not None and anchored is not None and plan.asked[j]:
+            with annotate("anchor.forward"):
+                v_anchor = plan.anchor[0].velocities(x, sigmas[j], anchored)
+            pull = fused_step(
+                x,
+                v_student.cond.detach(),
+                None if v_student.uncond is None else v_student.uncond.detach(),
+                v_anchor.cond,
+                v_anchor.uncond,
+                guidance,
+                anchored.guidance,
+                rows,
+                j,
+                batch.scale * plan.anchor[1],
+                reduction=plan.reduction,
             )
+            step = _sum(step, pull)
+        if v_student.cond.requires_grad:
+            with annotate("backward"):
+                student.before_backward(last=last and j == plan.steps - 1)
+                torch.autograd.backward(
+                    [v for v in (v_student.cond, v_student.uncond) if v is not None],
+                    [g for g in (step.grad_cond, step.grad_uncond) if g is not None],
+                )
         losses[j] = step.loss
         x, x0 = step.x_next, step.x0
     return x
+
+
+def _unscaled(losses: Tensor, scale: Tensor) -> Tensor:
+    """losses / scale; 0 for the rows of scale 0 that only keep the ranks in step."""
+    return torch.where(scale > 0, losses / scale, 0.0)
+
+
+def _policy_gradient(
+    surrogate: Surrogate,
+    step: StepOutput,
+    batch: RoundBatch,
+    plan: _Plan,
+    j: int,
+    guidance: Tensor,
+    later: Tensor | None,
+) -> StepOutput:
+    """The step with the surrogate's gradient in place of the KL's; `loss` stays scale times the KL."""
+    noise = philox_normal(batch.keys, batch.shape, j) if batch.noise is None else batch.noise[j]
+    elements = noise[0].numel() if plan.reduction == "mean" else 1
+    cond, uncond = surrogate.gradients(
+        step.grad_cond,
+        step.grad_uncond,
+        kl=_unscaled(step.loss, batch.scale),
+        later=later,
+        noise=noise,
+        score=batch.scale * (plan.score[j] / elements),
+        guidance=guidance,
+    )
+    return step._replace(grad_cond=cond, grad_uncond=uncond)
+
+
+def _sum(step: StepOutput, pull: StepOutput) -> StepOutput:
+    """The step with the loss and the gradients of another one added, `pull`'s next state being of no interest."""
+    uncond = None
+    if step.grad_uncond is not None and pull.grad_uncond is not None:
+        uncond = step.grad_uncond + pull.grad_uncond
+    return step._replace(loss=step.loss + pull.loss, grad_cond=step.grad_cond + pull.grad_cond, grad_uncond=uncond)
 
 
 @torch.no_grad()

@@ -147,8 +147,14 @@ class Student:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """The transformer with the average in place of the trained weights, which come back afterwards."""
+        with self.holding(self._ema_parameters) as transformer:
+            yield transformer
+
+    @contextlib.contextmanager
+    def holding(self, values: list[Tensor]) -> Iterator[nn.Module]:
+        """The transformer with `values` in place of the trained weights, which come back afterwards."""
         held = [p.detach().clone() for p in self.parameters()]
-        self._assign(self._ema_parameters)
+        self._assign(values)
         try:
             with self.at_rest() as transformer:
                 yield transformer

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from opd_fast.rollout import RoundBatch
 
 
+BASE = "base"
+"""The frozen base itself, in place of weights."""
+
+
 @dataclass(frozen=True)
 class Course:
     """What the teachers need of a batch at every step, made once a round."""
@@ -43,7 +47,7 @@ class Teacher:
     guidance: float
     transformer: nn.Module
     adapter: str | None
-    """Its adapter on a shared base; None where the weights are merged."""
+    """Its adapter on a shared base; None where the weights are merged; BASE: the shared base without any."""
     origin: Origin
     weight: float = 1.0
     """The factor on its task's loss, and its share of a student that starts from the teachers' mean."""
@@ -96,6 +100,12 @@ class TeacherBank:
             teachers.append(Teacher(config.name, config.guidance, transformer, adapter, origin, config.weight))
         return cls(model, teachers)
 
+    @classmethod
+    def of_base(cls, model: DiffusionModel, guidance: float) -> TeacherBank:
+        """A bank of one: the base itself, whatever adapters sit on it. It takes no memory of its own."""
+        origin = Origin(BASE, "transformer", 0, 0, 0, (), "")
+        return cls(model, [Teacher(BASE, guidance, model.transformer, BASE, origin)])
+
     def __len__(self) -> int:
         return len(self.teachers)
 
@@ -105,7 +115,8 @@ class TeacherBank:
         teacher = self.teachers[index]
         with contextlib.ExitStack() as stack:
             if teacher.adapter is not None:
-                stack.enter_context(use_adapter(teacher.transformer, teacher.adapter))
+                name = None if teacher.adapter == BASE else teacher.adapter
+                stack.enter_context(use_adapter(teacher.transformer, name))
             stack.enter_context(self._autocast)
             yield teacher.transformer
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -87,7 +88,9 @@ class Telemetry:
             self._bar.round(index, metrics)
 
     def evaluation(self, index: int, rewards: dict[str, dict[str, float]]) -> None:
-        """Record mean rewards `{task: {reward: value}}`, measured after `index` rounds."""
+        """Record mean rewards `{task: {reward: value}}`, measured after `index` rounds; those that are NaN are
+        left out."""
+        rewards = {task: {k: v for k, v in row.items() if math.isfinite(v)} for task, row in rewards.items()}
         self._write({"round": index, "time": round(self.seconds, 3), "evaluation": rewards})
         flat = {f"evaluation/{task}/{name}": value for task, means in rewards.items() for name, value in means.items()}
         self._scalars(index, flat)

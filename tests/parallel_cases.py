@@ -5,6 +5,7 @@ Every case leaves, from rank 0, OUT/NAME/gradient.safetensors of round 0 and the
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -14,15 +15,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from opd_fast.checkpoint import Checkpoints
 from opd_fast.config import Config
 from opd_fast.parallel import launched, open_world, whole
+from opd_fast.prompts import Prompt
 from opd_fast.telemetry import Silence
 from opd_fast.trainers.loop import Run
 from opd_fast.trainers.opd import OPD
 from opd_fast.trainers.setup import prepare
-from tests.runs import settings
+from tests.runs import PROMPTS, settings
 
 ROUNDS = 20
 CASES: dict[str, dict[str, Any]] = {
@@ -30,6 +33,24 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"student__kind": "full", "train__lr": 1e-4},
     # Six samples divide among no four ranks; in micro-batches; teachers on the shards.
     "lora-shared": {"engine__placement": "shared", "train__samples_per_task": 3, "train__micro_batch": 2},
+    # Rewards of later steps from a first rollout, padding rows of scale 0, and an anchor on the shards.
+    "lora-returns": {
+        "engine__placement": "shared",
+        "objective__kind": "ppo",
+        "objective__reward_gradient": "return_to_go",
+        "objective__anchor": "words",
+        "train__samples_per_task": 3,
+        "parallel__reshard": "block",
+    },
+    # The last backward is not that of the last step.
+    "full-queried": {
+        "student__kind": "full",
+        "sampler__steps": 6,
+        "objective__queries": 1,
+        "objective__anchor": "base",
+        "objective__anchor_weight": 0.5,
+        "train__micro_batch": 1,
+    },
     "full-guided": {"student__kind": "full", "student__guidance": 2.0, "parallel__reshard": "block"},
     "full-half": {"student__kind": "full", "model__dtype": "bfloat16"},
 }
@@ -53,9 +74,11 @@ def cases(size: int | None) -> list[tuple[str, str]]:
     pairs = [(name, strategy) for name in TRAINED for strategy in ("ddp", "fsdp2")]
     if size == 1:
         return pairs
-    pairs += [("lora-shared", "fsdp2"), ("full-guided", "fsdp2")]
+    pairs += [(name, "fsdp2") for name in ("lora-shared", "lora-returns", "full-queried", "full-guided")]
     return pairs + (
-        [("lora-shared", "ddp"), ("full-half", "fsdp2")] if size == 2 else [("full", "hsdp"), ("lora-shared", "hsdp")]
+        [("lora-shared", "ddp"), ("full-queried", "ddp"), ("full-half", "fsdp2")]
+        if size == 2
+        else [("lora-returns", "ddp"), ("full", "hsdp"), ("lora-shared", "hsdp")]
     )
 
 
@@ -67,6 +90,8 @@ def case_settings(folder: Path, changes: dict[str, Any]) -> Config:
         "checkpoint__every": 0,
         "train__ema": 0.5,
     }
+    if (anchor := changes.get("objective__anchor")) in PROMPTS:
+        changes = changes | {"objective__anchor": str(folder / anchor)}
     return settings(folder / "run.yaml", **(fixed | changes))
 
 
@@ -94,6 +119,28 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
             run.go(Silence())
 
 
+def gone_on_rank_1(images: Tensor, prompts: list[Prompt]) -> Tensor:
+    """A reward: 1 for a task's first image and 0 for others, where its server is not gone."""
+    if os.environ.get("RANK") == "1":
+        raise OSError("server gone")
+    return torch.tensor([float(i == 0) for i in range(len(images))])
+
+
+def judge(config: Config, directory: Path) -> None:
+    """What each rank gets to know of an evaluation whose reward fails on one."""
+    config.teachers = config.teachers[:1]
+    config.teachers[0].reward = "tests.parallel_cases:gone_on_rank_1"
+    config.evaluation.every = 1
+    with open_world(config) as world:
+        setup = prepare(config, lambda text: None, world)
+        with setup.student.base() as transformer:
+            run = Run(setup, directory, Checkpoints(directory / "checkpoints", 1, world), time.monotonic())
+            found = run._judge(transformer, 1.0)
+        directory.mkdir(parents=True, exist_ok=True)
+        said = {"rewards": found.rewards, "failures": found.failures}
+        (directory / f"{world.rank}.json").write_text(json.dumps(said))
+
+
 def main(folder: Path, out: Path) -> None:
     size = launched()
     work(folder, out, size)
@@ -108,6 +155,8 @@ def work(folder: Path, out: Path, size: int | None) -> None:
     for name, strategy in cases(size):
         config = case_settings(folder, CASES[name] | STRATEGIES[strategy])
         case(config, out / f"{name}-{strategy}", rounds=ROUNDS if name in TRAINED and strategy != "hsdp" else 0)
+    if size == 2:
+        judge(case_settings(folder, STRATEGIES["fsdp2"]), out / "judged")
     saved = out.parent / "saved"
     if size == 4:
         case(case_settings(folder, CASES["full"] | {"parallel__strategy": "fsdp2"}), saved, rounds=ROUNDS // 2)

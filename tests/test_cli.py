@@ -81,6 +81,7 @@ MISTAKES: list[tuple[list[str], str, str]] = [
     (teachers(prompts="bundled/nothing"), "teachers[0].prompts", "bundle"),
     (teachers(eval_prompts="empty.txt"), "teachers[0].eval_prompts", "one prompt on each line"),
     (teachers(reward="text"), "teachers[0].eval_prompts", "held-out"),
+    (teachers(reward="nowhere:score", eval_prompts="prompts.txt"), "teachers[0].reward", "package.module:function"),
     (teachers(reward="txet", eval_prompts="prompts.txt"), "teachers[0].reward", "did you mean text?"),
     (["--model.path", "/absent"], "model.path", "hub id"),
     (["--student.start", "/absent"], "student.start", "hub id"),

@@ -163,6 +163,18 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"teachers": [{**TEACHER, "name": "a/b"}]}, "teachers[0].name", "letters"),
     ({"teachers": [{**TEACHER, "guidance": -1.0}]}, "teachers[0].guidance", "0 or more"),
     ({"teachers": [{**TEACHER, "weight": 0.0}]}, "teachers[0].weight", "positive"),
+    ({"objective": {"kind": "ppo"}, "sampler": {"solver": "ode"}}, "objective.kind", "flow_sde"),
+    ({"objective": {"kind": "ppo"}, "sampler": {"solver": "cps", "train_last": True}}, "sampler.train_last", "false"),
+    ({"objective": {"reward_gradient": "detached"}}, "objective.reward_gradient", "ppo"),
+    ({"objective": {"clamp": 5.0}}, "objective.clamp", "ppo"),
+    ({"objective": {"kind": "ppo", "clamp": -5.0}}, "objective.clamp", "positive"),
+    ({"objective": {"anchor_weight": 0.1}}, "objective.anchor_weight", "objective.anchor"),
+    ({"objective": {"anchor": "base", "anchor_weight": 0.0}}, "objective.anchor_weight", "positive"),
+    ({"objective": {"queries": 10}}, "objective.queries", "1 to 9"),
+    ({"objective": {"queries": 0}}, "objective.queries", "1 to 9"),
+    ({"objective": {"kind": "ppo", "queries": 1}}, "objective.queries", "kl"),
+    ({"objective": {"query_law": "beta"}}, "objective.query_law", "objective.queries"),
+    ({"objective": {"queries": 1, "query_beta": 5.0}}, "objective.query_beta", "query_law beta"),
 ]
 
 
@@ -180,6 +192,8 @@ def test_impossible_values_are_refused(sections: dict[str, Any], key: str, remed
         {"sampler": {"solver": "ode", "eta": 0.0}},
         {"sampler": {"solver": "ode"}, "objective": {"kind": "kl"}},
         {"objective": {"kind": "l2"}},
+        {"objective": {"kind": "ppo", "reward_gradient": "return_to_go", "clamp": 5.0, "anchor": "base"}},
+        {"objective": {"queries": 9, "query_law": "beta", "query_alpha": 2.0, "query_weights": "law"}},
         {"sampler": {"steps": 1, "train_last": True}},
         {"student": {"guidance": 4.5}},
         {"student": {"kind": "full"}, "engine": {"placement": "shared"}},

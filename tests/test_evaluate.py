@@ -101,6 +101,36 @@ def test_mistakes(world: World) -> None:
         world.evaluate([EvalTask("t", PROMPTS, ["colr"])])
 
 
+def test_a_failing_reward_costs_its_value_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failing.py").write_text(
+        "def some(images, prompts):\n"
+        "    return [float('nan') if p.text.endswith('3') else 0.5 for p in prompts]\n"
+        "def none(images, prompts):\n"
+        "    raise RuntimeError('no weights')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = world.evaluate([EvalTask("t", PROMPTS, ["failing:none", "failing:some", "colour"])], reward_timeout=30.0)
+    means = found.rewards["t"]
+    assert means["failing:none"] != means["failing:none"]
+    assert means["failing:some"] == 0.5
+    assert means["colour"] == world.evaluate([task()]).rewards["t"]["colour"]
+    assert found.failures == (
+        "reward 'failing:none' raised RuntimeError: no weights",
+        "reward 'failing:some' returned 1 of 5 values NaN or infinite, first for 'a red circle 3'",
+    )
+    assert "evaluation: reward 'failing:none' raised" in capsys.readouterr().err
+    (tmp_path / "p.txt").write_text(PROMPTS[0].text + "\n")
+    argv = ["--model", str(world.folder), "--prompts", str(tmp_path / "p.txt"), "--rewards", "failing:none+colour"]
+    argv += ["--steps", "2", "--resolution", "32", "--grid", "0", "--out", str(tmp_path / "out")]
+    assert module.main(argv) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["rewards"]["p"]["failing:none"] is None
+    assert results["rewards"]["p"]["colour"] > 0
+    assert len(results["failures"]) == 1
+
+
 def test_command_line(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = []
     for name in ("first", "second"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -108,6 +109,15 @@ def test_a_sharded_save_goes_on_elsewhere(out: Path, where: str) -> None:
     """Ten rounds under fsdp2 on four processes, ten more under ddp on two or on one alone."""
     expected = student(out / "alone" / "full-one")
     assert relative(student(out / where / "resumed"), expected) <= 1e-4
+
+
+def test_a_reward_that_fails_on_one_rank_costs_its_values_alone(out: Path) -> None:
+    for rank in range(2):
+        found = json.loads((out / "2" / "judged" / f"{rank}.json").read_text())
+        assert (
+            found["rewards"]["words"]["tests.parallel_cases:gone_on_rank_1"] == 0.5
+        )  # of four images two are rank 0's
+        assert found["failures"] == ["reward 'tests.parallel_cases:gone_on_rank_1' raised OSError: server gone"]
 
 
 def test_every_sample_has_one_owner() -> None:

@@ -62,6 +62,23 @@ def test_rows_of_a_round(pipeline: Path) -> None:
     assert make_plan(made(pipeline, sampler={"train_last": True})).trained_steps == 10
 
 
+def test_rows_of_the_rival_objectives(pipeline: Path) -> None:
+    plan = make_plan(made(pipeline, objective={"kind": "ppo", "reward_gradient": "return_to_go", "anchor": "base"}))
+    plain = make_plan(made(pipeline))
+    assert plan.round_rows == {
+        "student forward": 2 * plain.round_rows["student forward"],
+        "student backward": plain.round_rows["student backward"],
+        "teacher forward": 2 * plain.round_rows["teacher forward"],
+        "anchor forward": plain.samples * 9,
+    }
+    assert plan.bytes == plain.bytes
+    held = make_plan(made(pipeline, objective={"anchor": "org/name"}))
+    assert held.bytes["teachers"] == 3 * plain.parameters * 4
+    queried = make_plan(made(pipeline, objective={"queries": 3, "query_law": "beta"}))
+    assert queried.round_rows["student backward"] == round(plain.samples * queried.asked_steps)
+    assert 2.5 < queried.asked_steps <= 3
+
+
 def test_solver_rows_are_the_engine_s(pipeline: Path) -> None:
     from opd_fast.objectives import step_weights
     from opd_fast.solvers import solver_table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -201,8 +202,11 @@ def test_a_teacher_that_changed_is_told_on_resume(world: Path, tmp_path: Path) -
         {"engine__placement": "shared", "student__guidance": 3.0},
         {"sampler__solver": "ode", "train__micro_batch": 3, "sampler__train_last": True},
         {"sampler__solver": "dpm2", "objective__kind": "velocity"},
+        {"objective__kind": "ppo", "objective__reward_gradient": "return_to_go", "student__guidance": 3.0},
+        {"objective__kind": "ppo", "objective__clamp": 5.0, "objective__anchor": "base", "engine__placement": "shared"},
+        {"sampler__solver": "ode", "objective__kind": "velocity", "objective__queries": 1},
     ],
-    ids=["full", "shared-guided", "ode-micro", "dpm2-velocity"],
+    ids=["full", "shared-guided", "ode-micro", "dpm2-velocity", "return-to-go", "flow-opd", "one-query"],
 )
 def test_other_ways_to_run(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     results = _start(settings(world, train__rounds=2, evaluation__every=2, **changes), tmp_path / "run")
@@ -213,6 +217,62 @@ def test_other_ways_to_run(world: Path, tmp_path: Path, changes: dict[str, Any])
         from diffusers import SD3Transformer2DModel
 
         assert SD3Transformer2DModel.from_pretrained(tmp_path / "run" / "student" / "transformer")
+
+
+def test_a_reward_that_fails_ends_no_distillation(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone.py").write_text("def score(images, prompts):\n    raise OSError('server gone')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = settings(world, train__rounds=2, evaluation__every=1)
+    config.teachers[0].reward = "gone:score"
+    _start(config, tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all(row["gone:score"] is None for row in results["rows"].values())
+    assert results["recovered"]["words"] is None
+    assert results["rows"]["student"]["colour"] > 0
+    for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert "gone:score" not in line.get("evaluation", {}).get("words", {})
+
+
+def test_anchor_holds_the_student(world: Path, tmp_path: Path) -> None:
+    """A strong anchor at a LoRA, in either placement: the same student, and not the one without anchor."""
+    students = []
+    for name, changes in {
+        "free": {},
+        "merged": {"objective__anchor": str(world.parent / "words"), "objective__anchor_weight": 10.0},
+        "shared": {
+            "objective__anchor": str(world.parent / "words"),
+            "objective__anchor_weight": 10.0,
+            "engine__placement": "shared",
+        },
+    }.items():
+        _start(settings(world, train__rounds=2, evaluation__every=0, **changes), tmp_path / name)
+        students.append(_student(tmp_path / name))
+    free, merged, shared = students
+    assert not _same(free, merged)
+    for key, value in merged.items():
+        torch.testing.assert_close(shared[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_another_anchor_is_not_resumed_with(world: Path, tmp_path: Path) -> None:
+    anchor = tmp_path / "anchor"
+    shutil.copytree(world.parent / "words", anchor)
+    changes = {"objective__anchor": str(anchor), "evaluation__every": 0}
+    _start(settings(world, train__rounds=1, **changes), tmp_path / "run")
+    shutil.rmtree(anchor)
+    shutil.copytree(world.parent / "plain", anchor)
+    with pytest.raises(ValueError, match=r"^objective\.anchor: changed since round-000001"):
+        _start(settings(world, train__rounds=2, **changes), tmp_path / "run", resume=True)
+
+
+def test_queried_steps_differ_from_round_to_round(world: Path, tmp_path: Path) -> None:
+    config = settings(world, objective__queries=1, sampler__steps=6, evaluation__every=0)
+    _start(config, tmp_path / "run")
+    asked = []
+    for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        steps = [key for key, value in line.items() if key.startswith("loss/step_") and value > 0]
+        assert len(steps) == 1
+        asked += steps
+    assert len(set(asked)) > 1
 
 
 def test_micro_batches_change_no_gradient(world: Path, whole: Path, tmp_path: Path) -> None:

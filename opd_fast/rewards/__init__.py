@@ -1,4 +1,8 @@
-"""Rewards by name. A reward takes images (B, 3, H, W) float in 0..1 and their B prompts, and returns (B,) float32."""
+"""Rewards by name. A reward takes images (B, 3, H, W) float in 0..1 and their B prompts, and returns (B,) float32.
+
+It is called once for a batch, with the images on the device of the model, and may compute and answer on any device. One
+from elsewhere is named by its dotted path, `package.module:function`; `judge.py` calls either and survives both.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ import difflib
 import importlib
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
+from opd_fast.errors import one_line
 from opd_fast.prompts import Prompt
 
 Reward = Callable[[Tensor, Sequence[Prompt]], Tensor]
@@ -24,11 +30,32 @@ REPORTED: dict[str, tuple[str, ...]] = {"composition": ("composition_strict",)}
 
 
 def get_reward(name: str) -> Reward:
-    """The reward called `name`; its module is imported here, not before."""
-    if name not in REWARDS:
-        close = difflib.get_close_matches(name, REWARDS, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown reward {name!r}: {hint}known are {', '.join(REWARDS)}")
-    module, function = REWARDS[name].split(":")
-    reward: Reward = getattr(importlib.import_module(module), function)
+    """The reward called `name`, or at the dotted path `name`; its module is imported here, not before.
+
+    Raises ValueError for an unknown name and for a path that leads to no function.
+    """
+    if name in REWARDS:
+        return _imported(REWARDS[name])
+    if ":" in name:
+        return _imported(name)
+    close = difflib.get_close_matches(name, REWARDS, 1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"unknown reward {name!r}: {hint}known are {', '.join(REWARDS)}, and package.module:function")
+
+
+def _imported(path: str) -> Reward:
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module of the user's may raise anything
+        raise ValueError(f"reward {path} cannot be imported ({type(error).__name__}: {one_line(error)})") from error
+    if not callable(found):
+        raise ValueError(f"reward {path} is a {type(found).__name__}, no function of (images, prompts)")
+    reward: Reward = found
     return reward
+
+
+def prompt_groups(prompts: Sequence[Prompt]) -> Tensor:
+    """(B,) int64: which group of equal prompts each belongs to, numbered by first appearance."""
+    seen: dict[Prompt, int] = {}
+    return torch.tensor([seen.setdefault(prompt, len(seen)) for prompt in prompts], dtype=torch.int64)

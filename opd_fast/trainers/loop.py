@@ -24,11 +24,14 @@ from opd_fast.evaluate import Evaluation, evaluate
 from opd_fast.parallel import World, whole
 from opd_fast.report import gain_recovered, image_grid, new_results, print_table, write_report, write_results
 from opd_fast.student import Student
+from opd_fast.teachers import BASE
 from opd_fast.telemetry import Silence, Telemetry, annotate, read_metrics
+from opd_fast.trainers.grpo import GRPO
+from opd_fast.trainers.nft import NFT
 from opd_fast.trainers.opd import OPD
-from opd_fast.trainers.setup import Setup, prepare
+from opd_fast.trainers.setup import ANCHOR, Setup, prepare
 
-METHODS = {"opd": OPD}
+METHODS: dict[str, Any] = {"opd": OPD, "grpo": GRPO, "nft": NFT}
 GRID_COLUMNS = 8
 
 
@@ -175,6 +178,7 @@ class Run:
             text=self.setup.text,
             batch=self.config.evaluation.batch,
             keep_images=GRID_COLUMNS,
+            reward_timeout=self.config.evaluation.reward_timeout,
             world=self.world,
         )
 
@@ -221,6 +225,7 @@ class Run:
         Nothing random is kept: noise, prompts and schedules follow from the seed and the round's number.
         """
         tensors = {**self.setup.student.state(), **optimizer_state(self.optimizer)}
+        tensors |= {f"method.{name}": tensor for name, tensor in self.method.state().items()}
         for row, images in self.images.items():
             tensors |= {f"images.{row}.{task}": pixels for task, pixels in images.items()}
         meta = {
@@ -230,35 +235,36 @@ class Run:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "scaler": self.scaler.state_dict(),
-            "teachers": self._teachers(),
+            "teachers": self._frozen(),
         }
         write = self.setup.student.exporter()
         self.checkpoints.save(
             self.rounds, tensors, meta, afterwards=lambda: replace_folder(self.run_dir / "student", write)
         )
 
-    def _teachers(self) -> dict[str, str]:
-        """What identifies the teachers, by name."""
-        return {teacher.name: teacher.origin.sha256 for teacher in self.setup.teachers.teachers}
+    def _frozen(self) -> dict[str, str]:
+        """What identifies the teachers and the anchor, by name."""
+        banks = (self.setup.teachers, self.setup.anchor)
+        frozen = [teacher for bank in banks if bank is not None for teacher in bank.teachers]
+        return {teacher.name: teacher.origin.sha256 for teacher in frozen if teacher.adapter != BASE}
 
     def load(self, folder: Path, meta: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises ValueError for one of another student or other teachers."""
-        for name, digest in self._teachers().items():
+        for name, digest in self._frozen().items():
             before = meta["teachers"].get(name)
             if before != digest:
                 raise UserError(
-                    f"teachers.{name}.weights",
+                    "objective.anchor" if name == ANCHOR else f"teachers.{name}.weights",
                     f"changed since {folder.name} was saved (sha256 {str(before)[:12]} then, {digest[:12]} now)",
                     "put the former file back, or start a new run",
                 )
-        for name, shape in self.checkpoints.shapes(folder).items():
-            if name.startswith("images."):
-                _, row, task = name.split(".", 2)
-                self.images.setdefault(row, {})[task] = torch.empty(shape)
-        targets = {**self.setup.student.state(), **optimizer_state(self.optimizer)}
-        for row, images in self.images.items():
-            targets |= {f"images.{row}.{task}": pixels for task, pixels in images.items()}
+        images, method = (self.checkpoints.blanks(folder, prefix) for prefix in ("images.", "method."))
+        for name, pixels in images.items():
+            _, row, task = name.split(".", 2)
+            self.images.setdefault(row, {})[task] = pixels
+        targets = {**self.setup.student.state(), **optimizer_state(self.optimizer), **images, **method}
         self.checkpoints.restore(folder, targets)
+        self.method.load_state({name.removeprefix("method."): tensor for name, tensor in method.items()})
         self.scaler.load_state_dict(meta["scaler"])
         self.rounds, self.rows = meta["round"], meta["rows"]
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
@@ -280,7 +286,7 @@ class Run:
             return results
         for row in ("base", "student"):
             self.rows.setdefault(row, {})  # a run without rewards has no numbers to show
-        for task in self.setup.tasks:
+        for task in self.setup.tasks if len(self.setup.teachers) else ():
             reward = task.rewards[0]
             base, teacher = self.rows["base"][reward], self.rows[f"teacher:{task.name}"][reward]
             results["recovered"][task.name] = gain_recovered(base, teacher, self.rows["student"][reward])

@@ -14,13 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd_fast.objectives import step_weights
+from opd_fast.objectives import Surrogate, query_law, step_queries, step_weights
 from opd_fast.rollout import RoundBatch, one_pass
 from opd_fast.seeds import noise_keys
 from opd_fast.trainers.setup import Setup
 
 ROLLOUT_STREAM = 1
 """Sets the rollouts' noise apart from any other noise drawn from the same seed."""
+QUERY_STREAM = 2
+"""Likewise for the choice of queried steps."""
 
 
 class OPD:
@@ -30,8 +32,12 @@ class OPD:
         self.setup = setup
         config = setup.config
         self.weight = step_weights(setup.table, config.objective.kind)
+        o = config.objective
+        self.surrogate = Surrogate(o.reward_gradient, o.kl_scale, o.clamp) if o.kind == "ppo" else None
+        self.anchor = None if setup.anchor is None else (setup.anchor, o.anchor_weight)
         per_task = config.train.samples_per_task
         trained = setup.table.steps if config.sampler.train_last else setup.table.steps - 1
+        self.law = query_law(trained, o.query_law, o.query_alpha, o.query_beta)
         expected = setup.schedule.expected
         total = sum(teacher.weight * places for teacher, places in zip(config.teachers, expected, strict=True))
         total *= trained if config.objective.steps == "mean" else 1
@@ -75,6 +81,15 @@ class OPD:
             shape=setup.shape,
         )
 
+    def weights(self, index: int) -> Tensor:
+        """The step weights of round `index`, (N,) float64: with queried steps, those drawn for it are not 0."""
+        o = self.setup.config.objective
+        if o.queries is None:
+            return self.weight
+        key = int(noise_keys(self.setup.config.train.seed, QUERY_STREAM, index, samples=1))
+        drawn = step_queries(self.law, o.queries, (key >> 11) % 2**53 / 2**53, o.query_weights)
+        return self.weight * torch.nn.functional.pad(drawn, (0, len(self.weight) - len(drawn)))
+
     def accumulate(self, index: int, scaler: torch.amp.GradScaler) -> Tensor:
         """Add the gradient of round `index`, times the scaler's factor, to the student's parameters.
 
@@ -88,14 +103,23 @@ class OPD:
             setup.teachers,
             replace(batch, scale=scaler.scale(batch.scale)),
             setup.table,
-            self.weight,
+            self.weights(index),
             train_last=config.sampler.train_last,
             reduction=config.objective.reduction,
             micro_batch=config.train.micro_batch,
+            surrogate=self.surrogate,
+            anchor=self.anchor,
         )
         setup.student.average_gradients()
         losses = output.losses / (scaler.get_scale() * setup.world.size)
         return setup.world.collect(losses, self.samples, dim=1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beyond the student: a round follows from its number."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave."""
 
     def fault(self, index: int, losses: Tensor) -> str | None:
         """Where a round's losses first cease to be finite, in words; None where all are."""

@@ -22,10 +22,13 @@ from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.start import MERGED
 from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank, check_teachers
+from opd_fast.teachers import BASE, TeacherBank, check_teachers
 from opd_fast.velocity import Conditioning
 from opd_fast.weights import check_weights
 from opd_kernels.philox import INITIAL_NOISE, philox_normal
+
+ANCHOR = "the anchor"
+"""Its name; the space keeps it apart from those that teachers may have."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Setup:
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
     world: World
+    anchor: TeacherBank | None
+    """A bank of one: what the student is held to."""
 
 
 def prepare(config: Config, say: Callable[[str], None], world: World | None = None) -> Setup:
@@ -97,7 +102,7 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
     met = [
         p[i].text
         for p, source, turns in zip(prompts, sources, schedule.turns(train.rounds), strict=True)
-        for i in source.seen(turns, train.samples_per_task)
+        for i in source.seen(turns, prompts_per_turn(config))
     ]
     met += [p.text for task in tasks for p in task.prompts]
     store = TextStore.open(config.model.text_cache, model)
@@ -108,16 +113,16 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
     read = f", read {len(text) - text.encoded} from {store.folder}" if store is not None else ""
     say(f"encoded {text.encoded} distinct prompts{read}")
 
-    teachers = TeacherBank.load(
-        model, config.teachers, config.engine.placement, offload=config.parallel.offload_teachers
-    )
+    placement, offload = config.engine.placement, config.parallel.offload_teachers
+    teachers = TeacherBank.load(model, frozen_teachers(config), placement, offload=offload)
     for teacher in teachers.teachers:
         say(f"teacher {teacher.name}: {teacher.origin}")
+    anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
     if resolved.compile:
-        compile_blocks(model, student, teachers)
+        compile_blocks(model, student, teachers, anchor)
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
-    teachers.together = world.sharded and config.engine.placement == "shared"
+    teachers.together = world.sharded and placement == "shared"
     sigma = table.sigmas[0].float().to(device)
     probe = philox_normal(noise_keys(config.train.seed, samples=1).to(device), shape, INITIAL_NOISE)
     teachers.check(probe, sigma, Conditioning.build(model, text.negative, None, 1.0))
@@ -125,8 +130,32 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
     say(f"student starts from {student.began}")
     say(f"student trains {trainable:,} parameters in {dtype}".replace("torch.", "") + f" on {device}")
     return Setup(
-        config, model, student, teachers, table, evaluation_table, shape, prompts, sources, schedule, tasks, text, world
+        config,
+        model,
+        student,
+        teachers,
+        table,
+        evaluation_table,
+        shape,
+        prompts,
+        sources,
+        schedule,
+        tasks,
+        text,
+        world,
+        anchor,
     )
+
+
+def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:
+    """The frozen model of `objective.anchor`, with the student's guidance; loaded before the student's adapters."""
+    weights, guidance = config.objective.anchor, config.student.guidance
+    if weights is None:
+        return None
+    if weights == BASE:
+        return TeacherBank.of_base(model, guidance)
+    settings = TeacherConfig(name=ANCHOR, weights=weights, prompts="", guidance=guidance)
+    return TeacherBank.load(model, [settings], config.engine.placement, offload=config.parallel.offload_teachers)
 
 
 def check_fit(config: Config, dtype: torch.dtype) -> None:
@@ -139,14 +168,29 @@ def check_fit(config: Config, dtype: torch.dtype) -> None:
     check_guidance(config, outline)
     if config.student.kind == "lora":
         lora_modules(outline.transformer, outline.targets(config.student.targets))
-    check_teachers(outline, config.teachers, config.engine.placement)
+    check_teachers(outline, frozen_teachers(config), config.engine.placement)
     if config.student.start not in (None, MERGED):
         check_weights(outline, str(config.student.start), what="student.start")
+    if config.objective.anchor not in (None, BASE):
+        check_weights(outline, str(config.objective.anchor), what="objective.anchor")
 
 
-def compile_blocks(model: DiffusionModel, student: Student, teachers: TeacherBank) -> None:
+def prompts_per_turn(config: Config) -> int:
+    """Distinct prompts among a task's samples: as many, or one for each group in reinforcement learning."""
+    return config.train.samples_per_task // (config.rl.images_per_prompt if config.reinforces else 1)
+
+
+def frozen_teachers(config: Config) -> list[TeacherConfig]:
+    """The entries of `teachers` that teach: none in reinforcement learning, where they are tasks with rewards."""
+    return [] if config.reinforces else config.teachers
+
+
+def compile_blocks(
+    model: DiffusionModel, student: Student, teachers: TeacherBank, anchor: TeacherBank | None = None
+) -> None:
     """torch.compile of each repeated block, in place: one compilation serves all blocks of a kind."""
-    transformers = {id(t): t for t in [student.transformer, *(teacher.transformer for teacher in teachers.teachers)]}
+    frozen = [*teachers.teachers, *(anchor.teachers if anchor is not None else [])]
+    transformers = {id(t): t for t in [student.transformer, *(teacher.transformer for teacher in frozen)]}
     for transformer in transformers.values():
         for block in model.blocks(transformer):
             block.compile()

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from opd_kernels import philox_normal
+from opd_kernels import LogProb, philox_normal
+from opd_kernels.logprob_triton import launch_log_prob, launch_log_prob_backward
 from opd_kernels.philox_triton import launch_normal
 from opd_kernels.step_triton import BLOCK, launch_step
+from tests.kernels import logprob_formula
 from tests.kernels.formula import (
     BOTH,
     DETERMINISTIC,
@@ -147,3 +149,79 @@ def test_words_are_the_generators() -> None:
         unsigned = key & (2**64 - 1)
         wanted = philox4x32((unsigned & 0xFFFFFFFF, unsigned >> 32), (np.arange(128), 77, 0, 0))
         np.testing.assert_array_equal(out.numpy().view(np.uint32), np.stack(wanted).astype(np.uint32))
+
+
+# --- log-probability and ratio ----------------------------------------------------------------------------------------
+
+
+def through_kernels(**o: Any) -> LogProb:
+    """`log_prob` as on CUDA: the launchers in place of the twins."""
+    step, mean_old, mean = o["step"], o["mean_old"], o.pop("return_mean")
+    reduction = o.get("reduction", "mean")
+
+    class Kernels(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, cond: torch.Tensor, uncond: torch.Tensor | None) -> Any:
+            ctx.save_for_backward(cond, uncond)
+            out = launch_log_prob(**(o | {"cond": cond, "uncond": uncond}), return_mean=mean)
+            ctx.set_materialize_grads(False)
+            return tuple(out)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+            cond, uncond = ctx.saved_tensors
+            zero = torch.zeros(len(cond))
+            logp, ratio, drift = (zero if g is None else g for g in grads[:3])
+            rest = (o["x"], o["sample"], cond, uncond, o["guidance"], o["table"], step)
+            drifting = None if mean_old is None else drift
+            return launch_log_prob_backward(logp + ratio, drifting, *rest, mean_old=mean_old, reduction=reduction)
+
+    return LogProb(*Kernels.apply(o["cond"], o["uncond"]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ULPS)
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("compared", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_log_prob(shape: tuple[int, ...], dtype: torch.dtype, guided: bool, compared: bool, reduction: Any) -> None:
+    o = logprob_formula.operands(shape, dtype, guided=guided, compared=compared)
+    wanted = logprob_formula.plain_log_prob(o, STOCHASTIC, reduction)
+    step = torch.tensor(STOCHASTIC) if guided else STOCHASTIC
+    run = through_kernels
+    logprob_formula.assert_log_prob(o, wanted, dtype, run, ULPS[dtype], step=step, reduction=reduction)
+
+
+def test_log_prob_in_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd_kernels.logprob_triton._tiles", lambda tiles: 4)
+    o = logprob_formula.operands((2, 3, 53, 37))
+    wanted = logprob_formula.plain_log_prob(o, STOCHASTIC)
+    logprob_formula.assert_log_prob(o, wanted, torch.float32, through_kernels, step=STOCHASTIC)
+
+
+def test_log_prob_strides_and_unread_operands() -> None:
+    """Halves of [cond; uncond] and a permuted state; uncond is NaN where the guidance is 1."""
+    o = logprob_formula.operands(SHAPES[2])
+    both = torch.randn(8, *SHAPES[2][1:])
+    both[4::2] = float("nan")
+    o |= {"cond": both[:4], "uncond": both[4:], "x": torch.randn(4, 29, 31, 3).permute(0, 3, 1, 2)}
+    wanted = logprob_formula.plain_log_prob(o, STOCHASTIC)
+    out = launch_log_prob(**o, step=STOCHASTIC)
+    for name in ("logp", "log_ratio", "drift"):
+        torch.testing.assert_close(getattr(out, name).double(), wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_a_log_probability_are_nan() -> None:
+    o = logprob_formula.operands(SHAPES[0])
+    for step in (DETERMINISTIC, HISTORY, BOTH, torch.tensor(4), torch.tensor(-1)):
+        assert all(t.isnan().all() for t in launch_log_prob(**o, step=step) if t is not None), step
+
+
+def test_log_prob_repeats_and_is_0_at_the_mean_that_drew() -> None:
+    o = logprob_formula.operands(SHAPES[2])
+    first, second = (launch_log_prob(**o, step=STOCHASTIC, return_mean=True) for _ in range(2))
+    assert_identical(first, second)
+    same = launch_log_prob(**(o | {"mean_old": first.mean}), step=STOCHASTIC)
+    assert same.log_ratio is not None
+    assert torch.equal(same.log_ratio, torch.zeros(4))
+    assert torch.equal(same.drift, torch.zeros(4))

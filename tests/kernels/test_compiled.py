@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from opd_kernels import philox_triton, step_triton  # noqa: E402
+from opd_kernels import logprob_triton, philox_triton, step_triton  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets and cannot compile")
 
@@ -186,3 +186,69 @@ def test_noise_kernel(cc: int, tmp_path: Path) -> None:
     assert ".local" not in compiled.asm["ptx"]
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
+
+
+# --- log-probability and ratio ----------------------------------------------------------------------------------------
+
+LOGPROB_POINTERS = {
+    "x_ptr": "fp32",
+    "sample_ptr": "fp32",
+    "cond_ptr": "v",
+    "uncond_ptr": "v",
+    "mean_old_ptr": "fp32",
+    "mean_ptr": "fp32",
+    "grad_cond_ptr": "v",
+    "grad_uncond_ptr": "v",
+}
+LOGPROB_SCALARS = (
+    *("guidance_ptr", "table_ptr", "logp_ptr", "log_ratio_ptr", "drift_ptr", "partial_ptr"),
+    *("grad_logp_ptr", "grad_drift_ptr", "share", "constant", "counted"),
+)
+
+
+@cache
+def compiled_log_prob(kernel: str, cc: int, velocity: str, absent: tuple[str, ...] = (), tiles: int = 1) -> Any:
+    function = getattr(logprob_triton, kernel)
+    types: dict[str, Any] = {}
+    for name in function.arg_names:
+        if name.endswith("_ptr"):
+            kind = LOGPROB_POINTERS.get(name, "i64" if name == "step_ptr" else "i32" if "arrived" in name else "fp32")
+            types[name] = None if name in absent else "*" + (velocity if kind == "v" else kind)
+        elif name not in ("TILES", "PASSES", "BLOCK"):
+            types[name] = "fp32" if name in LOGPROB_SCALARS else "i32"
+    constants = {"TILES": tiles, "PASSES": 1, "BLOCK": step_triton.BLOCK}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    strides = {name for name in types if name.endswith("_stride")}
+    aligned = {name for name in types if name.endswith("_ptr")} | strides | {"elements"}
+    return compile_kernel(function, types, aligned, constants, cc)
+
+
+NO_COMPARISON = ("mean_old_ptr", "log_ratio_ptr", "drift_ptr")
+LOGPROB_CASES = [
+    *(("log_prob_kernel", cc, "bf16", (), 1) for cc in ARCHITECTURES),
+    ("log_prob_kernel", 90, "fp32", ("uncond_ptr", "mean_ptr"), 4),
+    ("log_prob_kernel", 90, "fp16", NO_COMPARISON, 1),
+    *(("log_prob_backward_kernel", cc, "bf16", (), 1) for cc in ARCHITECTURES),
+    ("log_prob_backward_kernel", 90, "fp32", ("uncond_ptr", "grad_uncond_ptr", "mean_old_ptr", "grad_drift_ptr"), 1),
+]
+
+
+@pytest.mark.parametrize(("kernel", "cc", "velocity", "absent", "tiles"), LOGPROB_CASES)
+def test_log_prob_moves_each_tensor_once_in_16_bytes(
+    kernel: str, cc: int, velocity: str, absent: tuple[str, ...], tiles: int, tmp_path: Path
+) -> None:
+    compiled = compiled_log_prob(kernel, cc, velocity, absent, tiles)
+    per_thread = tiles * step_triton.BLOCK // (32 * step_triton.WARPS)
+    wanted = [0, 0]  # bytes a thread
+    for name, kind in LOGPROB_POINTERS.items():
+        if name in getattr(logprob_triton, kernel).arg_names and name not in absent:
+            written = name == "mean_ptr" or name.startswith("grad_")
+            wanted[written] += BYTES[velocity if kind == "v" else kind] * per_thread
+    for found, total in zip(accesses(compiled.asm["ptx"]), wanted, strict=True):
+        assert found[16] * 16 == total
+        rest = {width: count for width, count in found.items() if width != 16}
+        assert rest.keys() <= {4, 8}
+        assert sum(rest.values()) <= 14
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] <= 96

@@ -1,0 +1,242 @@
+"""Log-probability of a drawn step and its ratio to the policy that drew it, in one pass over the tensors.
+
+Formulas and the CPU path: `logprob_ref.py`. The CUDA kernels: `logprob_triton.py`. Here: the operators as PyTorch sees
+them (custom op, fake, autograd) and the checks of their arguments. On CUDA nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .logprob_ref import LogProb, log_prob_backward_reference, log_prob_reference
+from .step import _VELOCITY_DTYPES, _check
+from .step_ref import ROW, Reduction
+
+__all__ = ["LogProb", "log_prob"]
+
+
+def _log_prob(
+    x: Tensor,
+    sample: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor,
+    table: Tensor,
+    step: int,
+    step_tensor: Tensor | None,
+    mean_old: Tensor | None,
+    return_mean: bool,
+    sum_elements: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LogProb as four tensors; an absent output is an empty one (an operator cannot return None)."""
+    run = log_prob_reference
+    if x.is_cuda:
+        from .logprob_triton import launch_log_prob as run
+    out = run(
+        x,
+        sample,
+        cond,
+        uncond,
+        guidance,
+        table,
+        step if step_tensor is None else step_tensor,
+        mean_old=mean_old,
+        return_mean=return_mean,
+        reduction="sum" if sum_elements else "mean",
+    )
+    present = [x.new_empty(0) if t is None else t for t in out]
+    return tuple(present)  # type: ignore[return-value]
+
+
+def _fake(
+    x: Tensor,
+    sample: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor,
+    table: Tensor,
+    step: int,
+    step_tensor: Tensor | None,
+    mean_old: Tensor | None,
+    return_mean: bool,
+    sum_elements: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    compared = x.shape[:1] if mean_old is not None else (0,)
+    return (
+        x.new_empty(x.shape[:1]),
+        x.new_empty(compared),
+        x.new_empty(compared),
+        x.new_empty(x.shape if return_mean else (0,)),
+    )
+
+
+def _log_prob_backward(
+    grad_logp: Tensor,
+    grad_drift: Tensor | None,
+    x: Tensor,
+    sample: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor,
+    table: Tensor,
+    step: int,
+    step_tensor: Tensor | None,
+    mean_old: Tensor | None,
+    sum_elements: bool,
+) -> tuple[Tensor, Tensor]:
+    run = log_prob_backward_reference
+    if x.is_cuda:
+        from .logprob_triton import launch_log_prob_backward as run
+    grad_cond, grad_uncond = run(
+        grad_logp,
+        grad_drift,
+        x,
+        sample,
+        cond,
+        uncond,
+        guidance,
+        table,
+        step if step_tensor is None else step_tensor,
+        mean_old=mean_old,
+        reduction="sum" if sum_elements else "mean",
+    )
+    return grad_cond, x.new_empty(0) if grad_uncond is None else grad_uncond
+
+
+def _fake_backward(
+    grad_logp: Tensor,
+    grad_drift: Tensor | None,
+    x: Tensor,
+    sample: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor,
+    table: Tensor,
+    step: int,
+    step_tensor: Tensor | None,
+    mean_old: Tensor | None,
+    sum_elements: bool,
+) -> tuple[Tensor, Tensor]:
+    return cond.new_empty(x.shape), x.new_empty(0) if uncond is None else uncond.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, sample, cond, uncond, guidance, table, ctx.step, step_tensor, mean_old, _, ctx.sum_elements = inputs
+    ctx.save_for_backward(x, sample, cond, uncond, guidance, table, step_tensor, mean_old)
+    ctx.mark_non_differentiable(*(output[1:] if mean_old is None else output[3:]))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, grad_logp: Tensor | None, grad_log_ratio: Tensor | None, grad_drift: Tensor | None, _mean: Any
+) -> tuple[Tensor | None, ...]:
+    x, sample, cond, uncond, guidance, table, step_tensor, mean_old = ctx.saved_tensors
+    none: list[Tensor | None] = [None] * 11
+    if grad_logp is None and grad_log_ratio is None and grad_drift is None:
+        return tuple(none)
+    upstream = x.new_zeros(x.shape[:1])
+    for grad in (grad_logp, grad_log_ratio):  # the two have the same gradient
+        upstream = upstream if grad is None else upstream + grad
+    grad_cond, grad_uncond = _BACKWARD(
+        upstream,
+        grad_drift,
+        x,
+        sample,
+        cond,
+        uncond,
+        guidance,
+        table,
+        ctx.step,
+        step_tensor,
+        mean_old,
+        ctx.sum_elements,
+    )
+    none[2] = grad_cond
+    none[3] = None if uncond is None else grad_uncond
+    return tuple(none)
+
+
+def _define(name: str, run: Any, fake: Any) -> Any:
+    torch.library.define(name, torch.library.infer_schema(run, mutates_args=()))
+    torch.library.impl(name, ("cpu", "cuda"), run)
+    torch.library.register_fake(name, fake)
+
+
+_define("opd_kernels::log_prob_backward", _log_prob_backward, _fake_backward)
+_define("opd_kernels::log_prob", _log_prob, _fake)
+torch.library.register_autograd("opd_kernels::log_prob", _backward, setup_context=_setup_context)
+_OP = torch.ops.opd_kernels.log_prob.default
+_BACKWARD = torch.ops.opd_kernels.log_prob_backward.default
+
+
+def log_prob(
+    x: Tensor,
+    sample: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    *,
+    mean_old: Tensor | None = None,
+    return_mean: bool = False,
+    reduction: Reduction = "mean",
+) -> LogProb:
+    """Log-probability of `sample`, drawn from the state `x` at row `step`, under the velocities given.
+
+    Args:
+        x: (B, C, H, W) float32, the state at row `step`.
+        sample: (B, C, H, W) float32, the next state as it was drawn; no gradient goes to it.
+        cond, uncond: (B, C, H, W) float32, bfloat16 or float16, the velocities with and without the prompt; uncond may
+            be None. Rows whose guidance is 1 never read it. Any batch stride is read in place.
+        guidance: (B,) float32; v = u + g*(c - u).
+        table: (N, 6) float32, columns `ROW`.
+        step: row of the table, an int or a 0-dim int64 tensor on x's device. Its std must be above 0 and its h 0: NaN
+            on CUDA, ValueError on the CPU. A row outside the table: NaN on CUDA, IndexError on the CPU.
+        mean_old: (B, C, H, W) float32, the mean it was drawn around (`return_mean` of the policy that drew), for
+            log_ratio and drift.
+        reduction: "mean" or "sum" over the elements of a sample, of all three outputs alike.
+
+    Returns:
+        LogProb. logp, log_ratio and drift carry autograd to cond and uncond.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range.
+
+    Source: Flow-GRPO (arXiv 2505.05470) for the mean over elements; GRPO-Guard (arXiv 2510.22319) for the drift.
+    """
+    if x.dim() < 2 or x.dtype != torch.float32:
+        raise ValueError(f"x must be (B, C, H, W) float32, got {tuple(x.shape)} {x.dtype}; the state stays in float32")
+    if not 0 < math.prod(x.shape[1:]) <= 2**30:
+        raise ValueError(f"x must have between 1 and 2^30 elements a sample, got shape {tuple(x.shape)}")
+    _check("sample", sample, x, x.shape, (torch.float32,))
+    _check("cond", cond, x, x.shape, _VELOCITY_DTYPES)
+    if uncond is not None:
+        _check("uncond", uncond, x, x.shape, _VELOCITY_DTYPES)
+    _check("guidance", guidance, x, x.shape[:1], (torch.float32,))
+    if mean_old is not None:
+        _check("mean_old", mean_old, x, x.shape, (torch.float32,))
+    if table.dim() != 2 or table.shape[1] != len(ROW):
+        raise ValueError(f"table must be (N, {len(ROW)}) with columns {ROW}, got {tuple(table.shape)}; use .rows()")
+    _check("table", table, x, table.shape, (torch.float32,))
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+    if isinstance(step, Tensor):
+        if step.dim() != 0 or step.dtype != torch.int64 or step.device != x.device:
+            raise ValueError(
+                f"step must be an int or a 0-dim int64 tensor on {x.device}, got {step.dtype} {step.device}"
+            )
+        index, tensor = 0, step
+    else:
+        if not 0 <= step < table.shape[0]:
+            raise ValueError(f"step must lie in [0, {table.shape[0]}), the rows of table, got {step}")
+        index, tensor = step, None
+    logp, log_ratio, drift, mean = _OP(
+        x, sample, cond, uncond, guidance, table, index, tensor, mean_old, return_mean, reduction == "sum"
+    )
+    compared = mean_old is not None
+    return LogProb(logp, log_ratio if compared else None, drift if compared else None, mean if return_mean else None)

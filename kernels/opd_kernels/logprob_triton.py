@@ -1,0 +1,313 @@
+"""Log-probability and ratio of a drawn step on CUDA: the kernels of the formulas in `logprob_ref.py`.
+
+Shapes: x, sample, velocities, mean_old (B, D) with D = C*H*W contiguous and any stride between samples; outputs (B, D)
+contiguous, or (B,). Each tensor is read or written once a launch. Everything is float32 inside.
+
+Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements. As in `step_triton.py` every program leaves
+its partial sums, and the sample's last to arrive adds them up in a fixed order. The backward is elementwise.
+"""
+
+# Kernel arguments have no Python types; Triton takes them from the call.
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .logprob_ref import HALF_LOG_2PI, LogProb
+from .step_ref import Reduction
+from .step_triton import BLOCK, WARPS, _arrivals, _batched, _tiles
+
+__all__ = ["launch_log_prob", "launch_log_prob_backward"]
+
+
+@triton.jit
+def drawn_row(table_ptr, step_ptr, step, rows):
+    """(a, b, std) of the row; NaN for one outside the table or without noise, which must not look like a result."""
+    if step_ptr is not None:
+        step = tl.load(step_ptr)
+    step = tl.cast(step, tl.int64)
+    inside = (step >= 0) & (step < rows)
+    nan = float("nan")
+    row = table_ptr + step * 6
+    a = tl.load(row, mask=inside, other=nan)
+    b = tl.load(row + 1, mask=inside, other=nan)
+    h = tl.load(row + 2, mask=inside, other=nan)
+    std = tl.load(row + 3, mask=inside, other=nan)
+    return a, b, tl.where((std > 0) & (h == 0), std, nan)
+
+
+@triton.jit
+def mean_block(x_ptr, cond_ptr, uncond_ptr, a, b, g, offs, elements):
+    """(a*x + b*v) at `offs` of a sample whose pointers these are; where g = 1 `uncond` is not read."""
+    mask = offs < elements
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    v = tl.load(cond_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if uncond_ptr is not None:
+        end = tl.where(g != 1.0, elements, 0)
+        u = tl.load(uncond_ptr + offs, mask=offs < end, other=0.0).to(tl.float32)
+        v = u + g * (v - u)
+    return a * x + b * v
+
+
+@triton.jit
+def whole(partial_ptr, blocks, PASSES: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of a sample's partial sums, in a fixed order."""
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(PASSES):
+        at = i * BLOCK + tl.arange(0, BLOCK)
+        sums += tl.load(partial_ptr + at, mask=at < blocks, other=0.0, cache_modifier=".cg")
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["step"])
+def log_prob_kernel(
+    x_ptr,
+    sample_ptr,
+    cond_ptr,
+    uncond_ptr,  # or None
+    mean_old_ptr,  # or None
+    guidance_ptr,  # (B,)
+    table_ptr,  # (rows, 6): a, b, h, std, weight, sigma
+    step_ptr,  # 0-dim int64, or None: then `step`
+    logp_ptr,  # (B,)
+    log_ratio_ptr,  # (B,), or None
+    drift_ptr,  # (B,), or None
+    mean_ptr,  # or None
+    partial_ptr,  # (3, B, blocks)
+    arrived_ptr,  # (B,) int32, zero before and after
+    x_stride,
+    sample_stride,
+    cond_stride,
+    uncond_stride,
+    mean_old_stride,
+    elements,  # D
+    blocks,
+    rows,
+    step,
+    share,  # 1/D or 1
+    constant,  # (1 or D) * ln(2 pi) / 2
+    counted,  # 1 or D
+    TILES: tl.constexpr,  # tiles a program
+    PASSES: tl.constexpr,  # of BLOCK partial sums
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    index = pid // blocks
+    block = pid % blocks
+    base = index.to(tl.int64)
+    a, b, std = drawn_row(table_ptr, step_ptr, step, rows)
+    g = tl.load(guidance_ptr + index)
+    x_ptr += base * x_stride
+    sample_ptr += base * sample_stride
+    cond_ptr += base * cond_stride
+    if uncond_ptr is not None:
+        uncond_ptr += base * uncond_stride
+    if mean_old_ptr is not None:
+        mean_old_ptr += base * mean_old_stride
+
+    squares = tl.zeros((BLOCK,), tl.float32)
+    ratios = tl.zeros((BLOCK,), tl.float32)
+    drifts = tl.zeros((BLOCK,), tl.float32)
+    for tile in tl.static_range(TILES):
+        offs = (block * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        mask = offs < elements
+        mean = mean_block(x_ptr, cond_ptr, uncond_ptr, a, b, g, offs, elements)
+        sample = tl.load(sample_ptr + offs, mask=mask, other=0.0)
+        away = tl.where(mask, sample - mean, 0.0)
+        squares += away * away
+        if mean_old_ptr is not None:
+            old = tl.load(mean_old_ptr + offs, mask=mask, other=0.0)
+            moved = tl.where(mask, mean - old, 0.0)
+            ratios += moved * (away + (sample - old))
+            drifts += moved * moved
+        if mean_ptr is not None:
+            tl.store(mean_ptr + base * elements + offs, mean, mask=mask)
+
+    factor = share / (2.0 * std * std)
+    offset = counted * tl.log(std) + constant
+    square = tl.sum(squares, axis=0)
+    ratio = tl.sum(ratios, axis=0)
+    drift = tl.sum(drifts, axis=0)
+    if blocks > 1:
+        plane = tl.num_programs(0)
+        tl.store(partial_ptr + pid, square)
+        if mean_old_ptr is not None:
+            tl.store(partial_ptr + plane + pid, ratio)
+            tl.store(partial_ptr + 2 * plane + pid, drift)
+        tl.debug_barrier()
+        earlier = tl.atomic_add(arrived_ptr + index, 1, sem="acq_rel", scope="gpu")
+        if earlier == blocks - 1:
+            tl.store(arrived_ptr + index, 0)
+            first_ptr = partial_ptr + index * blocks
+            tl.store(logp_ptr + index, -factor * whole(first_ptr, blocks, PASSES, BLOCK) - offset)
+            if mean_old_ptr is not None:
+                tl.store(log_ratio_ptr + index, factor * whole(first_ptr + plane, blocks, PASSES, BLOCK))
+                tl.store(drift_ptr + index, factor * whole(first_ptr + 2 * plane, blocks, PASSES, BLOCK))
+    else:
+        tl.store(logp_ptr + index, -factor * square - offset)
+        if mean_old_ptr is not None:
+            tl.store(log_ratio_ptr + index, factor * ratio)
+            tl.store(drift_ptr + index, factor * drift)
+
+
+@triton.jit(do_not_specialize=["step"])
+def log_prob_backward_kernel(
+    x_ptr,
+    sample_ptr,
+    cond_ptr,
+    uncond_ptr,  # or None
+    mean_old_ptr,  # or None
+    grad_logp_ptr,  # (B,)
+    grad_drift_ptr,  # (B,), or None without mean_old
+    guidance_ptr,  # (B,)
+    table_ptr,  # (rows, 6)
+    step_ptr,  # 0-dim int64, or None: then `step`
+    grad_cond_ptr,
+    grad_uncond_ptr,  # or None
+    x_stride,
+    sample_stride,
+    cond_stride,
+    uncond_stride,
+    mean_old_stride,
+    elements,  # D
+    blocks,
+    rows,
+    step,
+    share,  # 1/D or 1
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    index = pid // blocks
+    base = index.to(tl.int64)
+    a, b, std = drawn_row(table_ptr, step_ptr, step, rows)
+    g = tl.load(guidance_ptr + index)
+    offs = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < elements
+    cond_ptr += base * cond_stride
+    if uncond_ptr is not None:
+        uncond_ptr += base * uncond_stride
+    mean = mean_block(x_ptr + base * x_stride, cond_ptr, uncond_ptr, a, b, g, offs, elements)
+    sample = tl.load(sample_ptr + base * sample_stride + offs, mask=mask, other=0.0)
+    slope = tl.load(grad_logp_ptr + index) * (sample - mean)
+    if mean_old_ptr is not None:
+        old = tl.load(mean_old_ptr + base * mean_old_stride + offs, mask=mask, other=0.0)
+        slope += tl.load(grad_drift_ptr + index) * (mean - old)
+    slope *= share * b / (std * std)
+    if grad_uncond_ptr is None:
+        tl.store(grad_cond_ptr + base * elements + offs, slope, mask=mask)
+    else:
+        tl.store(grad_cond_ptr + base * elements + offs, slope * g, mask=mask)
+        tl.store(grad_uncond_ptr + base * elements + offs, slope * (1.0 - g), mask=mask)
+
+
+def _operands(*states: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+    pairs = [(None, 0) if t is None else _batched(t) for t in states]
+    return [t for t, _ in pairs], [stride for _, stride in pairs]
+
+
+def launch_log_prob(
+    x: Tensor,
+    sample: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    *,
+    mean_old: Tensor | None = None,
+    return_mean: bool = False,
+    reduction: Reduction = "mean",
+) -> LogProb:
+    """Launch the forward; arguments as in `log_prob`, already checked. One launch, no host sync."""
+    batch = x.shape[0]
+
+    def scalars(wanted: bool = True) -> Tensor | None:
+        return torch.empty(batch, dtype=torch.float32, device=x.device) if wanted else None
+
+    compared = mean_old is not None
+    logp, log_ratio, drift = torch.empty(batch, device=x.device), scalars(compared), scalars(compared)
+    mean = torch.empty(x.shape, dtype=torch.float32, device=x.device) if return_mean else None
+    if batch == 0:
+        return LogProb(logp, log_ratio, drift, mean)
+    elements = x[0].numel()
+    tiles = _tiles(batch * triton.cdiv(elements, BLOCK))
+    blocks = triton.cdiv(elements, BLOCK * tiles)
+    partial = torch.empty((3, batch, blocks), dtype=torch.float32, device=x.device) if blocks > 1 else None
+    tensors, strides = _operands(x, sample, cond, uncond, mean_old)
+    on_device = isinstance(step, Tensor)
+    counted = 1 if reduction == "mean" else elements
+    with torch.cuda.device_of(logp):  # Triton launches on the current device, which may be another one
+        log_prob_kernel[(batch * blocks,)](
+            *tensors,
+            guidance.contiguous(),
+            table.contiguous(),
+            step if on_device else None,
+            logp,
+            log_ratio,
+            drift,
+            mean,
+            partial,
+            _arrivals.take(x.device, batch) if blocks > 1 else None,
+            *strides,
+            elements,
+            blocks,
+            table.shape[0],
+            0 if on_device else step,
+            1.0 / elements if reduction == "mean" else 1.0,
+            counted * HALF_LOG_2PI,
+            float(counted),
+            TILES=tiles,
+            PASSES=triton.cdiv(blocks, BLOCK),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+    return LogProb(logp, log_ratio, drift, mean)
+
+
+def launch_log_prob_backward(
+    grad_logp: Tensor,
+    grad_drift: Tensor | None,
+    x: Tensor,
+    sample: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    *,
+    mean_old: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the backward; arguments as in the twin. One launch, no host sync."""
+    grad_cond = torch.empty(x.shape, dtype=cond.dtype, device=x.device)
+    grad_uncond = None if uncond is None else torch.empty(x.shape, dtype=uncond.dtype, device=x.device)
+    batch = x.shape[0]
+    if batch == 0:
+        return grad_cond, grad_uncond
+    elements = x[0].numel()
+    blocks = triton.cdiv(elements, BLOCK)
+    tensors, strides = _operands(x, sample, cond, uncond, mean_old if grad_drift is not None else None)
+    on_device = isinstance(step, Tensor)
+    with torch.cuda.device_of(grad_cond):
+        log_prob_backward_kernel[(batch * blocks,)](
+            *tensors,
+            grad_logp.contiguous(),
+            None if tensors[4] is None or grad_drift is None else grad_drift.contiguous(),
+            guidance.contiguous(),
+            table.contiguous(),
+            step if on_device else None,
+            grad_cond,
+            grad_uncond,
+            *strides,
+            elements,
+            blocks,
+            table.shape[0],
+            0 if on_device else step,
+            1.0 / elements if reduction == "mean" else 1.0,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+    return grad_cond, grad_uncond

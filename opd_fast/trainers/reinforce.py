@@ -1,0 +1,189 @@
+"""What GRPO and DiffusionNFT share: images in groups of one prompt, their rewards, and parts of them for each update.
+
+A rollout draws `train.samples_per_task` images for each task in its turn, `rl.images_per_prompt` of every prompt. The
+task's reward judges them, and an advantage is a reward's distance from its group's mean, over a standard deviation of
+the task's own: tasks have rewards of different sizes. The rollout serves `rl.updates` rounds, a random part of it each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from opd_fast.errors import UserError
+from opd_fast.models.base import TextEmbeds
+from opd_fast.prompts import Prompt
+from opd_fast.rewards import prompt_groups
+from opd_fast.rewards.judge import Jury, RewardFailure
+from opd_fast.seeds import noise_keys
+from opd_fast.teachers import Course, TeacherBank
+from opd_fast.trainers.advantages import advantages
+from opd_fast.trainers.setup import Setup, prompts_per_turn
+from opd_fast.velocity import Conditioning, Velocities
+
+ROLLOUT_STREAM, ORDER_STREAM = 1, 3
+"""Set apart what is drawn from one seed."""
+
+
+class Reinforcement(ABC):
+    """A method of the training loop that learns from rewards: it draws images and learns from a part of them."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        config = setup.config
+        self.rl = config.rl
+        self.images = config.train.samples_per_task * setup.schedule.per_round
+        self.samples = self.images / self.rl.updates
+        """Images that a round learns from."""
+        self.kl = self.rl.kl if self.rl.kl is not None else self.published_kl
+        self.jury = Jury("raise", config.evaluation.reward_timeout)
+        self._base = TeacherBank.of_base(setup.model, config.student.guidance)
+        self._drawn: dict[str, Tensor] = {}
+        """The rollout in hand: every tensor's first dimension is its images."""
+        self._counts: dict[str, Tensor] = {}
+        """What the last round has for its metrics beside the loss, each 0-dim."""
+
+    published_kl: float
+
+    @abstractmethod
+    def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The final latents (B, C, H, W) of rollout `epoch`, and what learning needs of it."""
+
+    @abstractmethod
+    def learn(
+        self, epoch: int, rows: Tensor, shares: Tensor, scaler: torch.amp.GradScaler
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradient of the loss of `rows` (n,), weighed by `shares` (n,), sum 1.
+
+        Returns the weighed losses (steps, B) float32, 0 for images that are not in `rows`, and counts for the metrics.
+        """
+
+    @abstractmethod
+    def trained_steps(self, epoch: int) -> range:
+        """The solver steps at which rollout `epoch` is learnt from, as `learn` orders them."""
+
+    @abstractmethod
+    def chosen(self, drawn: dict[str, Tensor]) -> Tensor:
+        """(B,) bool: images worth learning from."""
+
+    # --- the loop's side ---------------------------------------------------------------------------------------------
+
+    def accumulate(self, index: int, scaler: torch.amp.GradScaler) -> Tensor:
+        """Add the gradient of round `index`, times the scaler's factor, to the student's parameters.
+
+        Returns the loss of every image of the rollout at every trained step (steps, images), unscaled, 0 for images
+        that the round does not learn from.
+        """
+        epoch, part = divmod(index, self.rl.updates)
+        if part == 0:
+            self._drawn = self._draw(epoch)
+        drawn = self._drawn
+        order = torch.randperm(self.images, generator=generator(self.setup.config.train.seed, ORDER_STREAM, epoch))
+        order = order.to(drawn["advantage"].device)
+        rows = order[self.chosen(drawn)[order]][part :: self.rl.updates]
+        weights = torch.tensor([teacher.weight for teacher in self.setup.config.teachers], device=rows.device)
+        shares = weights[drawn["task"][rows]]
+        losses, self._counts = torch.zeros(1, self.images, device=rows.device), {}
+        if len(rows):
+            losses, self._counts = self.learn(epoch, rows, shares / shares.sum(), scaler)
+        for parameter in self.setup.student.parameters():
+            if parameter.grad is None:  # nothing to learn from: a step of zero, which a gradient scaler can judge
+                parameter.grad = torch.zeros_like(parameter)
+        self._counts["images"] = torch.tensor(len(rows))
+        for task in drawn["task"].unique().tolist():
+            name = self.setup.config.teachers[task].name
+            self._counts[f"reward/{name}"] = drawn["reward"][drawn["task"] == task].mean()
+        if part == self.rl.updates - 1:
+            self._drawn = {}
+        return losses
+
+    def fault(self, index: int, losses: Tensor) -> str | None:
+        """Where a round's losses first cease to be finite, in words; None where all are."""
+        bad = torch.nonzero(~torch.isfinite(losses))
+        if not len(bad):
+            return None
+        row, image = bad[0].tolist()
+        epoch = index // self.rl.updates
+        owners = [task for task, prompts in self.tasks(epoch) for _ in prompts]
+        name = self.setup.config.teachers[owners[image]].name
+        return f"the loss of task {name!r} is not finite at step {self.trained_steps(epoch)[row]}"
+
+    def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
+        """The loss of the round just accumulated, its rewards, and what the method counts."""
+        return {"loss": float(losses.sum())} | {name: float(value) for name, value in self._counts.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The rollout in hand, where a checkpoint falls between two of its updates."""
+        return {f"drawn.{name}": tensor for name, tensor in self._drawn.items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave."""
+        prefix = "drawn."
+        device = self.setup.model.device
+        self._drawn = {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
+
+    # --- the methods' side -------------------------------------------------------------------------------------------
+
+    def tasks(self, epoch: int) -> list[tuple[int, list[Prompt]]]:
+        """(task, the prompts of its images) of rollout `epoch`, the images of a prompt beside each other."""
+        setup, found = self.setup, []
+        for task, turns in setup.schedule.round(epoch):
+            indices = [i for turn in turns for i in setup.sources[task].batch(turn, prompts_per_turn(setup.config))]
+            prompts = [setup.prompts[task][i] for i in indices for _ in range(self.rl.images_per_prompt)]
+            found.append((task, prompts))
+        return found
+
+    def keys(self, epoch: int, stream: int = ROLLOUT_STREAM) -> Tensor:
+        """(B,) int64 noise keys of the rollout's images."""
+        seed = self.setup.config.train.seed
+        parts = [noise_keys(seed, stream, epoch, task, samples=len(p)) for task, p in self.tasks(epoch)]
+        return torch.cat(parts).to(self.setup.model.device)
+
+    def text(self, epoch: int, rows: Tensor) -> TextEmbeds:
+        """The prompts of some images, embedded."""
+        prompts = [prompt.text for _, prompts in self.tasks(epoch) for prompt in prompts]
+        return self.setup.text.rows([prompts[i] for i in rows.tolist()])
+
+    def condition(self, epoch: int, rows: Tensor) -> Conditioning:
+        """What the transformer is told of some images, under the student's guidance."""
+        setup = self.setup
+        return Conditioning.build(setup.model, self.text(epoch, rows), setup.text.negative, setup.student.guidance)
+
+    def base_velocities(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
+        """The base's, without gradient."""
+        guidance = torch.full((len(x),), self.setup.student.guidance, device=x.device)
+        course = Course(((0, slice(0, len(x)), condition),), guidance, condition.guided)
+        return self._base.velocities(x, sigma, course)
+
+    def micro_batches(self, rows: Tensor) -> Iterator[Tensor]:
+        yield from rows.split(self.setup.config.train.micro_batch or max(1, len(rows)))
+
+    def _draw(self, epoch: int) -> dict[str, Tensor]:
+        with torch.no_grad():
+            latents, needed = self.roll_out(epoch)
+            images = self.setup.model.decode(latents)
+        rewards, worth, owners, first = [], [], [], 0
+        for task, prompts in self.tasks(epoch):
+            reward = self.setup.config.teachers[task].reward
+            assert reward is not None
+            try:
+                mine = self.jury(reward, images[first : first + len(prompts)], prompts)
+            except RewardFailure as failure:
+                key = f"teachers.{self.setup.config.teachers[task].name}.reward"
+                raise UserError(key, str(failure), "mend it, then go on with --resume") from failure
+            rewards.append(mine)
+            groups = prompt_groups(prompts)
+            worth.append(advantages(mine, groups, std=self.rl.std, clip=self.rl.advantage_clip))
+            owners.append(torch.full((len(prompts),), task))
+            first += len(prompts)
+        device = latents.device
+        found = {"reward": torch.cat(rewards), "advantage": torch.cat(worth), "task": torch.cat(owners)}
+        return {name: tensor.to(device) for name, tensor in found.items()} | needed
+
+
+def generator(*path: int) -> torch.Generator:
+    """A generator that follows from a path such as seed, stream, rollout."""
+    return torch.Generator().manual_seed(int(noise_keys(*path, samples=1)) % 2**63)
