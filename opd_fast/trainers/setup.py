@@ -86,8 +86,9 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
         max_sequence_length=config.model.max_sequence_length,
         text_device="cpu" if config.model.text_device == "cpu" else None,
     )
-    model.device = device
-    model.vae.to(device)
+    if world.sharded:
+        model.device = device
+        model.vae.to(device)
     if config.evaluation.vae_tiling:
         model.vae.enable_tiling()
     resolution = config.model.resolution
