@@ -45,14 +45,19 @@ def _overflowing(folder: Path) -> None:
 
 def _refused(arguments: list[str], folder: Path) -> str:
     """The one line on stderr of a run that must fail."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "opd_fast.train", *arguments]
     # One thread: others that wait for it would count as processor time.
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120, check=False, env=alone)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Processor time, not the clock: other tests may run beside this one.
-    assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) < SECONDS
+    for attempt in (1, 2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120, check=False, env=alone)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Processor time, not the clock: other tests may run beside this one. They also share its caches and its memory's
+        # bandwidth, which can only add to it, so that a second measurement may stand for the first.
+        seconds = (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime)
+        if seconds < SECONDS:
+            break
+        assert attempt == 1, f"{seconds:.1f} s"
     assert done.returncode not in (0, None), done.stdout
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
