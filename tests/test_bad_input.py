@@ -52,8 +52,8 @@ def _refused(arguments: list[str], folder: Path) -> str:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120, check=False, env=alone)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # Processor time, not the clock: other tests may run beside this one. They also share its caches and its memory's
-        # bandwidth, which can only add to it, so that a second measurement may stand for the first.
+        # Processor time, not the clock: other tests may run beside this one. They also share caches and bandwidth with
+        # it, which can only add to its time, so that a second measurement may stand for the first.
         seconds = (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime)
         if seconds < SECONDS:
             break
