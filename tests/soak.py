@@ -215,7 +215,8 @@ def main() -> None:
         return
     chance = random.Random(settings.seed)
     work = Path(tempfile.mkdtemp(prefix="soak-"))
-    results: dict[str, Any] = {"command": " ".join(["python -m tests.soak", *sys.argv[1:]]), "runs": []}
+    named = {k: v for k, v in vars(settings).items() if k not in ("out", "crash")}
+    results: dict[str, Any] = {"command": "python -m tests.soak", "settings": named, "runs": []}
     try:
         if settings.crashes:
             results["runs"].append(crashes(settings.crashes, chance, work))
