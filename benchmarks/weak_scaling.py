@@ -1,16 +1,16 @@
 """Rounds of the bundled model on 1, 2, ... processes, samples growing with them, beside what `opd_fast.scale` predicts:
 
-    python -m benchmarks.weak_scaling [--worlds 1,2] [--rounds 8] [--save]
+    python -m benchmarks.weak_scaling [--worlds 1,2] [--rounds 8] [--out FILE]
 
 Every process has one thread, so two cores carry two processes and no more. The prediction takes the compute time of one
 process from the measurement and bandwidth and latency of the links from all-reduces timed in the same processes: it is
-the model of communication that is put to the test. `--save` writes benchmarks/results/weak-scaling-DATE.json.
+the model of communication that is put to the test, and what two processes take from each other besides (caches, the
+memory's bandwidth, waiting for the slower) is not in it. `docs/weak-scaling.json` is what `--out` wrote.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.environment import ROOT, environment
+from benchmarks.environment import environment
 from opd_fast.command import parse
 from opd_fast.config import Config
 from opd_fast.parallel import World, open_world
@@ -100,7 +100,7 @@ def main() -> None:
     )
     parser.add_argument("--worlds", default="1,2", help="numbers of processes")
     parser.add_argument("--rounds", type=int, default=8, help="rounds timed, after two that are not")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/weak-scaling-DATE.json")
+    parser.add_argument("--out", type=Path, help="file for the figures, JSON")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.inside:
@@ -129,16 +129,14 @@ def main() -> None:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-    if given.save:
-        stamp = datetime.date.today().isoformat()
-        path = ROOT / "benchmarks" / "results" / f"weak-scaling-{stamp}.json"
+    if given.out:
         content = {
             "environment": environment(
                 torch.device("cpu"), " ".join(["python -m benchmarks.weak_scaling", *sys.argv[1:]])
             ),
             "rows": rows,
         }
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _launched(case: str, world: int, rounds: int) -> dict[str, float]:
