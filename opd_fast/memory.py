@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Strategy = Literal["single", "ddp", "fsdp2", "hsdp"]
+Reshard = Literal["round", "block"]
 GIB = 2**30
 RESERVE = 0.1
 """Share of a device's memory that a plan leaves free: CUDA context, VAE, text embeddings, fragmentation."""
@@ -55,7 +56,7 @@ class Load:
     """Of all teachers' LoRAs; read where they share the base."""
     placement: Literal["merged", "shared"]
     offload: bool
-    reshard: Literal["round", "block"]
+    reshard: Reshard
     samples: int
     """Of a round, on all devices."""
     micro_batch: int | None

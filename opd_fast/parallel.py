@@ -23,7 +23,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,14 +31,13 @@ from torch import Tensor, nn
 
 from opd_fast.config import Config
 from opd_fast.errors import UserError, one_line
-from opd_fast.memory import Strategy
+from opd_fast.memory import Reshard, Strategy
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 _opened = itertools.count()
-Reshard = Literal["round", "block"]
 
 
 def launched() -> int | None:
@@ -207,17 +206,13 @@ def _buckets(parameters: Sequence[nn.Parameter], most: int = 2**28) -> Iterator[
         yield bucket
 
 
-def gathered(transformer: nn.Module) -> list[Any]:
-    """The sharded modules of a transformer."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in transformer.modules() if isinstance(module, FSDPModule)]
-
-
 def release(transformer: nn.Module) -> None:
     """Give back whatever of sharded weights is still gathered."""
-    for module in gathered(transformer):
-        module.reshard()
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

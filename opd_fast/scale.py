@@ -34,9 +34,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd_fast.errors import UserError, main_guard
-from opd_fast.memory import GIB, RESERVE, Load, Strategy, memory, shards
+from opd_fast.memory import GIB, RESERVE, Load, Reshard, Strategy, memory, shards
 
-Reshard = Literal["round", "block"]
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .logprob_ref import LogProb, log_prob_backward_reference, log_prob_reference
-from .step import _VELOCITY_DTYPES, _check
-from .step_ref import ROW, Reduction
+from .step import _VELOCITY_DTYPES, _check, _check_row
+from .step_ref import Reduction
 
 __all__ = ["LogProb", "log_prob"]
 
@@ -220,21 +220,7 @@ def log_prob(
     _check("guidance", guidance, x, x.shape[:1], (torch.float32,))
     if mean_old is not None:
         _check("mean_old", mean_old, x, x.shape, (torch.float32,))
-    if table.dim() != 2 or table.shape[1] != len(ROW):
-        raise ValueError(f"table must be (N, {len(ROW)}) with columns {ROW}, got {tuple(table.shape)}; use .rows()")
-    _check("table", table, x, table.shape, (torch.float32,))
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    if isinstance(step, Tensor):
-        if step.dim() != 0 or step.dtype != torch.int64 or step.device != x.device:
-            raise ValueError(
-                f"step must be an int or a 0-dim int64 tensor on {x.device}, got {step.dtype} {step.device}"
-            )
-        index, tensor = 0, step
-    else:
-        if not 0 <= step < table.shape[0]:
-            raise ValueError(f"step must lie in [0, {table.shape[0]}), the rows of table, got {step}")
-        index, tensor = step, None
+    index, tensor = _check_row(x, table, step, reduction)
     logp, log_ratio, drift, mean = _OP(
         x, sample, cond, uncond, guidance, table, index, tensor, mean_old, return_mean, reduction == "sum"
     )

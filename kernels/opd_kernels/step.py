@@ -138,6 +138,24 @@ def _check(name: str, t: Tensor, like: Tensor, shape: tuple[int, ...], dtypes: t
         raise ValueError(f"{name} is on {t.device} but x is on {like.device}; move it with {name}.to(x.device)")
 
 
+def _check_row(x: Tensor, table: Tensor, step: int | Tensor, reduction: str) -> tuple[int, Tensor | None]:
+    """Check what every operator on a solver row takes; the step as (row, None), or (0, its tensor)."""
+    if table.dim() != 2 or table.shape[1] != len(ROW):
+        raise ValueError(f"table must be (N, {len(ROW)}) with columns {ROW}, got {tuple(table.shape)}; use .rows()")
+    _check("table", table, x, table.shape, (torch.float32,))
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+    if isinstance(step, Tensor):
+        if step.dim() != 0 or step.dtype != torch.int64 or step.device != x.device:
+            raise ValueError(
+                f"step must be an int or a 0-dim int64 tensor on {x.device}, got {step.dtype} {step.device}"
+            )
+        return 0, step
+    if not 0 <= step < table.shape[0]:
+        raise ValueError(f"step must lie in [0, {table.shape[0]}), the rows of table, got {step}")
+    return step, None
+
+
 def fused_step(
     x: Tensor,
     cond_s: Tensor,
@@ -209,21 +227,7 @@ def fused_step(
         _check("keys", keys, x, batch, (torch.int64,))
     if history is not None:
         _check("history", history, x, shape, (torch.float32,))
-    if table.dim() != 2 or table.shape[1] != len(ROW):
-        raise ValueError(f"table must be (N, {len(ROW)}) with columns {ROW}, got {tuple(table.shape)}; use .rows()")
-    _check("table", table, x, table.shape, (torch.float32,))
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    if isinstance(step, Tensor):
-        if step.dim() != 0 or step.dtype != torch.int64 or step.device != x.device:
-            raise ValueError(
-                f"step must be an int or a 0-dim int64 tensor on {x.device}, got {step.dtype} {step.device}"
-            )
-        index, tensor = 0, step
-    else:
-        if not 0 <= step < table.shape[0]:
-            raise ValueError(f"step must lie in [0, {table.shape[0]}), the rows of table, got {step}")
-        index, tensor = step, None
+    index, tensor = _check_row(x, table, step, reduction)
     if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
         grads = cond_s.requires_grad or (uncond_s is not None and uncond_s.requires_grad)
         if not (grads and torch.is_grad_enabled()):

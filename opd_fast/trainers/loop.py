@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_fast.checkpoint import Checkpoints
+from opd_fast.checkpoint import Checkpoints, replace_folder
 from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.evaluate import Evaluation, evaluate
@@ -331,19 +329,6 @@ def optimizer_state(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
     return tensors
-
-
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder, and put it in the place of `folder` once it is whole."""
-    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part.mkdir(parents=True)
-    write(part)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
