@@ -39,6 +39,7 @@ from benchmarks.models import (
 )
 from benchmarks.reference import AdapterPolicy, Reference, adapters_on
 from opd_fast.config import StudentConfig, TeacherConfig
+from opd_fast.engine import compile_blocks
 from opd_fast.models import load_model
 from opd_fast.models.base import ASSETS, DiffusionModel, TextEmbeds
 from opd_fast.objectives import step_weights
@@ -47,7 +48,6 @@ from opd_fast.rollout import RoundBatch, one_pass
 from opd_fast.solvers import solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
-from opd_fast.trainers.setup import compile_blocks
 
 # Standard deviations of B in the student and in a random teacher. At B = 0 the student's A would have no gradient.
 STUDENT_START, TEACHER_GAP = 0.02, 0.02

@@ -278,9 +278,29 @@ class EngineConfig:
     placement: Literal["merged", "shared"] = option(
         "merged: each teacher is a merged copy of the transformer; shared: teachers are adapters on one base", "merged"
     )
+    merge_student: bool = option("merge the student's LoRA into the base for the length of a round", True)
+    fuse_projections: bool = option("one product for q, k and v in merged teachers", True)
+    cache_modulation: bool = option("compute once a round what depends on step and prompt alone", True)
+    attention: Literal[
+        "auto",
+        "native",
+        "flash",
+        "cudnn",
+        "efficient",
+        "math",
+        "products",
+        "xformers",
+        "flash_2",
+        "flash_3",
+    ] = option("implementation of attention; auto: the fastest of a short measurement at the start", "auto")
     compile: Literal["auto", "on", "off"] = option("torch.compile of the blocks; auto: on a GPU", "auto")
-    precision: Literal["auto", "float32", "tf32"] = option(
-        "auto: as model.dtype says; float32: everything in float32; tf32: float32 weights, TF32 products (GPU)", "auto"
+    graphs: Literal["auto", "on", "off"] = option(
+        "CUDA graphs: of the whole step, or of the teachers alone where the student is sharded; auto: on a GPU", "auto"
+    )
+    precision: Literal["auto", "float32", "tf32", "fp8"] = option(
+        "auto: as model.dtype says; float32: everything in float32; tf32: float32 weights, TF32 products (GPU); fp8: "
+        "frozen weights in float8 with a scale a row (GPU of capability 8.9 or more; lossy)",
+        "auto",
     )
 
 

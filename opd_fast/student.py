@@ -79,6 +79,12 @@ class Student:
         self._named = [(n, p) for n, p in self.transformer.named_parameters() if p.requires_grad]
         self._ema_parameters = [p.detach().clone() for _, p in self._named]
 
+    def merge_in_rounds(self, wanted: bool) -> int:
+        """Whether `at_rest` merges LoRA; returns how many layers it does."""
+        if not wanted:
+            self._merged = None
+        return 0 if self._merged is None else len(self._merged.layers)
+
     def distribute(self, world: World) -> None:
         """Take this process's place in `world`: the weights of rank 0, sharded where its strategy shards them.
 

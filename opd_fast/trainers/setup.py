@@ -10,6 +10,7 @@ import torch
 
 from opd_fast.config import Config, TeacherConfig
 from opd_fast.embeddings import EmbeddingCache, TextStore, encoding_progress
+from opd_fast.engine import Engaged, engage
 from opd_fast.errors import UserError
 from opd_fast.evaluate import EvalTask
 from opd_fast.models import load_model, outline_model
@@ -54,6 +55,8 @@ class Setup:
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
     world: World
+    engaged: Engaged
+    """The engine's techniques that are at work."""
     anchor: TeacherBank | None
     """A bank of one: what the student is held to."""
 
@@ -120,8 +123,7 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
         say(f"teacher {teacher.name}: {teacher.origin}")
     anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
-    if resolved.compile:
-        compile_blocks(model, student, teachers, anchor)
+    engaged = engage(config.engine, model, student, teachers, anchor, compiled=resolved.compile, say=say)
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
     teachers.together = world.sharded and placement == "shared"
     sigma = table.sigmas[0].float().to(device)
@@ -144,6 +146,7 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
         tasks,
         text,
         world,
+        engaged,
         anchor,
     )
 
@@ -184,17 +187,6 @@ def prompts_per_turn(config: Config) -> int:
 def frozen_teachers(config: Config) -> list[TeacherConfig]:
     """The entries of `teachers` that teach: none in reinforcement learning, where they are tasks with rewards."""
     return [] if config.reinforces else config.teachers
-
-
-def compile_blocks(
-    model: DiffusionModel, student: Student, teachers: TeacherBank, anchor: TeacherBank | None = None
-) -> None:
-    """torch.compile of each repeated block, in place: one compilation serves all blocks of a kind."""
-    frozen = [*teachers.teachers, *(anchor.teachers if anchor is not None else [])]
-    transformers = {id(t): t for t in [student.transformer, *(teacher.transformer for teacher in frozen)]}
-    for transformer in transformers.values():
-        for block in model.blocks(transformer):
-            block.compile()
 
 
 def evaluation_task(teacher: TeacherConfig, config: Config) -> EvalTask | None:

@@ -1,0 +1,61 @@
+"""The engine's techniques, put to work on a run's models in the one order that is right, and what of them is at work.
+
+What a technique needs to know stands in its own module. Here: the order. Frozen weights are changed first, then blocks
+are compiled, and only then may FSDP's hooks go around them; graphs are captured when a round first runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from opd_fast.config import EngineConfig
+from opd_fast.models.base import DiffusionModel
+from opd_fast.student import Student
+from opd_fast.teachers import TeacherBank
+
+
+@dataclass
+class Engaged:
+    """What is at work, counted: 0 and empty names stand for techniques that are off or do not fit the model."""
+
+    merged_teachers: int = 0
+    """Teachers with weights of their own, their LoRA merged."""
+    merged_layers: int = 0
+    """The student's LoRA layers that are merged for a round."""
+    compiled: int = 0
+    """Blocks under torch.compile."""
+
+
+def engage(
+    settings: EngineConfig,
+    model: DiffusionModel,
+    student: Student,
+    teachers: TeacherBank,
+    anchor: TeacherBank | None = None,
+    *,
+    compiled: bool,
+    say: Callable[[str], None] = lambda text: None,
+) -> Engaged:
+    """Put the techniques of `settings` to work, in place; `compiled` is what engine.compile came to."""
+    engaged = Engaged(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
+    engaged.merged_layers = student.merge_in_rounds(settings.merge_student)
+    if compiled:
+        engaged.compiled = compile_blocks(model, student, teachers, anchor)
+    return engaged
+
+
+def compile_blocks(
+    model: DiffusionModel, student: Student, teachers: TeacherBank, anchor: TeacherBank | None = None
+) -> int:
+    """torch.compile of each repeated block, in place: one compilation serves all blocks of a kind. Their number."""
+    frozen = [*teachers.teachers, *(anchor.teachers if anchor is not None else [])]
+    transformers: dict[int, nn.Module] = {
+        id(t): t for t in [student.transformer, *(teacher.transformer for teacher in frozen)]
+    }
+    blocks = [block for transformer in transformers.values() for block in model.blocks(transformer)]
+    for block in blocks:
+        block.compile()
+    return len(blocks)
