@@ -179,11 +179,12 @@ def unfit(name: str, case: Case) -> str | None:
 
 def _candidates(case: Case) -> list[str]:
     names = [name for name in BACKENDS if unfit(name, case) is None]
+    passed_over = set()
     if case.device.type == "cpu":
-        names.remove("flash")  # what native takes there
+        passed_over.add("flash")  # what native takes there
     if _scores_bytes(case) > SCORES_BYTES:
-        names.remove("math")  # never the fastest at that size, and it needs the room
-    return names
+        passed_over.add("math")  # never the fastest at that size, and it needs the room
+    return [name for name in names if name not in passed_over]
 
 
 def _scores_bytes(case: Case) -> int:
@@ -238,7 +239,7 @@ def choose(setting: str, case: Case, *, say: Callable[[str], None] = _say) -> Ch
             choice = Choice(setting, f"attention: {setting} (as set)")
         else:
             instead = _fastest(case)
-            line = f"attention: {setting} {problem}; until then {instead.line.removeprefix('attention: ')}"
+            line = f"attention: {setting} {problem}; instead {instead.line.removeprefix('attention: ')}"
             choice = Choice(instead.backend, line, instead.milliseconds, instead.dropped)
     else:
         choice = _fastest(case)
@@ -281,8 +282,8 @@ class _Trial:
         for tensor in self.operands:
             tensor.requires_grad_(case.needs_grad)
         self.mask = None
-        if case.mask:  # each row's last tokens, a different number of them
-            lengths = case.tokens - torch.arange(self.rows, device=case.device) % (case.tokens // 2 + 1)
+        if case.mask:  # each row's last tokens, from one to half of them
+            lengths = case.tokens - 1 - torch.arange(self.rows, device=case.device) % max(1, case.tokens // 2)
             self.mask = (torch.arange(case.tokens, device=case.device) < lengths[:, None])[:, None, None]
         self.attend = attention_fn(name, self.mask)
 
@@ -327,11 +328,11 @@ def _problem(name: str, case: Case, trial: _Trial | None = None) -> str | None:
     ):
         got = got[:1].flatten(2) if got.ndim == 4 else got[:1]
         right = right.flatten(2)
-        error = ((got[..., : right.shape[-1]].float() - right).norm() / right.norm()).item()
+        off = ((got[..., : right.shape[-1]].float() - right).norm() / right.norm()).item()
         if not bool(got.isfinite().all()):
             return f"gives a {what} that is not finite"
-        if not error <= limit:
-            return f"gives a {what} off by {error:.1e}"
+        if not off <= limit:
+            return f"gives a {what} off by {off:.1e}"
     return None
 
 
@@ -418,7 +419,7 @@ def _entries() -> dict[str, Any]:
 
 
 def _read(key: str) -> tuple[dict[str, float], dict[str, str]] | None:
-    entry = _entries().get(key)
+    entry: Any = _entries().get(key)
     try:
         milliseconds = {str(name): float(t) for name, t in entry["milliseconds"].items()}
         dropped = {str(name): str(reason) for name, reason in entry["dropped"].items()}

@@ -46,16 +46,12 @@ def _reads_fused(module: nn.Module) -> bool:
 
 
 def _check(name: str, module: nn.Module) -> None:
-    for part in (*_SELF, *_ADDED):
-        layer = getattr(module, part, None)
-        if layer is None:
-            continue
+    for part, layer in module.named_modules():
         if hasattr(layer, "base_layer"):
             raise ValueError(f"{name}.{part} carries PEFT adapters; merge them into the weights, or do not fuse")
-        if any(parameter.requires_grad for parameter in layer.parameters()):
-            raise ValueError(
-                f"{name}.{part} is trainable; call requires_grad_(False) on the transformer, or do not fuse"
-            )
+    for part, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(f"{name}.{part} is trainable; freeze the transformer, or do not fuse")
 
 
 def _fuse(module: Any) -> bool:
