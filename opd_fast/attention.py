@@ -7,7 +7,6 @@ whole process: another transformer beside a routed one keeps its own.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -234,17 +233,19 @@ def choose(setting: str, case: Case, *, say: Callable[[str], None] = _say) -> Ch
     """
     if setting != AUTO:
         _check_name(setting)
-        problem = unfit(setting, case) or _problem(setting, case)
-        if problem is None:
-            choice = Choice(setting, f"attention: {setting} (as set)")
-        else:
-            instead = _fastest(case)
-            line = f"attention: {setting} {problem}; instead {instead.line.removeprefix('attention: ')}"
-            choice = Choice(instead.backend, line, instead.milliseconds, instead.dropped)
-    else:
-        choice = _fastest(case)
+    with torch.inference_mode(False), torch.autocast(case.device.type, enabled=False):
+        choice = _fastest(case) if setting == AUTO else _named(setting, case)
     say(choice.line)
     return choice
+
+
+def _named(name: str, case: Case) -> Choice:
+    problem = unfit(name, case) or _problem(name, case)
+    if problem is None:
+        return Choice(name, f"attention: {name} (as set)")
+    instead = _fastest(case)
+    line = f"attention: {name} {problem}; instead {instead.line.removeprefix('attention: ')}"
+    return Choice(instead.backend, line, instead.milliseconds, instead.dropped)
 
 
 def _fastest(case: Case) -> Choice:
@@ -253,6 +254,8 @@ def _fastest(case: Case) -> Choice:
     measured_now = found is None
     if found is None:
         found = _measure(names, case)
+        if case.device.type == "cuda":
+            torch.cuda.empty_cache()  # of the trials' operands
         _write(key, *found)
     milliseconds, dropped = found
     if not milliseconds:
@@ -313,11 +316,9 @@ def _work(case: Case) -> float:
 def _problem(name: str, case: Case, trial: _Trial | None = None) -> str | None:
     """None where the backend computes the case correctly; else what it does instead."""
     try:
-        with torch.inference_mode(False), _no_autocast(case.device):
-            trial = trial or _Trial(name, case)
-            found = trial.run()
-            heads = max(1, min(case.heads, SCORES_BYTES * 4 // (4 * case.tokens**2)))
-            wanted = trial.reference(heads)
+        trial = trial or _Trial(name, case)
+        found = trial.run()
+        wanted = trial.reference(heads=max(1, min(case.heads, SCORES_BYTES // case.tokens**2)))
     except Exception as error:  # whatever a library raises here, its kernel cannot be used
         return f"fails ({one_line(error)[:200]})"
     limit = _ERROR.get(case.dtype, _ERROR[torch.float32])
@@ -351,11 +352,7 @@ def _measure(names: list[str], case: Case) -> tuple[dict[str, float], dict[str, 
             trials[name] = trial
         else:
             dropped[name] = problem
-    with torch.inference_mode(False), _no_autocast(case.device):
-        milliseconds = _time_cuda(trials, case) if case.device.type == "cuda" else _time_cpu(trials)
-    trials.clear()
-    if case.device.type == "cuda":
-        torch.cuda.empty_cache()
+    milliseconds = _time_cuda(trials, case) if case.device.type == "cuda" else _time_cpu(trials)
     return milliseconds, dropped
 
 
@@ -380,10 +377,6 @@ def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 
             trial.run()
             taken[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, enabled=False)
 
 
 # --- what was measured earlier ---------------------------------------------------------------------------------------

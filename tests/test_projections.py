@@ -17,8 +17,6 @@ from tests.test_attention import FAMILIES, call_flux, call_sd3, noise
 from tests.tiny import tiny_transformer
 from tests.tiny_flux import tiny_flux_transformer
 
-SD3_LAYERS = [("attn", "to_qkv"), ("attn", "to_added_qkv"), ("attn2", "to_qkv")]
-
 
 def frozen(network: nn.Module) -> nn.Module:
     return network.requires_grad_(False)
@@ -70,9 +68,7 @@ def test_the_weights_are_the_separate_ones() -> None:
     fuse_projections(network)
     assert torch.equal(block.attn.to_added_qkv.weight, torch.cat([q.weight, k.weight, v.weight]))
     assert torch.equal(block.attn.to_added_qkv.bias, torch.cat([q.bias, k.bias, v.bias]))
-    assert [(part, hasattr(getattr(block, part), layer)) for part, layer in SD3_LAYERS] == [
-        (part, True) for part, _ in SD3_LAYERS
-    ]
+    assert block.attn2.to_qkv.weight.shape == (96, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -90,7 +86,7 @@ def test_without_bias_in_other_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", ["qwen", "z_image"])
 def test_families_that_ask_for_separate_ones(family: str) -> None:
-    build, call, _, _ = FAMILIES[family]
+    build, call, _ = FAMILIES[family]
     network = frozen(build())
     wanted, names = output(network, call), list(network.state_dict())
     assert fuse_projections(network) == 0
