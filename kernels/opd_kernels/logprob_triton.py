@@ -3,8 +3,9 @@
 Shapes: x, sample, velocities, mean_old (B, D) with D = C*H*W contiguous and any stride between samples; outputs (B, D)
 contiguous, or (B,). Each tensor is read or written once a launch. Everything is float32 inside.
 
-Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements. As in `step_triton.py` every program leaves
-its partial sums, and the sample's last to arrive adds them up in a fixed order. The backward is elementwise.
+Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements (`tuning.py` chooses both). As in
+`step_triton.py` every program leaves its partial sums, and the sample's last to arrive adds them up in a fixed order.
+The backward is elementwise.
 """
 
 # Kernel arguments have no Python types; Triton takes them from the call.
@@ -115,7 +116,7 @@ def log_prob_kernel(
     squares = tl.zeros((BLOCK,), tl.float32)
     ratios = tl.zeros((BLOCK,), tl.float32)
     drifts = tl.zeros((BLOCK,), tl.float32)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         offs = (block * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         mask = offs < elements
         mean = mean_block(x_ptr, cond_ptr, uncond_ptr, a, b, g, offs, elements)
@@ -225,7 +226,9 @@ def _bind(kernel: Any, launch: Launch, given: tuple[Tensor | None, ...], reducti
     if kernel is log_prob_kernel:
         counted = 1 if reduction == "mean" else elements
         constants += (counted * HALF_LOG_2PI, float(counted), launch.tiles, triton.cdiv(blocks, launch.block))
-    copied = [i for i, t in enumerate(given) if t is not None and not (i < STATES and in_place(t) or t.is_contiguous())]
+    copied = [
+        i for i, t in enumerate(given) if t is not None and not (in_place(t) if i < STATES else t.is_contiguous())
+    ]
     return BoundLaunch(kernel, x.shape[0] * blocks, launch.warps, (*constants, launch.block), copied)
 
 
@@ -241,9 +244,9 @@ def _launch(
     present = [t is not None for t in outputs]
     key = (forward, tuner.epoch, device, x.shape, table.shape[0], reduction, *present, *layout)
 
-    def run(bound: BoundLaunch) -> None:
+    def operands(bound: BoundLaunch) -> tuple[Tensor | None, ...]:
         sums = scratch.take(device, batch, 3 * bound.programs, bound.programs > batch) if forward else ()
-        bound((*given, *outputs, *sums), row)
+        return (*given, *outputs, *sums)
 
     with on_device_of(x):
         bound = _bound.get(key)
@@ -251,20 +254,22 @@ def _launch(
 
             def attempt(launch: Launch) -> Callable[[], None]:
                 trial = _bind(kernel, launch, given, reduction)
-                sums = scratch.take(device, batch, 3 * trial.programs, trial.programs > batch) if forward else ()
-                return lambda: trial((*given, *outputs, *sums), row)
+                tensors = operands(trial)
+                return lambda: trial(tensors, row)
 
             launch = tuner.choose(_problem(kernel, given, outputs), device, attempt)
             bound = _bind(kernel, launch, given, reduction)
             remember(_bound, key, bound)
-        run(bound)
+        bound(operands(bound), row)
 
 
 def _problem(kernel: Any, given: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> Problem:
     x, cond, uncond, mean_old = given[0], given[2], given[3], given[4]
     assert x is not None
     velocities = [
-        f"{name}={str(t.dtype).removeprefix('torch.')}" for name, t in (("cond", cond), ("uncond", uncond)) if t is not None
+        f"{name}={str(t.dtype).removeprefix('torch.')}"
+        for name, t in (("cond", cond), ("uncond", uncond))
+        if t is not None
     ]
     forward = kernel is log_prob_kernel
     rest = ["mean_old"] * (mean_old is not None) + ["mean"] * (forward and outputs[-1] is not None)
@@ -285,8 +290,8 @@ def launch_log_prob(
     return_mean: bool = False,
     reduction: Reduction = "mean",
 ) -> LogProb:
-    """Launch the forward; arguments as in `log_prob`, already checked. One launch, no host sync (but for a launch inside
-    `tuning.measuring()` that is the first of its kind)."""
+    """Launch the forward; arguments as in `log_prob`, already checked. One launch, no host sync (but for a launch
+    inside `tuning.measuring()` that is the first of its kind)."""
     batch, compared = x.shape[0], mean_old is not None
     logp = torch.empty(batch, dtype=torch.float32, device=x.device)
     log_ratio = torch.empty(batch, dtype=torch.float32, device=x.device) if compared else None

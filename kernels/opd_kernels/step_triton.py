@@ -3,9 +3,9 @@
 Shapes: x, velocities, noise, history (B, D) with D = C*H*W contiguous and any stride between samples; outputs (B, D)
 contiguous. Each tensor is read or written once. Everything is float32 inside.
 
-Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements (chosen by `tuning.py`). Every program leaves its partial sum of the
-squared velocity gap; the sample's last program to arrive adds them up in a fixed order, so the loss is the same bit for
-bit in every run, and one launch does the step.
+Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements (`tuning.py` chooses both). Every program leaves
+its partial sum of the squared velocity gap; the sample's last program to arrive adds them up in a fixed order, so the
+loss is the same bit for bit in every run, and one launch does the step.
 """
 
 # Kernel arguments have no Python types; Triton takes them from the call.
@@ -95,7 +95,7 @@ def step_kernel(
     end_noise = tl.where(std != 0.0, elements, 0)
 
     squares = tl.zeros((BLOCK,), tl.float32)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         first = (block * TILES + tile) * BLOCK
         offs = first + tl.arange(0, BLOCK)
         mask = offs < elements

