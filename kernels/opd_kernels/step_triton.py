@@ -3,9 +3,9 @@
 Shapes: x, velocities, noise, history (B, D) with D = C*H*W contiguous and any stride between samples; outputs (B, D)
 contiguous. Each tensor is read or written once. Everything is float32 inside.
 
-Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements (`tuning.py` chooses both). Every program leaves
-its partial sum of the squared velocity gap; the sample's last program to arrive adds them up in a fixed order, so the
-loss is the same bit for bit in every run, and one launch does the step.
+Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements (`tuning.py` chooses both). Every program
+leaves its partial sum of the squared velocity gap; the sample's last program to arrive adds them up in a fixed order,
+so that the loss is the same bit for bit in every run, and one launch does the step.
 """
 
 # Kernel arguments have no Python types; Triton takes them from the call.

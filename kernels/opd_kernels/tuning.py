@@ -1,11 +1,11 @@
 """Launch parameters of the kernels: by rule, or measured on the device when a run asks for it.
 
 A program works on `tiles` tiles of `block` elements with `warps` warps. Larger programs share their fixed cost (the
-row, the guidance, the noise key: three dependent reads) among more elements; smaller ones fill the chip when the tensors
-are small. All candidates give a thread at least 8 elements of a tile, so that every access is 16 bytes wide in bfloat16
-as in float32. Nothing else is worth choosing. `num_stages` has nothing to overlap: the loads go to registers, not
-through shared memory, and since an output may alias an input none moves above the stores of the tile before it. For the
-same reason the loop over tiles is not unrolled: that took registers, up to a spill, and bought nothing.
+row, the guidance, the noise key: three dependent reads) among more elements; smaller ones fill the chip when the
+tensors are small. All candidates give a thread at least 8 elements of a tile, so that every access is 16 bytes wide in
+bfloat16 as in float32. Nothing else is worth choosing. `num_stages` has nothing to overlap: the loads go to registers,
+not through shared memory, and since an output may alias an input none moves above the stores of the tile before it. For
+the same reason the loop over tiles is not unrolled: that took registers, up to a spill, and bought nothing.
 
 What a choice changes. States and gradients are computed element by element, the same way whatever the tiling. Sums over
 a sample (loss, log-probability) follow the tiling, which is their order: another choice may change their last bits. So
