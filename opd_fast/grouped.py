@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from opd_fast.errors import UserError
 from opd_fast.forwards import replaced
 from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.modulation import Remembered
 from opd_fast.velocity import Conditioning, Velocities
 
 Span = tuple[int | None, slice]
@@ -259,18 +260,25 @@ def describe(calls: Sequence[Call]) -> str:
 
 @torch.no_grad()
 def grouped_velocities(
-    model: DiffusionModel, grouped: GroupedAdapters, x: Tensor, sigma: Tensor, calls: Sequence[Call]
+    model: DiffusionModel,
+    grouped: GroupedAdapters,
+    x: Tensor,
+    sigma: Tensor,
+    calls: Sequence[Call],
+    tables: Sequence[Remembered] = (),
 ) -> Velocities:
     """Each sample's velocity by its own teacher, both branches, as of `TeacherBank.velocities`; calls by `joined`.
 
     x (B, C, H, W) float32, sigma 0-dim float32; `grouped.adapters` are in the order of the teachers. Rows of unguided
-    teachers are left unset in `uncond`, which is None where none is guided.
+    teachers are left unset in `uncond`, which is None where none is guided. `tables`: of each call, filled with its
+    condition while its spans were active and set to the step; or none at all.
     """
     found: list[tuple[slice, Tensor, Tensor | None]] = []
-    for call in calls:
+    for i, call in enumerate(calls):
         state = torch.cat([x[rows] for rows, guided in call.parts for _ in range(1 + guided)])
         autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
-        with grouped.active(call.spans) as transformer, autocast:
+        table = tables[i].active() if tables else contextlib.nullcontext()
+        with grouped.active(call.spans) as transformer, autocast, table:
             v = model.velocity(transformer, state, sigma, call.condition.text, call.condition.embedded)
         branches = iter(v.split([rows.stop - rows.start for rows, guided in call.parts for _ in range(1 + guided)]))
         found += [(rows, next(branches), next(branches) if guided else None) for rows, guided in call.parts]
