@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from opd_fast.adapters import use_adapter
 from opd_fast.config import StudentConfig
@@ -24,6 +25,7 @@ from opd_fast.teachers import BASE, Course, Teacher, TeacherBank
 from opd_fast.velocity import Velocities
 from opd_fast.weights import Origin
 from tests.grouping import FAMILIES, SHAPE, add, add_all, small, states, text
+from tests.tiny import tiny_transformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIGMA = torch.tensor(0.7)
@@ -210,6 +212,25 @@ def test_gradient_of_a_round(model: DiffusionModel, guidance: tuple[float, ...])
     gap = torch.cat([(a - b).flatten() for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None])
     assert total.norm() > 0
     assert gap.norm() < 1e-5 * total.norm()
+
+
+def test_one_compilation_serves_all_blocks_of_a_kind(tmp_path: Path) -> None:
+    """Three kinds of block in six; other teachers in the same parts of the batch need no compilation."""
+    model = small(tmp_path, "sd3")
+    model.transformer = tiny_transformer(layers=6).requires_grad_(False)
+    for name, rank in (("first", 3), ("second", 5)):
+        add(model, name, ("attn.to_q", "attn.add_k_proj"), rank)
+    grouped, counter = GroupedAdapters(model.transformer, ["first", "second"]), CompileCounterWithBackend("aot_eager")
+    truth = [velocity(model, slice(row, row + 1), name) for row, name in enumerate(["first", "second"] * 2)]
+    for block in model.blocks(model.transformer):
+        block.compile(backend=counter)
+    orders: list[list[Span]] = [[(t, slice(row, row + 1)) for row, t in enumerate(order)] for order in ([0, 1], [1, 0])]
+    for turn, spans in enumerate(orders * 2):
+        rows = slice(turn % 2, turn % 2 + 2)
+        with torch.no_grad(), grouped.active(spans) as transformer:
+            found = model.velocity(transformer, states(12)[rows], SIGMA, text(model, 12).index(rows))
+        close(found, torch.cat(truth[rows]))
+        assert counter.frame_count == 3
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
