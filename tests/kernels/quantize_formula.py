@@ -9,9 +9,9 @@ from opd_kernels import Quantized
 
 
 def hard_rows(rows: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Rows of sizes from 1e-6 to 1e3, one with an outlier, one of zeros, one below what a scale can hold."""
+    """Rows of sizes from 1e-3 to 1e3, one with an outlier, one of zeros, one below what a scale can hold."""
     generator = torch.Generator().manual_seed(rows * columns)
-    x = torch.randn(rows, columns, generator=generator) * torch.logspace(-6, 3, rows)[:, None]
+    x = torch.randn(rows, columns, generator=generator) * torch.logspace(-3, 3, rows)[:, None]
     x[1 % rows, columns // 2] = 300.0
     x[2 % rows] = 0.0
     x[3 % rows] = 1e-40
