@@ -66,7 +66,8 @@ def supported(device: torch.device | str) -> str | None:
     try:
         _on_units(Quantized(weight, ones), weight, ones, None, torch.bfloat16, fast=True)
     except RuntimeError as error:
-        return f"torch {torch.__version__} cannot multiply float8 with row-wise scales here ({short(one_line(error), 200)}); {remedy}"
+        problem = f"torch {torch.__version__} cannot multiply float8 with row-wise scales here"
+        return f"{problem} ({short(one_line(error), 200)}); {remedy}"
     return None
 
 
