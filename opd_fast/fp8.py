@@ -387,7 +387,6 @@ class Float8MergedLayers(MergedLayers):
 # --- what it costs in accuracy ----------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def layer_errors(transformer: nn.Module, run: Callable[[], object]) -> dict[str, float]:
     """||y8 - y|| / ||y|| of each of `frozen_layers` over the activations that `run()` sends through it.
 
@@ -400,6 +399,7 @@ def layer_errors(transformer: nn.Module, run: Callable[[], object]) -> dict[str,
     def watch(name: str, layer: nn.Linear) -> Any:
         weight = quantize_weight(layer.weight)
 
+        @torch.no_grad()
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> None:
             found = _forward(arguments[0], weight.q, weight.scale, layer.bias, y.dtype).float()
             truth = y.float()
