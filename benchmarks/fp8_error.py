@@ -122,7 +122,8 @@ def drop_transposed(setup: Setup) -> None:
 
 def relative(found: Tensor, truth: Tensor) -> float:
     """||found - truth|| / ||truth||."""
-    return float((found.double() - truth.double()).norm() / truth.double().norm())
+    found, truth = found.detach().double(), truth.detach().double()
+    return float((found - truth).norm() / truth.norm())
 
 
 def measure(samples: int, rounds: int) -> dict[str, Any]:
