@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from opd_fast.errors import UserError, one_line, short
 from opd_fast.merged import MergedLayers
 from opd_kernels import FLOAT8, Quantized, quantize_rows
+from opd_kernels.quantize import LONGEST_ROW
 
 MULTIPLE = 16
 """Of both sides of a weight, for the matrix units."""
@@ -89,8 +90,8 @@ class Float8Weight(NamedTuple):
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether a matrix has sides that the matrix units take."""
-    return weight.dim() == 2 and all(side % MULTIPLE == 0 and side > 0 for side in weight.shape)
+    """Whether a matrix has sides that the matrix units and the quantisation of their rows take."""
+    return weight.dim() == 2 and all(side % MULTIPLE == 0 and 0 < side <= LONGEST_ROW for side in weight.shape)
 
 
 @torch.no_grad()
@@ -206,14 +207,14 @@ class Float8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, *, transposed: bool = False) -> None:
         """`transposed` keeps W^T as well, for a data gradient on the matrix units. Raises ValueError for a weight that
-        is trainable, or whose sides are no multiples of 16."""
+        is trainable, or whose sides do not fit (see `fits`)."""
         super().__init__()
         if linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad):
             raise ValueError("a trainable layer cannot be kept in float8: freeze it with requires_grad_(False)")
         if not fits(linear.weight):
             raise ValueError(
-                f"float8 products take sides that are multiples of {MULTIPLE}, not {tuple(linear.weight.shape)}; "
-                f"leave the layer as it is"
+                f"float8 products take sides that are multiples of {MULTIPLE} up to {LONGEST_ROW}, not "
+                f"{tuple(linear.weight.shape)}; leave the layer as it is"
             )
         self.in_features, self.out_features = linear.in_features, linear.out_features
         for name, value in quantize_weight(linear.weight, transposed=transposed)._asdict().items():
