@@ -3,16 +3,22 @@
 from .logprob import LogProb, log_prob
 from .logprob_ref import log_prob_reference
 from .philox import philox_normal
+from .quantize import FLOAT8, Quantized, quantize_rows
+from .quantize_ref import quantize_rows_reference
 from .step import ROW, StepOutput, fused_step
 from .step_ref import fused_step_reference
 
 __all__ = [
+    "FLOAT8",
     "ROW",
     "LogProb",
+    "Quantized",
     "StepOutput",
     "fused_step",
     "fused_step_reference",
     "log_prob",
     "log_prob_reference",
     "philox_normal",
+    "quantize_rows",
+    "quantize_rows_reference",
 ]

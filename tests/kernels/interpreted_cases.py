@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from opd_kernels import LogProb, philox_normal
+from opd_kernels import LogProb, Quantized, philox_normal, quantize_rows_reference
 from opd_kernels.logprob_triton import launch_log_prob, launch_log_prob_backward
 from opd_kernels.philox_triton import BLOCK, launch_normal
+from opd_kernels.quantize_triton import launch_quantize_rows, quantize_rows_kernel, tiling
 from opd_kernels.step_triton import launch_step
 from opd_kernels.tuning import CANDIDATES, Launch, using
 from tests.kernels import logprob_formula
@@ -28,6 +29,7 @@ from tests.kernels.formula import (
     operands,
     plain_step,
 )
+from tests.kernels.quantize_formula import hard_rows, wanted_scale
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -239,3 +241,53 @@ def test_log_prob_repeats_and_is_0_at_the_mean_that_drew() -> None:
     assert same.log_ratio is not None
     assert torch.equal(same.log_ratio, torch.zeros(4))
     assert torch.equal(same.drift, torch.zeros(4))
+
+
+# --- row-wise float8 --------------------------------------------------------------------------------------------------
+
+# A column; several rows a program, ragged; a row a program, a whole power of two; more than ELEMENTS.
+ROWS = [(5, 1), (7, 31), (131, 48), (4, 2048), (4, 3001)]
+
+
+def before_rounding(x: torch.Tensor) -> Quantized:
+    """What the kernel rounds, kept in float32: the interpreter's own rounding to float8 is not to be trusted."""
+    rows, block, _ = tiling(x.shape[1])
+    q, scale = torch.full(x.shape, 1e9), torch.full(x.shape[:1], 1e9)
+    quantize_rows_kernel[(-(-len(x) // rows),)](x, q, scale, x.stride(0), *x.shape, ROWS=rows, BLOCK=block)
+    return Quantized(q, scale)
+
+
+@pytest.mark.parametrize("shape", ROWS)
+@pytest.mark.parametrize("dtype", ULPS)
+def test_quantize_before_its_rounding(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = hard_rows(*shape, dtype)
+    q, scale = before_rounding(x)
+    exact = wanted_scale(x)
+    torch.testing.assert_close(scale.double(), exact, rtol=2**-23, atol=0)
+    torch.testing.assert_close(q.double(), x.double() / exact[:, None], rtol=2**-21, atol=1e-30)
+    assert bool((q.abs() <= 448).all())
+
+
+@pytest.mark.parametrize("shape", ROWS)
+@pytest.mark.parametrize("dtype", ULPS)
+def test_quantize_rounds_as_the_twin_does(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Bit for bit, but where the interpreter errs: it cuts what is subnormal, rounds ties away from zero, and loses the
+    carry of a mantissa that is rounded up to the next power of two."""
+    x = hard_rows(*shape, dtype)
+    (q, scale), wanted = launch_quantize_rows(x), quantize_rows_reference(x)
+    assert torch.equal(scale, wanted.scale)
+    mantissa, exponent = torch.frexp(wanted.q.float())
+    exact = x.float() * wanted.scale.reciprocal()[:, None]
+    tie = torch.frexp(exact)[0].abs().mul(32).frac() == 0
+    sound = (mantissa.abs() != 0.5) & (exponent > -6) & (mantissa != 0) & ~tie
+    assert torch.equal(q.float()[sound], wanted.q.float()[sound])
+    assert shape[1] < 1000 or float(sound[0].float().mean()) > 0.7  # a row of plain normals
+
+
+def test_quantize_reads_strides_and_shows_what_is_not_finite() -> None:
+    wide = torch.randn(6, 40)
+    for x in (wide[:, 8:24], wide[::2], wide.T):
+        assert torch.equal(launch_quantize_rows(x).q.float(), launch_quantize_rows(x.contiguous()).q.float())
+    for bad in (float("nan"), float("inf")):
+        wide[2, 5] = bad
+        assert before_rounding(wide).q.isnan().any(1).tolist() == [False, False, True, False, False, False]

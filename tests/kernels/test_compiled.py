@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from opd_kernels import logprob_triton, philox_triton, step_triton  # noqa: E402
+from opd_kernels import logprob_triton, philox_triton, quantize, quantize_triton, step_triton  # noqa: E402
 from opd_kernels.tuning import CANDIDATES, Launch, rule  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets and cannot compile")
@@ -272,3 +272,47 @@ def test_log_prob_moves_each_tensor_once_in_16_bytes(
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
     assert used["REG"] <= most_registers(launch)
+
+
+# --- row-wise float8 --------------------------------------------------------------------------------------------------
+
+
+@cache
+def compiled_quantize(cc: int, kind: str, columns: int, aligned: bool = True) -> Any:
+    rows, block, warps = quantize_triton.tiling(columns)
+    types = {"x_ptr": f"*{kind}", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    types |= dict.fromkeys(("x_stride", "rows", "columns"), "i32")
+    multiples = {"x_ptr", "q_ptr", "scale_ptr", *(("x_stride", "columns") if aligned else ())}
+    constants = {"ROWS": rows, "BLOCK": block}
+    return compile_kernel(quantize_triton.quantize_rows_kernel, types, multiples, constants, cc, warps)
+
+
+@pytest.mark.parametrize("cc", [89, 90, 100])
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+@pytest.mark.parametrize("columns", [64, 1536, 6144, 15360, quantize.LONGEST_ROW])
+def test_quantize_moves_each_row_once_in_16_bytes(cc: int, kind: str, columns: int, tmp_path: Path) -> None:
+    compiled = compiled_quantize(cc, kind, columns)
+    ptx = compiled.asm["ptx"]
+    rows, block, warps = quantize_triton.tiling(columns)
+    per_thread = rows * block // (32 * warps)
+    loads, stores = accesses(ptx)
+    assert loads == {16: per_thread * BYTES[kind] // 16}
+    assert stores == {16: per_thread // 16, 4: 1}  # the scale
+    # Two a conversion; nothing between the row's largest and its rounding goes back to memory.
+    assert len(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32", ptx)) == per_thread // 2
+    assert not re.search(r"\b(ld|st)\.local|\.local\b", ptx)
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] <= 64 if columns <= 16384 else used["REG"] <= 96
+
+
+@pytest.mark.parametrize("cc", [89, 90])
+def test_quantize_of_odd_rows_does_not_spill(cc: int, tmp_path: Path) -> None:
+    used = resources(compiled_quantize(cc, "bf16", 8191, aligned=False), tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+
+
+def test_quantize_needs_8_9() -> None:
+    """Compute capability 8.0 has no conversion to float8, so that `quantize_rows` runs its twin there."""
+    with pytest.raises(triton.compiler.errors.CompilationError, match="fp8e4nv not supported"):
+        compiled_quantize(80, "bf16", 1536)

@@ -1,0 +1,192 @@
+"""What float8 costs on the bundled model, on real activations: layers, velocities, step losses, gradients.
+
+    python -m benchmarks.fp8_error [--samples 8] [--rounds 2] [--out FILE]
+
+On a CPU the products are emulated in float32, which gives the numbers that fp8 matrix units give but for the order of
+their sums. Everything is compared on the same states: those that the exact student visits. `docs/fp8-error.json` is
+what `--out` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import environment
+from opd_fast.command import parse
+from opd_fast.fp8 import Float8MergedLayers, layer_errors, outliers, quantize_frozen
+from opd_fast.rollout import RoundBatch
+from opd_fast.student import ADAPTER
+from opd_fast.teachers import TeacherBank
+from opd_fast.trainers.opd import OPD
+from opd_fast.trainers.setup import Setup, prepare
+from opd_fast.velocity import Conditioning
+from opd_kernels import fused_step, philox_normal
+from opd_kernels.philox import INITIAL_NOISE
+
+CASES = ("teachers", "student", "student, gradient in the activations' type", "teachers and student")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One round's steps, with the states they began from."""
+
+    states: list[Tensor]
+    losses: Tensor
+    """(steps, B) float32."""
+    velocities: Tensor
+    """(steps, B, C, H, W): the teachers', with the prompt."""
+    gradient: Tensor
+    """Of the student's parameters, in one row."""
+
+
+def bundled(samples: int) -> OPD:
+    """The bundled recipe in float32, uncompiled, with `samples` of each task."""
+    switches = ("--evaluation.every", "0", "--engine.compile", "off", "--model.dtype", "float32")
+    config = parse(["bundled", "--train.samples_per_task", str(samples), *switches]).config
+    return OPD(prepare(config, lambda text: None))
+
+
+def run(method: OPD, batch: RoundBatch, teachers: TeacherBank, states: list[Tensor] | None = None) -> Pass:
+    """The round's losses and gradient at the given states, or at those that the student itself comes to."""
+    setup = method.setup
+    student, table, given = setup.student, setup.table, states is not None
+    rows = table.rows(method.weight, batch.keys.device)
+    condition = Conditioning.build(setup.model, batch.text, batch.negative, student.guidance)
+    guidance, course = torch.full_like(batch.scale, student.guidance), teachers.course(batch)
+    visited = states or [philox_normal(batch.keys, batch.shape, INITIAL_NOISE)]
+    losses, velocities = [], []
+    with student.at_rest():
+        for j in range(table.steps - 1):
+            x = visited[j]
+            v = student.velocities(setup.model, x, rows[j, -1], condition)
+            w = teachers.velocities(x, rows[j, -1], course)
+            branches = (v.cond.detach(), None if v.uncond is None else v.uncond.detach(), w.cond, w.uncond)
+            out = fused_step(x, *branches, guidance, course.guidance, rows, j, batch.scale, keys=batch.keys)
+            torch.autograd.backward(
+                [t for t in (v.cond, v.uncond) if t is not None],
+                [g for g in (out.grad_cond, out.grad_uncond) if g is not None],
+            )
+            losses.append(out.loss)
+            velocities.append(w.cond)
+            if not given:
+                visited.append(out.x_next)
+    gradient = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+    for parameter in student.parameters():
+        parameter.grad = None
+    return Pass(visited, torch.stack(losses), torch.stack(velocities), gradient)
+
+
+def ask(method: OPD, batch: RoundBatch, states: list[Tensor]) -> None:
+    """The teachers' forwards at the given states, and no more."""
+    course = method.setup.teachers.course(batch)
+    for x, sigma in zip(states, method.setup.table.sigmas.float(), strict=False):
+        method.setup.teachers.velocities(x, sigma, course)
+
+
+def in_float8(teachers: TeacherBank) -> TeacherBank:
+    """A bank of quantised copies."""
+    copies = []
+    for teacher in teachers.teachers:
+        transformer = copy.deepcopy(teacher.transformer)
+        assert quantize_frozen(transformer) > 0
+        copies.append(replace(teacher, transformer=transformer))
+    return TeacherBank(teachers.model, copies)
+
+
+def quantize_student(setup: Setup) -> None:
+    """The student's base in float8, for good: merged layers, and the frozen ones beside them."""
+    student: Any = setup.student
+    student._merged = Float8MergedLayers(student.transformer, ADAPTER)
+    quantize_frozen(student.transformer, transposed=True)
+
+
+def drop_transposed(setup: Setup) -> None:
+    """From here on the data gradient multiplies with the dequantised weights."""
+    student: Any = setup.student
+    student._merged._quantized = [
+        w if isinstance(w, Tensor) else w._replace(columns=None, column_scale=None) for w in student._merged._quantized
+    ]
+    for module in student.transformer.modules():
+        if hasattr(module, "column_scale"):
+            module.columns = module.column_scale = None
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """||found - truth|| / ||truth||."""
+    found, truth = found.detach().double(), truth.detach().double()
+    return float((found - truth).norm() / truth.norm())
+
+
+def measure(samples: int, rounds: int) -> dict[str, Any]:
+    """All the figures; losses and gradients are summed over `rounds` rounds of the recipe's first prompts."""
+    method = bundled(samples)
+    setup = method.setup
+    batches = [method.batch(i) for i in range(rounds)]
+    exact = [run(method, batch, setup.teachers) for batch in batches]
+    layers: dict[str, Any] = {}
+    for teacher in setup.teachers.teachers:
+        errors = layer_errors(teacher.transformer, lambda: ask(method, batches[0], exact[0].states[:-1]))
+        above, line = outliers(errors)
+        print(f"{teacher.name}: {line}", flush=True)
+        layers[teacher.name] = {
+            "mean": _rounded(sum(errors.values()) / len(errors)),
+            "outliers": above,
+            "errors": {name: _rounded(error) for name, error in sorted(errors.items(), key=lambda pair: -pair[1])},
+        }
+
+    def compare(teachers: TeacherBank) -> dict[str, Any]:
+        found = [run(method, b, teachers, e.states) for b, e in zip(batches, exact, strict=True)]
+        after, before = (torch.cat([p.losses for p in passes], 1).double().sum(1) for passes in (found, exact))
+        gradients = (torch.stack([p.gradient for p in passes]).sum(0) for passes in (found, exact))
+        return {
+            "step_loss_change": [_rounded(float(c)) for c in (after - before) / before],
+            "round_loss_change": _rounded(float((after.sum() - before.sum()) / before.sum())),
+            "gradient_error": _rounded(relative(*gradients)),
+            "velocity_error": [
+                _rounded(relative(*(torch.cat([p.velocities[j] for p in passes]) for passes in (found, exact))))
+                for j in range(len(before))
+            ],
+        }
+
+    quantized, changes = in_float8(setup.teachers), {}
+    changes[CASES[0]] = compare(quantized)
+    quantize_student(setup)
+    changes[CASES[1]] = compare(setup.teachers)
+    changes[CASES[3]] = compare(quantized)
+    drop_transposed(setup)
+    changes[CASES[2]] = compare(setup.teachers)
+    for name in CASES:
+        if name.startswith("student"):
+            changes[name].pop("velocity_error")  # the teachers' are exact here
+        print(name, json.dumps(changes[name]), flush=True)
+    return {"samples": samples * len(setup.teachers), "rounds": rounds, "layers": layers, "changes": changes}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fp8_error", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--samples", type=int, default=8, help="of each task in a round")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds that losses are summed over")
+    parser.add_argument("--out", type=Path, help="file for the figures, JSON")
+    given = parser.parse_args()
+    found = measure(given.samples, given.rounds)
+    if given.out:
+        command = " ".join(["python -m benchmarks.fp8_error", *sys.argv[1:]])
+        content = {"environment": environment(torch.device("cpu"), command), **found}
+        given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
