@@ -44,7 +44,7 @@ SCORES_BYTES = 32 * 2**20
 
 # Of these two the cuDNN path of the dispatcher copies what is not heads first, and so does a batched product.
 _HEADS_FIRST = ("cudnn", PRODUCTS)
-_MASKED = ("native", "efficient", "math")  # xformers' path reads a boolean mask as a number to add
+_MASKED = ("native", "efficient", "math")  # xformers' path reads a boolean mask as numbers to add
 _PACKAGES = ("xformers", "flash_2", "flash_3")
 _HALVES = (torch.bfloat16, torch.float16)
 _MARGIN = 1.05  # native stays unless another is faster by this much: noise must not change a run's rounding
@@ -52,6 +52,7 @@ _WORK = {"cpu": 2e9, "cuda": 2e12}  # multiplications and additions of one measu
 # Relative error against float32, in the 2-norm, of the result and of each gradient.
 _ERROR = {torch.float32: 2e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 _TF32_ERROR = 4e-3
+_FULL = "runs out of memory"
 _FORMAT = 1
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -240,8 +241,8 @@ def choose(setting: str, case: Case, *, say: Callable[[str], None] = _say) -> Ch
 
 
 def _named(name: str, case: Case) -> Choice:
-    problem = unfit(name, case) or _problem(name, case)
-    if problem is None:
+    problem: str | _Trial = unfit(name, case) or _try(name, case)
+    if not isinstance(problem, str):
         return Choice(name, f"attention: {name} (as set)")
     instead = _fastest(case)
     line = f"attention: {name} {problem}; instead {instead.line.removeprefix('attention: ')}"
@@ -313,12 +314,14 @@ def _work(case: Case) -> float:
     return 4.0 * case.heads * case.head_dim * case.tokens**2
 
 
-def _problem(name: str, case: Case, trial: _Trial | None = None) -> str | None:
-    """None where the backend computes the case correctly; else what it does instead."""
+def _try(name: str, case: Case) -> _Trial | str:
+    """The backend at work on the case, or what it does instead of computing it correctly."""
     try:
-        trial = trial or _Trial(name, case)
+        trial = _Trial(name, case)
         found = trial.run()
         wanted = trial.reference(heads=max(1, min(case.heads, SCORES_BYTES // case.tokens**2)))
+    except torch.OutOfMemoryError:
+        return _FULL
     except Exception as error:  # whatever a library raises here, its kernel cannot be used
         return f"fails ({one_line(error)[:200]})"
     limit = _ERROR.get(case.dtype, _ERROR[torch.float32])
@@ -334,33 +337,30 @@ def _problem(name: str, case: Case, trial: _Trial | None = None) -> str | None:
             return f"gives a {what} that is not finite"
         if not off <= limit:
             return f"gives a {what} off by {off:.1e}"
-    return None
+    return trial
 
 
 def _measure(names: list[str], case: Case) -> tuple[dict[str, float], dict[str, str]]:
     """Milliseconds of each backend that is right, and why the others are not taken."""
-    trials: dict[str, _Trial] = {}
+    milliseconds: dict[str, float] = {}
     dropped: dict[str, str] = {}
+    waiting: dict[str, _Trial] = {}
     for name in names:
-        try:
-            trial = _Trial(name, case)
-        except RuntimeError as error:  # out of memory
-            dropped[name] = f"fails ({one_line(error)[:200]})"
-            continue
-        problem = _problem(name, case, trial)
-        if problem is None:
-            trials[name] = trial
+        trial = _try(name, case)
+        if isinstance(trial, str):
+            dropped[name] = trial
+        elif case.device.type == "cuda":
+            milliseconds[name] = _time_cuda(trial, case.device)
         else:
-            dropped[name] = problem
-    milliseconds = _time_cuda(trials, case) if case.device.type == "cuda" else _time_cpu(trials)
-    return milliseconds, dropped
+            waiting[name] = trial
+    return milliseconds | _time_cpu(waiting), dropped
 
 
-def _time_cuda(trials: dict[str, _Trial], case: Case) -> dict[str, float]:
+def _time_cuda(trial: _Trial, device: torch.device) -> float:
     from triton.testing import do_bench
 
-    with torch.cuda.device(case.device):
-        return {n: float(do_bench(t.run, warmup=5, rep=25, return_mode="median")) for n, t in trials.items()}
+    with torch.cuda.device(device):
+        return float(do_bench(trial.run, warmup=5, rep=25, return_mode="median"))
 
 
 def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 5) -> dict[str, float]:
@@ -424,7 +424,7 @@ def _read(key: str) -> tuple[dict[str, float], dict[str, str]] | None:
 
 def _write(key: str, milliseconds: dict[str, float], dropped: dict[str, str]) -> None:
     """Add a measurement; a folder that cannot be written costs the next run its milliseconds, nothing else."""
-    if not milliseconds:
+    if not milliseconds or _FULL in dropped.values():  # another time there may be room
         return
     entries = _entries() | {key: {"milliseconds": milliseconds, "dropped": dropped}}
     target = cache_file()

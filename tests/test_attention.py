@@ -423,6 +423,18 @@ def test_wrong_in_one_row_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto", changed(mask=True)).dropped.keys() == {"math"}
 
 
+def test_out_of_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    def full(*_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    timed(monkeypatch, native=2.0, math=1.0, products=3.0)
+    with monkeypatch.context() as patch:
+        sabotage(patch, math=full)
+        assert choose("auto", CASE).dropped == {"math": "runs out of memory"}
+    assert not cache.exists()
+    assert choose("auto", CASE).backend == "math"
+
+
 def test_no_backend_is_right(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     sabotage(monkeypatch, native=broken, math=broken, products=broken)
     with pytest.raises(UserError, match=r"no backend computes this attention \(native: fails \(no kernel"):
