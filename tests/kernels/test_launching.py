@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from opd_kernels import launching, logprob_triton, step_triton  # noqa: E402
 from opd_kernels.launching import BoundLaunch  # noqa: E402
+from opd_kernels.tuning import Launch, Problem  # noqa: E402
 from tests.kernels import formula, logprob_formula  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton interprets and cannot compile")
@@ -261,3 +262,62 @@ def test_a_bound_launch_costs_less_than_tritons(driver: Driver) -> None:
     plain = seconds(lambda: through_triton(*launched, num_warps=4))
     assert isinstance(bound, BoundLaunch)
     assert seconds(lambda: bound(tensors, step)) < 0.7 * plain
+
+
+class TriesAll:
+    """A tuner that launches every candidate, as measuring does, and takes the last."""
+
+    epoch = 0
+
+    def __init__(self) -> None:
+        self.tried: list[tuple[Problem, Launch]] = []
+
+    def choose(self, problem: Problem, device: torch.device, attempt: Any) -> Launch:
+        for launch in problem.candidates():
+            attempt(launch)()
+            self.tried.append((problem, launch))
+        return self.tried[-1][1]
+
+
+def test_candidates_are_tried_as_they_will_be_launched(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = TriesAll()
+    monkeypatch.setattr(step_triton, "tuner", tuner)
+    monkeypatch.setattr(logprob_triton, "tuner", tuner)
+    o, p = formula.operands((2, 3, 48, 48), torch.bfloat16), logprob_formula.operands((2, 3, 48, 48))
+    given = [p[name] for name in ("x", "sample", "cond", "uncond", "guidance", "table")]
+    upstream = torch.ones(2)
+    for kernel, run in (
+        ("step", lambda: step_triton.launch_step(**o, step=0, keys=torch.arange(2))),
+        ("log_prob", lambda: logprob_triton.launch_log_prob(*given, 0, mean_old=p["mean_old"])),
+        (
+            "log_prob_backward",
+            lambda: logprob_triton.launch_log_prob_backward(upstream, upstream, *given, 0, mean_old=p["mean_old"]),
+        ),
+    ):
+        driver.launches.clear()
+        tuner.tried.clear()
+        run()
+        grids = [launch[0] for launch in driver.launches]
+        tried = [launch for _, launch in tuner.tried]
+        assert grids == [2 * launch.blocks(6912) for launch in (*tried, tried[-1])]
+        assert len(set(grids)) > 2
+        assert {problem.kernel for problem, _ in tuner.tried} == {kernel}
+        last, final = driver.launches[-2:]
+        assert [i for i, pair in enumerate(zip(last[9:], final[9:], strict=True)) if not same(*pair)] == []
+        outputs = [t.data_ptr() for t in last[9:] if isinstance(t, Tensor)]
+        assert outputs[:-2] == [t.data_ptr() for t in final[9:] if isinstance(t, Tensor)][:-2]  # but for the scratch
+        run()
+        assert len(driver.launches) == len(tried) + 2
+        assert driver.launches[-1][0] == grids[-1]
+
+
+def test_problems_tell_apart_what_differs_in_speed(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = TriesAll()
+    monkeypatch.setattr(step_triton, "tuner", tuner)
+    o = formula.operands((2, 3, 16, 16), torch.bfloat16, guided="student", history=True)
+    step_triton.launch_step(**o, step=0, keys=torch.arange(2), return_means=True)
+    step_triton.launch_step(**(o | {"history": None}), step=0, noise=torch.randn(2, 3, 16, 16))
+    assert list(dict.fromkeys(problem.operands for problem, _ in tuner.tried)) == [
+        "cond_s=bfloat16 uncond_s=bfloat16 cond_t=bfloat16 keys history x0 means",
+        "cond_s=bfloat16 uncond_s=bfloat16 cond_t=bfloat16 noise",
+    ]
