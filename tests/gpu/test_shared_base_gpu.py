@@ -82,7 +82,7 @@ def captured(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_one_graph_for_all_steps_and_rounds(model: DiffusionModel, compiled: bool) -> None:
-    """Captured once, the forward follows the step, the state and a refill of the tables."""
+    """Captured once, the forward follows the step and a refill of the tables."""
     grouped = GroupedAdapters(model.transformer, ["first", "second", "third"])
     tables = Remembered.of(model, model.transformer)
     assert tables is not None
