@@ -1,7 +1,7 @@
 """The operations of an SD3 forward, term by term: the floor of a round, written down.
 
-`rounds.py` takes the count from `FlopCounterMode`, which works for any network; this is the same number as a formula, so
-that it can be checked by hand. Matrix products alone, a multiplication and an addition counting as two.
+`rounds.py` takes the count from `FlopCounterMode`, which works for any network; this is the same number as a formula,
+so that it can be checked by hand. Matrix products alone, a multiplication and an addition counting as two.
 """
 
 from __future__ import annotations

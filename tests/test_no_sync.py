@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from benchmarks.models import NANO
-from benchmarks.rounds import Contest, Recipe, random_contest
+from benchmarks.rounds import Recipe, random_work
+from opd_fast.config import EngineConfig
 from opd_kernels import fused_step_reference
 
 aten = torch.ops.aten
@@ -146,9 +147,9 @@ def test_a_round_asks_the_device_nothing(name: str, tmp_path: Path, monkeypatch:
 
     The step's twin reads its row on the CPU, where a kernel takes its place on a GPU; `tests/gpu` has that one.
     """
-    contest = random_contest(torch.device("cpu"), NANO, RECIPES[name], tmp_path)
-    engine = contest.engine
-    engine.round(contest.batch)
+    work = random_work(torch.device("cpu"), NANO, RECIPES[name], tmp_path)
+    engine = work.engine(EngineConfig())
+    engine.round(work.batch)
     before = [p.detach().clone() for p in engine.parameters.values()]
     counters = [state["step"] for state in engine.optimizer.state.values()]
     watch = NoSync(counters)
@@ -159,15 +160,16 @@ def test_a_round_asks_the_device_nothing(name: str, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("opd_kernels.step.fused_step_reference", twin)
     with watch:
-        engine.round(contest.batch)
+        engine.round(work.batch)
     assert any(not torch.equal(p, b) for p, b in zip(engine.parameters.values(), before, strict=True))
 
 
 def test_the_published_round_does(tmp_path: Path) -> None:
     """Else this test could not tell: the scheduler looks its steps up, sample by sample."""
-    contest: Contest = random_contest(torch.device("cpu"), NANO, RECIPES["flow_sde"], tmp_path)
+    work = random_work(torch.device("cpu"), NANO, RECIPES["flow_sde"], tmp_path)
+    _, reference = work.published()
     with pytest.raises(HostSyncError), NoSync():
-        contest.reference.round(contest.batch)
+        reference.round(work.batch)
 
 
 X = torch.arange(4.0)
