@@ -86,8 +86,7 @@ class SolverTable:
                 f"give one weight per step, shape ({self.steps},)"
             )
         columns = (self.a, self.b, self.h, self.std, weight.detach().to("cpu", torch.float64), self.sigmas[:-1])
-        # Copied without waiting: the rows of a round are then no reason for a host to meet its device.
-        return torch.stack(columns, dim=1).to(torch.float32).to(device, non_blocking=True)
+        return torch.stack(columns, dim=1).to(torch.float32).to(device)
 
     def require_stochastic(self, purpose: str, steps: Sequence[int] | None = None) -> None:
         """Raise ValueError if one of ``steps`` (all, if None) has std == 0: a point has no log-probability."""
