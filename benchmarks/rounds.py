@@ -79,13 +79,20 @@ class Recipe:
         return self.steps - 1
 
 
-PUBLISHED_RECIPE = Recipe(
-    samples_per_task=3,
-    guidance=4.5,
-    teacher_guidance=(4.5, 4.5, 1.0),
-    micro_batch=3,  # as many samples' activations at a time as the reference holds
-    resolution=512,
-)
+def published_recipe(samples_per_task: int = 3, resolution: int = 512) -> Recipe:
+    """The published run of Stable Diffusion 3.5 Medium, with other numbers of samples and pixels where given.
+
+    Both sides hold as many samples' activations at a time: as the published loop does, all of a task, but no more than
+    the memory of one GPU takes.
+    """
+    most = 4 if resolution <= 512 else 1
+    return Recipe(
+        samples_per_task=samples_per_task,
+        guidance=4.5,
+        teacher_guidance=(4.5, 4.5, 1.0),
+        micro_batch=min(samples_per_task, most),
+        resolution=resolution,
+    )
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,9 @@ class Side:
         """Bytes that were allocated on the GPU before this contestant was there."""
         self.engaged = engaged
         """The engine's techniques that are at work; None for the reference."""
-        self.optimizer = torch.optim.AdamW(list(parameters.values()), lr=LEARNING_RATE, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(
+            list(parameters.values()), lr=LEARNING_RATE, weight_decay=1e-4, fused=None if engaged is None else True
+        )
 
     def round(self, batch: RoundBatch) -> None:
         """Gradients of the round, clipping, optimizer step; returns when the device is done."""
@@ -309,20 +318,24 @@ class Work:
 
     def truth(self, reference: Reference, side: Side) -> Outcome:
         """The published loop in float32, from the common start and on the engine's noise."""
-        part = self.part()
-        x = philox_normal(part.keys, part.shape, INITIAL_NOISE)
-        noise = torch.stack([philox_normal(part.keys, part.shape, j) for j in range(self.recipe.steps)])
         autocast, reference.autocast = reference.autocast, None
         try:
             with full_precision():
-                return side.outcome(replace(part, x=x, noise=noise))
+                return side.outcome(self._drawn())
         finally:
             reference.autocast = autocast
 
     def errors(self, side: Side, truth: Outcome) -> dict[str, float]:
         """The relative errors `gradient_error` and `loss_error` of a side, its student put back to the start."""
         self._to_start(side)
-        return side.outcome(self.part()).errors(truth)
+        return side.outcome(self._drawn() if side.engaged is None else self.part()).errors(truth)
+
+    def _drawn(self) -> RoundBatch:
+        """`part` with the noise that the engine draws from its keys."""
+        part = self.part()
+        x = philox_normal(part.keys, part.shape, INITIAL_NOISE)
+        noise = torch.stack([philox_normal(part.keys, part.shape, j) for j in range(self.recipe.steps)])
+        return replace(part, x=x, noise=noise)
 
     def floor_seconds(self) -> float:
         """The floor as this file's first lines define it."""

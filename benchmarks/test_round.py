@@ -6,7 +6,6 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from benchmarks.conftest import STARTED
 from benchmarks.models import SD35M_512, SD35M_1024, Shape
 from benchmarks.report import quantiles
-from benchmarks.rounds import PUBLISHED_RECIPE, Contest, Recipe, bundle_is_there, random_work, tiny_work
+from benchmarks.rounds import Contest, Recipe, bundle_is_there, published_recipe, random_work, tiny_work
 from opd_fast.config import EngineConfig
 
 CUDA = torch.cuda.is_available()
@@ -116,10 +115,6 @@ def test_round_tiny(
 
 EXACT = EngineConfig()
 FP8 = EngineConfig(precision="fp8")
-# Samples of a task in a forward: as many for both sides as the memory of one GPU holds.
-ONE = replace(PUBLISHED_RECIPE, samples_per_task=1, micro_batch=1)
-SIXTEEN = replace(PUBLISHED_RECIPE, samples_per_task=16, micro_batch=4)
-LARGE = replace(PUBLISHED_RECIPE, micro_batch=1, resolution=1024)
 
 
 @pytest.mark.gpu
@@ -127,11 +122,11 @@ LARGE = replace(PUBLISHED_RECIPE, micro_batch=1, resolution=1024)
 @pytest.mark.parametrize(
     ("name", "shape", "recipe", "settings", "seconds"),
     [
-        ("round/sd35m-512/exact", SD35M_512, PUBLISHED_RECIPE, EXACT, 40.0),
-        ("round/sd35m-512/fp8", SD35M_512, PUBLISHED_RECIPE, FP8, 20.0),
-        ("round/sd35m-512/exact/1", SD35M_512, ONE, EXACT, 10.0),
-        ("round/sd35m-512/exact/16", SD35M_512, SIXTEEN, EXACT, 30.0),
-        ("round/sd35m-1024/exact", SD35M_1024, LARGE, EXACT, 30.0),
+        ("round/sd35m-512/exact", SD35M_512, published_recipe(), EXACT, 40.0),
+        ("round/sd35m-512/fp8", SD35M_512, published_recipe(), FP8, 20.0),
+        ("round/sd35m-512/exact/1", SD35M_512, published_recipe(1), EXACT, 10.0),
+        ("round/sd35m-512/exact/16", SD35M_512, published_recipe(16), EXACT, 30.0),
+        ("round/sd35m-1024/exact", SD35M_1024, published_recipe(resolution=1024), EXACT, 30.0),
     ],
     ids=["512", "512-fp8", "512-1", "512-16", "1024"],
 )
@@ -147,6 +142,6 @@ def test_round_sd35m(
     seconds: float,
 ) -> None:
     """The compiled reference runs in the first row alone: it compiles for each adapter and each number of samples."""
-    first = recipe is PUBLISHED_RECIPE and settings is EXACT
+    first = name == "round/sd35m-512/exact"
     contest = Contest(random_work(device, shape, recipe, tmp_path), settings, compiled=first)
     compare(benchmark, name, contest, pytestconfig, exact=settings.precision != "fp8", seconds=seconds)
