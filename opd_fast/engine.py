@@ -7,11 +7,12 @@ are compiled, and only then may FSDP's hooks go around them; graphs are captured
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from opd_fast.config import EngineConfig
+from opd_fast.graphs import CudaBackend, Graphs
 from opd_fast.models.base import DiffusionModel
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
@@ -27,6 +28,8 @@ class Engaged:
     """The student's LoRA layers that are merged for a round."""
     compiled: int = 0
     """Blocks under torch.compile."""
+    graphs: Graphs = field(default_factory=lambda: Graphs(None))
+    """What was captured and replayed so far."""
 
 
 def engage(
@@ -37,14 +40,31 @@ def engage(
     anchor: TeacherBank | None = None,
     *,
     compiled: bool,
+    graphed: bool,
     say: Callable[[str], None] = lambda text: None,
 ) -> Engaged:
-    """Put the techniques of `settings` to work, in place; `compiled` is what engine.compile came to."""
+    """Put the techniques of `settings` to work, in place; `compiled` and `graphed` are what engine.compile and
+    engine.graphs came to."""
     engaged = Engaged(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
     engaged.merged_layers = student.merge_in_rounds(settings.merge_student)
     if compiled:
         engaged.compiled = compile_blocks(model, student, teachers, anchor)
+    if graphed:
+        engaged.graphs = _graphs(model, teachers, say)
     return engaged
+
+
+def _graphs(model: DiffusionModel, teachers: TeacherBank, say: Callable[[str], None]) -> Graphs:
+    """The graphs of a run, or none, with the reason."""
+    why = None
+    if model.device.type != "cuda":
+        why = "there is no CUDA device"
+    elif teachers.offloaded:
+        why = "teachers come from the CPU's memory block by block (parallel.offload_teachers)"
+    if why is None:
+        return Graphs(CudaBackend(model.device), say)
+    say(f"graphs: off, {why}; every step is launched from Python")
+    return Graphs(None)
 
 
 def compile_blocks(

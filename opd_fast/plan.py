@@ -44,6 +44,7 @@ class Resolved:
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    graphs: bool
     tf32: bool
 
 
@@ -82,6 +83,7 @@ def resolve(config: Config) -> Resolved:
         device=device,
         dtype=pick_dtype(config.model.dtype, config.engine.precision, device),
         compile=config.engine.compile == "on" or (config.engine.compile == "auto" and on_gpu),
+        graphs=config.engine.graphs == "on" or (config.engine.graphs == "auto" and on_gpu),
         tf32=config.engine.precision == "tf32",
     )
 
@@ -419,7 +421,7 @@ def print_plan(plan: Plan, config: Config, run_dir: Path, missing: Iterable[User
 
 def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     r = plan.resolved
-    switches = f"compile {'on' if r.compile else 'off'}"
+    switches = f"compile {'on' if r.compile else 'off'}, graphs {'on' if r.graphs else 'off'}"
     tasks = f"{len(config.teachers)} tasks of {config.train.samples_per_task}"
     if plan.samples < len(config.teachers) * config.train.samples_per_task:
         tasks = f"{config.train.tasks_per_round} of {tasks}"

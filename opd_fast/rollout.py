@@ -8,19 +8,22 @@ equals that of rolling out first, asking the teachers next, and training last; o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from opd_fast.graphs import Graphs, Static
 from opd_fast.models.base import DiffusionModel, TextEmbeds
 from opd_fast.objectives import Surrogate, score_factors
 from opd_fast.solvers import SolverTable
 from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank
+from opd_fast.teachers import Course, TeacherBank
 from opd_fast.telemetry import annotate
+from opd_fast.transfer import send
 from opd_fast.velocity import Conditioning, velocities
 from opd_kernels import StepOutput, fused_step, philox_normal
 from opd_kernels.philox import INITIAL_NOISE
@@ -96,6 +99,7 @@ def one_pass(
     micro_batch: int | None = None,
     surrogate: Surrogate | None = None,
     anchor: tuple[TeacherBank, float] | None = None,
+    graphs: Graphs | None = None,
 ) -> RoundOutput:
     """Roll the student out and accumulate the gradient of the round's loss in its parameters.
 
@@ -106,154 +110,251 @@ def one_pass(
     `surrogate` replaces the gradient of the weighted gap by a policy gradient with that gap as its reward. Where this
     looks ahead, a first rollout without gradient, on the same noise, measures the rewards. `anchor` is a bank of one
     frozen model and the factor of its loss, of the teachers' form, which is added for every sample.
+
+    `graphs` replays each step as one CUDA graph, or, with a surrogate or a sharded student, the teachers alone. Give
+    every round of a run the same ones.
     """
     steps = table.steps if train_last else table.steps - 1
-    rows = table.rows(weight, batch.keys.device)
     if surrogate is not None:
         table.require_stochastic("the ppo objective", range(steps))
-    plan = _Plan(
-        table, rows, (weight[:steps] != 0).tolist(), score_factors(table).tolist(), reduction, surrogate, anchor
+    rollout = _Rollout(
+        model, student, teachers, table, (weight[:steps] != 0).tolist(), reduction, surrogate, anchor, graphs
     )
+    rows = send(table.rows(weight), batch.keys.device)
     losses = torch.zeros(steps, len(batch), device=batch.keys.device)
     states = []
     with student.at_rest():
         for part_rows, part in batch.split(micro_batch):
             last = part_rows.stop == len(batch)
-            states.append(_roll_out(model, student, teachers, part, plan, losses[:, part_rows], last=last))
+            states.append(rollout.run(part, rows, losses[:, part_rows], last=last))
     return RoundOutput(losses, torch.cat(states))
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is the same for all micro-batches of a round."""
+class _Inputs:
+    """What all steps of a micro-batch read."""
 
-    table: SolverTable
+    condition: Conditioning
+    course: Course
+    anchored: Course | None
+    guidance: Tensor
+    """(B,) float32, the student's."""
     rows: Tensor
+    """(N, 6) float32, the solver's."""
+    keys: Tensor
+    scale: Tensor
+    noise: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """What is the same for all micro-batches of a round, and the walk through one of them."""
+
+    model: DiffusionModel
+    student: Student
+    teachers: TeacherBank
+    table: SolverTable
     asked: list[bool]
     """Of each trained step: whether it has a loss."""
-    score: list[float]
     reduction: Literal["mean", "sum"]
     surrogate: Surrogate | None
     anchor: tuple[TeacherBank, float] | None
+    graphs: Graphs | None
 
     @property
     def steps(self) -> int:
         """Steps up to the last that has a loss."""
         return max((j + 1 for j, asked in enumerate(self.asked) if asked), default=0)
 
+    def run(self, batch: RoundBatch, rows: Tensor, losses: Tensor, *, last: bool) -> Tensor:
+        """Roll one micro-batch out; fills losses (steps, B) and returns the state after the last step with a loss.
 
-def _roll_out(
-    model: DiffusionModel,
-    student: Student,
-    teachers: TeacherBank,
-    batch: RoundBatch,
-    plan: _Plan,
-    losses: Tensor,
-    *,
-    last: bool,
-) -> Tensor:
-    """`one_pass` of one micro-batch; fills losses (steps, B) and returns the state after the last of them.
+        `last` says that it is the round's last micro-batch. Under `torch.no_grad` the same rollout and its losses,
+        without gradient.
+        """
+        later = None
+        if self.surrogate is not None and self.surrogate.looks_ahead:
+            measured = torch.zeros_like(losses)
+            with torch.no_grad():
+                replace(self, surrogate=None, anchor=None, graphs=None).run(batch, rows, measured, last=False)
+            later = self.surrogate.returns(_unscaled(measured, batch.scale))
+        inputs = self._inputs(batch, rows)
+        x = philox_normal(batch.keys, batch.shape, INITIAL_NOISE) if batch.x is None else batch.x
+        if self.graphs is not None and self.graphs.on and self.surrogate is None and not self.student.world.sharded:
+            return self._replay(self.graphs, inputs, batch.tasks, x, losses)
+        x0 = None
+        for j in range(self.steps):
+            final = last and j == self.steps - 1
+            step = self._step(inputs, j, x, x0, self.asked[j], later=None if later is None else later[j], final=final)
+            losses[j] = step.loss
+            x, x0 = step.x_next, step.x0
+        return x
 
-    `last` says that it is the round's last micro-batch. Under `torch.no_grad` the same rollout and its losses, without
-    gradient.
-    """
-    table, rows, surrogate = plan.table, plan.rows, plan.surrogate
-    later = None
-    if surrogate is not None and surrogate.looks_ahead:
-        measured = torch.zeros_like(losses)
-        with torch.no_grad():
-            _roll_out(model, student, teachers, batch, replace(plan, surrogate=None, anchor=None), measured, last=False)
-        later = surrogate.returns(_unscaled(measured, batch.scale))
-    condition = Conditioning.build(model, batch.text, batch.negative, student.guidance)
-    guidance = torch.full_like(batch.scale, student.guidance)
-    course = teachers.course(batch)
-    anchored = None
-    if plan.anchor is not None:
-        anchored = plan.anchor[0].course(replace(batch, tasks=((0, slice(0, len(batch))),)))
-    sigmas = rows[:, -1]
-    x = philox_normal(batch.keys, batch.shape, INITIAL_NOISE) if batch.x is None else batch.x
-    x0 = None
-    for j in range(plan.steps):
-        with annotate("student.forward"), torch.set_grad_enabled(plan.asked[j] and torch.is_grad_enabled()):
-            v_student = student.velocities(model, x, sigmas[j], condition)
+    def _inputs(self, batch: RoundBatch, rows: Tensor) -> _Inputs:
+        whole = replace(batch, tasks=((0, slice(0, len(batch))),))
+        return _Inputs(
+            condition=Conditioning.build(self.model, batch.text, batch.negative, self.student.guidance),
+            course=self.teachers.course(batch),
+            anchored=None if self.anchor is None else self.anchor[0].course(whole),
+            guidance=torch.full_like(batch.scale, self.student.guidance),
+            rows=rows,
+            keys=batch.keys,
+            scale=batch.scale,
+            noise=batch.noise if self.table.stochastic else None,
+        )
+
+    def _step(
+        self,
+        inputs: _Inputs,
+        j: int | Tensor,
+        x: Tensor,
+        x0: Tensor | None,
+        asked: bool,
+        *,
+        later: Tensor | None = None,
+        final: bool = False,
+    ) -> StepOutput:
+        """One step of the rollout and, where it is asked for its loss, the gradient of that.
+
+        `j` is the step's number, or a 0-dim int64 tensor of it on the device; `final` says that no backward follows in
+        this round.
+        """
+        sigma, noise = _at(inputs.rows, j)[-1], None if inputs.noise is None else _at(inputs.noise, j)
+        with annotate("student.forward"), torch.set_grad_enabled(asked and torch.is_grad_enabled()):
+            v_student = self.student.velocities(self.model, x, sigma, inputs.condition)
+        graphs = self.graphs if isinstance(j, int) else None  # within a graph there is no other
         with annotate("teacher.forward"):
-            v_teacher = teachers.velocities(x, sigmas[j], course) if plan.asked[j] else v_student
+            v_teacher = self.teachers.velocities(x, sigma, inputs.course, graphs) if asked else v_student
         with annotate("step"):
             step = fused_step(
                 x,
                 v_student.cond.detach(),
                 None if v_student.uncond is None else v_student.uncond.detach(),
-                v_teacher.cond,
-                v_teacher.uncond,
-                guidance,
-                course.guidance if plan.asked[j] else guidance,
-                rows,
+                v_teacher.cond.detach(),
+                None if v_teacher.uncond is None else v_teacher.uncond.detach(),
+                inputs.guidance,
+                inputs.course.guidance if asked else inputs.guidance,
+                inputs.rows,
                 j,
-                batch.scale,
-                noise=batch.noise[j] if batch.noise is not None and table.stochastic else None,
-                keys=batch.keys if batch.noise is None and table.stochastic else None,
+                inputs.scale,
+                noise=noise,
+                keys=inputs.keys if noise is None and self.table.stochastic else None,
                 history=x0,
-                want_x0=table.uses_history,
-                reduction=plan.reduction,
+                want_x0=self.table.uses_history,
+                reduction=self.reduction,
             )
-        if surrogate is not None and plan.asked[j]:
-            step = _policy_gradient(surrogate, step, batch, plan, j, guidance, None if later is None else later[j])
-        if plan.anchor is not None and anchored is not None and plan.asked[j]:
+        if self.surrogate is not None and isinstance(j, int) and asked:
+            step = self._policy_gradient(self.surrogate, step, inputs, j, x, later)
+        if self.anchor is not None and inputs.anchored is not None and asked:
             with annotate("anchor.forward"):
-                v_anchor = plan.anchor[0].velocities(x, sigmas[j], anchored)
+                v_anchor = self.anchor[0].velocities(x, sigma, inputs.anchored, graphs)
             pull = fused_step(
                 x,
                 v_student.cond.detach(),
                 None if v_student.uncond is None else v_student.uncond.detach(),
                 v_anchor.cond,
                 v_anchor.uncond,
-                guidance,
-                anchored.guidance,
-                rows,
+                inputs.guidance,
+                inputs.anchored.guidance,
+                inputs.rows,
                 j,
-                batch.scale * plan.anchor[1],
-                reduction=plan.reduction,
+                inputs.scale * self.anchor[1],
+                reduction=self.reduction,
             )
             step = _sum(step, pull)
         if v_student.cond.requires_grad:
             with annotate("backward"):
-                student.before_backward(last=last and j == plan.steps - 1)
+                self.student.before_backward(last=final)
                 torch.autograd.backward(
                     [v for v in (v_student.cond, v_student.uncond) if v is not None],
                     [g for g in (step.grad_cond, step.grad_uncond) if g is not None],
                 )
-        losses[j] = step.loss
-        x, x0 = step.x_next, step.x0
-    return x
+        return step
+
+    def _policy_gradient(
+        self, surrogate: Surrogate, step: StepOutput, inputs: _Inputs, j: int, x: Tensor, later: Tensor | None
+    ) -> StepOutput:
+        """The step with the surrogate's gradient in place of the KL's; `loss` stays scale times the KL."""
+        noise = philox_normal(inputs.keys, x.shape[1:], j) if inputs.noise is None else inputs.noise[j]
+        elements = noise[0].numel() if self.reduction == "mean" else 1
+        cond, uncond = surrogate.gradients(
+            step.grad_cond,
+            step.grad_uncond,
+            kl=_unscaled(step.loss, inputs.scale),
+            later=later,
+            noise=noise,
+            score=inputs.scale * (float(score_factors(self.table)[j]) / elements),
+            guidance=inputs.guidance,
+        )
+        return step._replace(grad_cond=cond, grad_uncond=uncond)
+
+    def _replay(
+        self, graphs: Graphs, inputs: _Inputs, tasks: tuple[tuple[int, slice], ...], x: Tensor, losses: Tensor
+    ) -> Tensor:
+        """`run` by graphs of a whole step each, kept for this form of batch."""
+        counts = ", ".join(str(rows.stop - rows.start) for _, rows in tasks)
+        grad = torch.is_grad_enabled()
+
+        def make() -> _StepGraphs:
+            name = f"the step of {len(x)} samples ({counts})"
+            return _StepGraphs(graphs, name, self, inputs, x, len(losses))
+
+        key = ("step", len(x), tuple((i, rows.start, rows.stop) for i, rows in tasks), grad, self.reduction)
+        kept = graphs.keep(key, make)
+        return kept.run(self, inputs, x, losses)
+
+
+class _StepGraphs:
+    """The steps of one form of batch as CUDA graphs: student, teachers, step kernel and backward in one launch.
+
+    The step's number is a tensor on the device that the graph itself counts up; state, losses and the student's
+    gradients lie in buffers that stay.
+    """
+
+    def __init__(self, graphs: Graphs, name: str, rollout: _Rollout, inputs: _Inputs, x: Tensor, steps: int) -> None:
+        self.graphs, self.name = graphs, name
+        self.inputs = Static(name, inputs)
+        self.x = x.detach().clone(memory_format=torch.contiguous_format)
+        self.x0 = torch.zeros_like(self.x) if rollout.table.uses_history else None
+        self.losses = torch.zeros(steps, len(x), device=x.device)
+        self.step = torch.zeros((), dtype=torch.int64, device=x.device)
+        self._replays: dict[bool, Callable[[], None]] = {}
+
+    def run(self, rollout: _Rollout, inputs: _Inputs, x: Tensor, losses: Tensor) -> Tensor:
+        """As `_Rollout.run`."""
+        self.inputs.load(inputs)
+        gradients = rollout.student.gradients_in_place()
+        torch._foreach_zero_([t for t in (self.x0, self.losses, self.step) if t is not None])
+        self.x.copy_(x)
+        for j in range(rollout.steps):
+            asked = rollout.asked[j]
+            if asked not in self._replays:
+                name = self.name if asked else f"{self.name} without loss"
+                state = [t for t in (self.x, self.x0, self.losses, self.step) if t is not None]
+                work = functools.partial(self._work, rollout, asked)
+                self._replays[asked] = self.graphs.capture(name, work, [*state, *gradients])
+            self._replays[asked]()
+        losses.copy_(self.losses)
+        return self.x.clone()
+
+    def _work(self, rollout: _Rollout, asked: bool) -> None:
+        step = rollout._step(self.inputs.value, self.step, self.x, self.x0, asked)
+        with torch.no_grad():
+            self.losses.index_copy_(0, self.step.view(1), step.loss.unsqueeze(0))
+            self.x.copy_(step.x_next)
+            if self.x0 is not None and step.x0 is not None:
+                self.x0.copy_(step.x0)
+            self.step.add_(1).remainder_(len(self.losses))  # warming up must not run off the table
+
+
+def _at(rows: Tensor, j: int | Tensor) -> Tensor:
+    """rows[j], without asking the device for a number."""
+    return rows[j] if isinstance(j, int) else rows.index_select(0, j.view(1))[0]
 
 
 def _unscaled(losses: Tensor, scale: Tensor) -> Tensor:
     """losses / scale; 0 for the rows of scale 0 that only keep the ranks in step."""
     return torch.where(scale > 0, losses / scale, 0.0)
-
-
-def _policy_gradient(
-    surrogate: Surrogate,
-    step: StepOutput,
-    batch: RoundBatch,
-    plan: _Plan,
-    j: int,
-    guidance: Tensor,
-    later: Tensor | None,
-) -> StepOutput:
-    """The step with the surrogate's gradient in place of the KL's; `loss` stays scale times the KL."""
-    noise = philox_normal(batch.keys, batch.shape, j) if batch.noise is None else batch.noise[j]
-    elements = noise[0].numel() if plan.reduction == "mean" else 1
-    cond, uncond = surrogate.gradients(
-        step.grad_cond,
-        step.grad_uncond,
-        kl=_unscaled(step.loss, batch.scale),
-        later=later,
-        noise=noise,
-        score=batch.scale * (plan.score[j] / elements),
-        guidance=guidance,
-    )
-    return step._replace(grad_cond=cond, grad_uncond=uncond)
 
 
 def _sum(step: StepOutput, pull: StepOutput) -> StepOutput:

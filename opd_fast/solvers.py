@@ -22,6 +22,7 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,12 +64,12 @@ class SolverTable:
         """Number of sampler steps N."""
         return self.a.shape[0]
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
         """Whether any step adds noise."""
         return bool((self.std > 0).any())
 
-    @property
+    @cached_property
     def uses_history(self) -> bool:
         """Whether any step reads the previous step's x0_hat."""
         return bool((self.h != 0).any())

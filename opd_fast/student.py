@@ -78,6 +78,7 @@ class Student:
     def _hold(self) -> None:
         self._named = [(n, p) for n, p in self.transformer.named_parameters() if p.requires_grad]
         self._ema_parameters = [p.detach().clone() for _, p in self._named]
+        self._gradients: list[Tensor] = []
 
     def merge_in_rounds(self, wanted: bool) -> int:
         """Whether `at_rest` merges LoRA; returns how many layers it does."""
@@ -118,6 +119,24 @@ class Student:
             yield self.transformer
         if self.world.sharded:
             release(self.transformer)
+
+    def gradients_in_place(self) -> list[Tensor]:
+        """Every parameter's gradient, in a buffer that stays the same one from round to round, holding what was there.
+
+        Zeroing gradients to None is fine: the buffer comes back, zeroed.
+        """
+        if not self._gradients:
+            self._gradients = [torch.zeros_like(p) for p in self.parameters()]
+        empty = []
+        for parameter, buffer in zip(self.parameters(), self._gradients, strict=True):
+            if parameter.grad is None:
+                empty.append(buffer)
+            elif parameter.grad is not buffer:
+                buffer.copy_(parameter.grad)
+            parameter.grad = buffer
+        if empty:
+            torch._foreach_zero_(empty)
+        return self._gradients
 
     def before_backward(self, *, last: bool) -> None:
         """Say whether the coming backward is the round's last: sharded gradients are reduced in that one."""

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from opd_fast.adapters import add_frozen, use_adapter
 from opd_fast.config import TeacherConfig
+from opd_fast.graphs import Graphs
 from opd_fast.lora import find_lora, read_lora
 from opd_fast.models.base import DiffusionModel
+from opd_fast.telemetry import annotate
 from opd_fast.velocity import Conditioning, Velocities, velocities
 from opd_fast.weights import Origin, check_weights, load_with_origin
 
@@ -56,8 +58,10 @@ class Teacher:
 class TeacherBank:
     """The teachers in the order of the configuration."""
 
-    def __init__(self, model: DiffusionModel, teachers: Sequence[Teacher]) -> None:
+    def __init__(self, model: DiffusionModel, teachers: Sequence[Teacher], *, offloaded: bool = False) -> None:
         self.model, self.teachers = model, list(teachers)
+        self.offloaded = offloaded
+        """Whether they lie in CPU memory and come to the device block by block."""
         self.together = False
         """Whether all ranks ask the same teachers in the same order, as weights they share the shards of need."""
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
@@ -98,7 +102,7 @@ class TeacherBank:
                     transformer = model.transformer
                     adapter, origin = _add(model, config)
             teachers.append(Teacher(config.name, config.guidance, transformer, adapter, origin, config.weight))
-        return cls(model, teachers)
+        return cls(model, teachers, offloaded=offload and placement == "merged")
 
     @classmethod
     def of_base(cls, model: DiffusionModel, guidance: float) -> TeacherBank:
@@ -135,16 +139,17 @@ class TeacherBank:
         return Course(tuple(parts), guidance, any(condition.guided for _, _, condition in parts))
 
     @torch.no_grad()
-    def velocities(self, x: Tensor, sigma: Tensor, course: Course) -> Velocities:
+    def velocities(self, x: Tensor, sigma: Tensor, course: Course, graphs: Graphs | None = None) -> Velocities:
         """Each sample's velocity by its own teacher, both branches; x (B, C, H, W) float32, sigma 0-dim float32.
 
-        Rows of unguided teachers are left unset in `uncond`: the step never reads them.
+        Rows of unguided teachers are left unset in `uncond`: the step never reads them. With `graphs` every teacher's
+        forward is one graph for each number of samples, and the result lasts until the next call.
         """
         outputs, spans = [], []
         for index, rows, condition in course.parts:
             none = rows.start == rows.stop
-            with self.active(index) as transformer:
-                found = velocities(self.model, transformer, x[:1] if none else x[rows], sigma, condition)
+            with annotate("task"):
+                found = self._ask(index, x[:1] if none else x[rows], sigma, condition, graphs)
             if not none:
                 outputs.append(found)
                 spans.append(rows)
@@ -158,6 +163,16 @@ class TeacherBank:
             if v.uncond is not None:
                 uncond[rows] = v.uncond
         return Velocities(cond, uncond)
+
+    def _ask(self, index: int, x: Tensor, sigma: Tensor, condition: Conditioning, graphs: Graphs | None) -> Velocities:
+        def forward(x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
+            with self.active(index) as transformer:
+                return velocities(self.model, transformer, x, sigma, condition)
+
+        if graphs is None or self.together:  # shards are gathered by hooks, which no graph records
+            return forward(x, sigma, condition)
+        name = f"teacher {self.teachers[index].name} on {len(x)} samples"
+        return graphs.call(("teacher", id(self), index, len(x)), name, forward, x, sigma, condition)
 
     @torch.no_grad()
     def check(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> None:

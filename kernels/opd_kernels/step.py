@@ -228,7 +228,7 @@ def fused_step(
     if history is not None:
         _check("history", history, x, shape, (torch.float32,))
     index, tensor = _check_row(x, table, step, reduction)
-    if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if tensor is None and type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
         grads = cond_s.requires_grad or (uncond_s is not None and uncond_s.requires_grad)
         if not (grads and torch.is_grad_enabled()):
             # Nothing to record: straight to the twin, since the operator's dispatch takes as long as half a small step.

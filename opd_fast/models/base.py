@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from opd_fast.transfer import send
+
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
@@ -41,7 +43,7 @@ class TextEmbeds:
         """The chosen rows: a view for a slice, a gather for indices (a list, or an int64 tensor on any device)."""
         if isinstance(idx, slice):
             return self._map(lambda tensor: tensor[idx])
-        rows = torch.as_tensor(idx, dtype=torch.int64).to(self.sequence.device)
+        rows = send(torch.as_tensor(idx, dtype=torch.int64), self.sequence.device)
         return self._map(lambda tensor: tensor.index_select(0, rows))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeds:

@@ -305,7 +305,9 @@ def _flat(evaluation: Evaluation) -> dict[str, float]:
 
 def make_optimizer(student: Student, config: Config) -> torch.optim.AdamW:
     t = config.train
-    return torch.optim.AdamW(student.parameters(), lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay)
+    return torch.optim.AdamW(
+        student.parameters(), lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, fused=True
+    )
 
 
 def learning_rate(config: Config, index: int) -> float:
@@ -325,7 +327,7 @@ def optimizer_state(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
     return tensors

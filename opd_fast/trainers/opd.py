@@ -18,6 +18,7 @@ from opd_fast.objectives import Surrogate, query_law, step_queries, step_weights
 from opd_fast.rollout import RoundBatch, one_pass
 from opd_fast.seeds import noise_keys
 from opd_fast.trainers.setup import Setup
+from opd_fast.transfer import send
 
 ROLLOUT_STREAM = 1
 """Sets the rollouts' noise apart from any other noise drawn from the same seed."""
@@ -76,8 +77,8 @@ class OPD:
             tasks=tuple(
                 (task, slice(bisect_left(mine, span.start), bisect_left(mine, span.stop))) for task, span in tasks
             ),
-            keys=keys[mine].to(setup.model.device),
-            scale=scale.to(setup.model.device),
+            keys=send(keys[mine], setup.model.device),
+            scale=send(scale, setup.model.device),
             shape=setup.shape,
         )
 
@@ -109,6 +110,7 @@ class OPD:
             micro_batch=config.train.micro_batch,
             surrogate=self.surrogate,
             anchor=self.anchor,
+            graphs=setup.engaged.graphs,
         )
         setup.student.average_gradients()
         losses = output.losses / (scaler.get_scale() * setup.world.size)

@@ -123,7 +123,9 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
         say(f"teacher {teacher.name}: {teacher.origin}")
     anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
-    engaged = engage(config.engine, model, student, teachers, anchor, compiled=resolved.compile, say=say)
+    engaged = engage(
+        config.engine, model, student, teachers, anchor, compiled=resolved.compile, graphed=resolved.graphs, say=say
+    )
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
     teachers.together = world.sharded and placement == "shared"
     sigma = table.sigmas[0].float().to(device)

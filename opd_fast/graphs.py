@@ -1,0 +1,188 @@
+"""CUDA graphs: work captured once and replayed, one launch in place of thousands.
+
+A replay runs the captured kernels on the captured addresses, and no Python. Hence the contract of everything here:
+
+* What changes between replays is declared: a value whose tensors are copied into buffers that stay (`Static`), or a
+  tensor that others change in place (weights, gradient buffers). Anything else keeps the value it had at the capture.
+* A declared value of another shape, dtype, device or structure is refused with a ValueError that names it. Nothing is
+  captured again behind the caller's back.
+* Results lie in the graph's own memory, and the next replay of the same graph overwrites them: clone what must live
+  longer. Other graphs leave them alone, as all of them share one memory pool and are never replayed side by side.
+* Work that cannot be captured is said to be so, once, and runs as it is; so does everything without CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from opd_fast.errors import one_line
+
+T = TypeVar("T")
+WARM_UPS = 3
+"""Runs before a capture, in which libraries choose their kernels and blocks are compiled."""
+
+
+class Backend(Protocol):
+    """What records work."""
+
+    def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Warm `work` up and record it; how to replay it, and the result that replays overwrite.
+
+        Raises RuntimeError where it cannot be recorded. What `work` changes in place may have any value afterwards.
+        """
+        ...
+
+
+class CudaBackend:
+    """CUDA graphs in one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                work()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Threads that write checkpoints or logs may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            result = work()
+        return graph.replay, result
+
+
+class Graphs:
+    """The graphs of a run."""
+
+    def __init__(self, backend: Backend | None, say: Callable[[str], None] = lambda text: None) -> None:
+        """`backend` None leaves all work as it is; `say` hears what was captured and what could not be."""
+        self.backend, self.say = backend, say
+        self.captured, self.replays = 0, 0
+        self.refused: list[str] = []
+        """What could not be captured."""
+        self._kept: dict[Hashable, Any] = {}
+
+    @property
+    def on(self) -> bool:
+        """Whether work is captured at all."""
+        return self.backend is not None
+
+    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What was made for `key`: graphs and buffers that belong to one shape of work."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
+
+    def capture(self, name: str, work: Callable[[], T], changes: Sequence[Tensor] = ()) -> Callable[[], T]:
+        """`work` as a function that replays it, or itself where it cannot be captured.
+
+        `changes` are the tensors it changes in place: capturing leaves them as they were.
+        """
+        if self.backend is None:
+            return work
+        before = [tensor.detach().clone() for tensor in changes]
+        try:
+            replay, result = self.backend.capture(work)
+        except RuntimeError as error:
+            self.refused.append(name)
+            self.say(f"graphs: {name} cannot be captured and runs without ({one_line(error)[:160]})")
+            return work
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(changes, before, strict=True):
+                    tensor.copy_(value)
+        self.captured += 1
+        self.say(f"graphs: captured {name}")
+
+        def run() -> T:
+            self.replays += 1
+            replay()
+            return result
+
+        return run
+
+    def call(self, key: Hashable, name: str, function: Callable[..., T], *inputs: Any) -> T:
+        """function(*inputs), captured at the first call of `key` and replayed at later ones.
+
+        Raises ValueError for inputs that differ from the first call's in more than their tensors' values.
+        """
+        if self.backend is None:
+            return function(*inputs)
+
+        def make() -> tuple[Static[tuple[Any, ...]], Callable[[], T]]:
+            held = Static(name, inputs)
+            return held, self.capture(name, lambda: function(*held.value))
+
+        held, run = self.keep(key, make)
+        held.load(inputs)
+        return run()
+
+
+class Static(Generic[T]):
+    """A value whose tensors stay where they are: dataclasses, tuples, lists, tensors, and whatever compares equal."""
+
+    def __init__(self, name: str, value: T) -> None:
+        self.name = name
+        self.value: T = _cloned(value)
+        self._loaded: dict[str, tuple[Tensor, int]] = {}
+
+    def load(self, value: T) -> None:
+        """Copy the tensors of `value` here. Raises ValueError for one of another form, before anything is copied."""
+        found, mine = list(_leaves(value)), list(_leaves(self.value))
+        for (path, new), (own, old) in zip(found, mine, strict=False):
+            if path != own or _form(new) != _form(old):
+                raise ValueError(self._refusal(path, _form(new), own, _form(old)))
+        if len(found) != len(mine):
+            raise ValueError(self._refusal("it", f"{len(found)} parts", "it", f"{len(mine)} parts"))
+        for (path, new), (_, old) in zip(found, mine, strict=True):
+            if isinstance(new, Tensor) and new is not old:
+                source, version = self._loaded.get(path, (None, 0))
+                if source is not new or version != new._version:  # text, say, is the same at every step
+                    old.copy_(new)
+                    self._loaded[path] = (new, new._version)
+
+    def _refusal(self, path: str, new: str, own: str, old: str) -> str:
+        here = path if path == own else f"{path} (for {own})"
+        return (
+            f"{self.name} was captured with {here} {old}, and is given {new}; a graph takes one form of input: "
+            f"keep batches alike, or set engine.graphs off"
+        )
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The parts of a nested value that are no containers, with their names."""
+    if is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _leaves(getattr(value, field.name), f"{path}.{field.name}" if path else field.name)
+    elif isinstance(value, tuple | list):
+        yield f"{path}.length", len(value)
+        for i, part in enumerate(value):
+            yield from _leaves(part, f"{path}[{i}]")
+    else:
+        yield path, value
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone(memory_format=torch.contiguous_format)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _cloned(getattr(value, field.name)) for field in fields(value)})
+    if isinstance(value, tuple | list):
+        return type(value)(_cloned(part) for part in value)
+    return value
+
+
+def _form(value: Any) -> str:
+    """What must not change, in words."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    return repr(value)
