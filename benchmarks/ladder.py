@@ -61,11 +61,6 @@ class Technique:
     exact: bool = True
 
 
-def _graph_replays(engaged: Engaged) -> int:
-    graphs = getattr(engaged, "graphs", None)
-    return 0 if graphs is None else int(graphs.replays)
-
-
 def _count(field: str) -> Callable[[Engaged], Any]:
     return lambda engaged: getattr(engaged, field, 0)
 
@@ -95,7 +90,7 @@ TECHNIQUES = (
     Technique("modulation", {"cache_modulation": True}, _count("modulation")),
     Technique("blocks", {"compile": "on"}, _count("compiled"), gpu=True),
     Technique("attention", {"attention": "auto"}, _backend),
-    Technique("graphs", {"graphs": "on"}, _graph_replays, gpu=True),
+    Technique("graphs", {"graphs": "on"}, lambda engaged: engaged.graphs.replays, gpu=True),
     Technique("fp8", {"precision": "fp8"}, _count("fp8"), gpu=True, exact=False),
 )
 FIRST = ("compiled-reference", "one-pass")

@@ -285,14 +285,17 @@ class Work:
         ]
         bank = TeacherBank.load(model, configs, settings.placement)
         student = Student.build(model, StudentConfig(rank=recipe.rank, alpha=recipe.alpha, guidance=recipe.guidance))
-        wanted = settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda")
-        engaged = engage(settings, model, student, bank, compiled=wanted, say=say)
+        on = ("on", "auto") if self.device.type == "cuda" else ("on",)
+        compiled, graphed = settings.compile in on, settings.graphs in on
+        engaged = engage(settings, model, student, bank, compiled=compiled, graphed=graphed, say=say)
         sigmas = model.sigmas(recipe.steps, recipe.resolution)
         table = solver_table(recipe.solver, sigmas, recipe.eta)
         weight = step_weights(table, "kl")
 
         def accumulate(batch: RoundBatch) -> Tensor:
-            return one_pass(model, student, bank, batch, table, weight, micro_batch=recipe.micro_batch).losses
+            return one_pass(
+                model, student, bank, batch, table, weight, micro_batch=recipe.micro_batch, graphs=engaged.graphs
+            ).losses
 
         networks = [student.transformer, *(teacher.transformer for teacher in bank.teachers)]
         parameters = dict(student.named_parameters())
