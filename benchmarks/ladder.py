@@ -328,6 +328,9 @@ def main(argv: Sequence[str]) -> int:
     device = default_device()
     console = Console(width=None if sys.stdout.isatty() else 140)
     prefix = f"ladder/{options.shape}" + (f"/{options.samples}" if options.samples else "")
+    save = _saver(options.save_results, device, shlex.join(["python", "-m", "benchmarks.ladder", *argv]))
+    rows: list[Row] = []
+    interrupted = False
     with tempfile.TemporaryDirectory() as folder:
         work = work_for(options.shape, options.samples, Path(folder), device)
         ladder = Ladder(
@@ -337,20 +340,33 @@ def main(argv: Sequence[str]) -> int:
             seconds=options.seconds,
             compile_blocks=True if options.compile_on_cpu else None,
         )
-        rows = []
-        for row in ladder.rows(options.rungs):
-            told = row.get("note") or f"{time_text(row['seconds']['p50'])}, {ratio_text(row['ratio_vs_reference'])}"
-            print(f"{row['name']}: {told}", file=sys.stderr, flush=True)
-            rows.append(row)
-    rows = [rows[-1], *rows[:-1]]  # the reference first
+        try:
+            for row in ladder.rows(options.rungs):
+                told = row.get("note") or f"{time_text(row['seconds']['p50'])}, {ratio_text(row['ratio_vs_reference'])}"
+                print(f"{row['name']}: {told}", file=sys.stderr, flush=True)
+                rows.append(row)
+                save(rows)  # now: whoever stops this keeps what was measured
+        except KeyboardInterrupt:
+            interrupted = True
+    rows.sort(key=lambda row: not row["name"].endswith("/reference"))
     console.print(table_of(rows, prefix))
-    if options.save_results:
-        command = shlex.join(["python", "-m", "benchmarks.ladder", *argv])
-        path = write_results(environment(device, command), rows, Path(options.save_results))
-        if Path(options.save_results).resolve() == RESULTS:
-            README.write_text(render(load_results()), encoding="utf-8")
-        console.print(f"results written to {path}")
+    if interrupted:
+        print(f"interrupted after {len(rows)} rows", file=sys.stderr)
+        return 130
     return int(any(row.get("note") not in (None, "needs a GPU") for row in rows))
+
+
+def _saver(folder: str | None, device: torch.device, command: str) -> Callable[[list[Row]], None]:
+    """What writes rows to a results file, and the page where it is that of this project; nothing for no folder."""
+    if folder is None:
+        return lambda rows: None
+
+    def save(rows: list[Row]) -> None:
+        write_results(environment(device, command), rows, Path(folder))
+        if Path(folder).resolve() == RESULTS:
+            README.write_text(render(load_results()), encoding="utf-8")
+
+    return save
 
 
 if __name__ == "__main__":

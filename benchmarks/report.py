@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,11 +233,48 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def main() -> None:
-    """Render the page."""
+def lines_of(results: dict[str, dict[str, Any]]) -> list[str]:
+    """One short line a row, for a terminal."""
+    lines = []
+    for content in results.values():
+        for row in content["rows"]:
+            if "note" in row:
+                lines.append(f"{row['name']:<34} {row['note'][:80]}")
+                continue
+            share = row.get("share_of_floor", row.get("share_of_bandwidth"))
+            figures = [
+                time_text(row["seconds"]["p50"]),
+                ratio_text(row.get("ratio_vs_reference")),
+                ratio_text(row.get("ratio_vs_compiled")),
+                "" if share is None else f"{100 * share:.0f} %",
+                "" if row.get("peak_bytes") is None else size_text(row["peak_bytes"]),
+            ]
+            error = row.get("gradient_error")
+            lines.append(
+                f"{row['name']:<34}"
+                + "".join(f"{figure:>11}" for figure in figures)
+                + ("" if error is None else f"{error:>11.1e}")
+                + ("" if row.get("exact", True) else "  lossy")
+            )
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    """Render the page; with --show, print the rows of the results in the folders that follow."""
+    if argv and argv[0] == "--show":
+        print(
+            f"{'row':<34}" + "".join(f"{c:>11}" for c in ("median", "published", "compiled", "limit", "peak", "error"))
+        )
+        for folder in argv[1:]:
+            print("\n".join(lines_of(load_results(Path(folder)))))
+        return 0
+    if argv:
+        print(f"unknown: {' '.join(argv)}; give nothing, or --show FOLDER ...", file=sys.stderr)
+        return 2
     README.write_text(render(load_results()), encoding="utf-8")
     print(f"{README} rendered from {len(load_results())} results files")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))
