@@ -93,8 +93,7 @@ TECHNIQUES = (
     Technique("graphs", {"graphs": "on"}, lambda engaged: engaged.graphs.replays, gpu=True),
     Technique("fp8", {"precision": "fp8"}, _count("fp8"), gpu=True, exact=False),
 )
-FIRST = ("compiled-reference", "one-pass")
-RUNGS = (*FIRST, *(technique.name for technique in TECHNIQUES))
+RUNGS = ("one-pass", *(technique.name for technique in TECHNIQUES), "compiled-reference")
 
 
 class Ladder:
@@ -124,17 +123,19 @@ class Ladder:
         self.compiles = self.cuda if compile_blocks is None else compile_blocks
         """Whether rungs that compile run: on a CPU that takes minutes."""
         self._reference_seconds: list[float] = []
-        self._compiled_ratio: float | None = None
 
     def rows(self, wanted: Sequence[str] = RUNGS) -> Iterator[Row]:
-        """The reference's row, last, and those of the `wanted` rungs as they are measured."""
+        """Those of the `wanted` rungs as they are measured, then the compiled reference's and the reference's.
+
+        The compiled reference takes longest to build, so it comes last; the engine's rows get their ratio to it then.
+        """
         loop, self.reference = self.work.published()
         self.truth = self.work.truth(loop, self.reference)
         self.reference.round(self.work.batch)
-        if "compiled-reference" in wanted:
-            yield self._compiled_reference()
+        rows: list[Row] = []
         if "one-pass" in wanted:
-            yield self._row("one-pass", lambda: self.work.engine(BARE), True, self._nothing_else)
+            rows.append(self._row("one-pass", lambda: self.work.engine(BARE), True, self._nothing_else))
+            yield rows[-1]
         settings, exact = BARE, True
         held: list[Technique] = []
         for technique in self.techniques:
@@ -149,12 +150,20 @@ class Ladder:
                     lambda side, checks=checks: self._missing(side, checks),  # type: ignore[misc]
                 )
                 why = row.get("note")
+                rows.append(row)
                 yield row
             elif technique.name in wanted:
                 yield {"name": f"{self.prefix}/{technique.name}", "note": why}
             if why is None:  # what is not at work is left out of the rungs above
                 settings, exact = asked, exact and technique.exact
                 held.append(technique)
+        if "compiled-reference" in wanted:
+            compiled = self._compiled_reference()
+            for row in rows:
+                if "seconds" in row and "seconds" in compiled:
+                    # Each ratio was measured in turn with the reference, so that a drift in between drops out.
+                    row["ratio_vs_compiled"] = rounded(row["ratio_vs_reference"] / compiled["ratio_vs_reference"])
+            yield compiled
         yield self._reference_row()
 
     def _not_here(self, technique: Technique) -> str | None:
@@ -178,9 +187,7 @@ class Ladder:
     def _compiled_reference(self) -> Row:
         if not self.compiles:
             return {"name": f"{self.prefix}/compiled-reference", "note": "needs a GPU"}
-        row = self._row("compiled-reference", self.work.compiled, True, lambda side: None)
-        self._compiled_ratio = row.get("ratio_vs_reference")
-        return row
+        return self._row("compiled-reference", self.work.compiled, True, lambda side: None)
 
     def _row(self, name: str, build: Callable[[], Side], exact: bool, fault: Callable[[Side], str | None]) -> Row:
         """Build, warm up, check, time in turn with the reference, compare the gradient, free."""
@@ -223,8 +230,6 @@ class Ladder:
             "samples": len(batch),
             **self.work.errors(side, self.truth),
         }
-        if self._compiled_ratio is not None and side.engaged is not None:
-            row["ratio_vs_compiled"] = ratio / self._compiled_ratio
         if side.engaged is not None:
             row["engaged"] = {t.name: value for t in self.techniques if (value := t.evidence(side.engaged))}
         return row
@@ -348,7 +353,7 @@ def main(argv: Sequence[str]) -> int:
                 save(rows)  # now: whoever stops this keeps what was measured
         except KeyboardInterrupt:
             interrupted = True
-    rows.sort(key=lambda row: not row["name"].endswith("/reference"))
+    rows.sort(key=lambda row: not row["name"].endswith("reference"))  # first what the others are held against
     console.print(table_of(rows, prefix))
     if interrupted:
         print(f"interrupted after {len(rows)} rows", file=sys.stderr)
