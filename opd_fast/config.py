@@ -293,6 +293,11 @@ class EngineConfig:
         "flash_2",
         "flash_3",
     ] = option("implementation of attention; auto: the fastest of a short measurement at the start", "auto")
+    recompute: int | None = option(
+        "blocks of the student whose activations are computed again in the backward; null: on a GPU as few as make a "
+        "round fit, else none",
+        None,
+    )
     compile: Literal["auto", "on", "off"] = option("torch.compile of the blocks; auto: on a GPU", "auto")
     graphs: Literal["auto", "on", "off"] = option(
         "CUDA graphs: of the whole step, or of the teachers alone where the student is sharded; auto: on a GPU", "auto"
@@ -387,6 +392,7 @@ def _check_ranges(config: Config) -> None:
         ("evaluation.guidance", config.evaluation.guidance, 0),
         ("evaluation.batch", config.evaluation.batch, 1),
         ("parallel.shard_size", config.parallel.shard_size, 1),
+        ("engine.recompute", config.engine.recompute, 0),
     ]
     for key, value, least in at_least:
         if value is not None and value < least:

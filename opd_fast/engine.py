@@ -1,7 +1,8 @@
 """The engine's techniques, put to work on a run's models in the one order that is right, and what of them is at work.
 
 What a technique needs to know stands in its own module. Here: the order. Frozen weights are changed first, then blocks
-are compiled, and only then may FSDP's hooks go around them; graphs are captured when a round first runs.
+are checkpointed, then compiled, and only then may FSDP's hooks go around them; graphs are captured when a round first
+runs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 from opd_fast.config import EngineConfig
 from opd_fast.graphs import CudaBackend, Graphs
 from opd_fast.models.base import DiffusionModel
+from opd_fast.recompute import recompute_blocks
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
 
@@ -26,6 +28,8 @@ class Engaged:
     """Teachers with weights of their own, their LoRA merged."""
     merged_layers: int = 0
     """The student's LoRA layers that are merged for a round."""
+    recomputed: int = 0
+    """Blocks of the student that compute their activations again in the backward."""
     compiled: int = 0
     """Blocks under torch.compile."""
     graphs: Graphs = field(default_factory=lambda: Graphs(None))
@@ -41,12 +45,14 @@ def engage(
     *,
     compiled: bool,
     graphed: bool,
+    recompute: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Engaged:
-    """Put the techniques of `settings` to work, in place; `compiled` and `graphed` are what engine.compile and
-    engine.graphs came to."""
+    """Put the techniques of `settings` to work, in place; `compiled`, `graphed` and `recompute` are what
+    engine.compile, engine.graphs and engine.recompute came to."""
     engaged = Engaged(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
     engaged.merged_layers = student.merge_in_rounds(settings.merge_student)
+    engaged.recomputed = recompute_blocks(model.blocks(student.transformer), recompute)
     if compiled:
         engaged.compiled = compile_blocks(model, student, teachers, anchor)
     if graphed:

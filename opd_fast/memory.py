@@ -14,7 +14,7 @@ masters cut into s shards:
     gradients          4 T          full, sharded: 4 T + 4 T / s, as the whole gradient waits for the round's end
     optimizer          8 T          AdamW's two moments; full: / s
     average            4 T          full: / s
-    activations        of one student forward of at most micro_batch samples
+    activations        of one student forward of at most micro_batch samples: see `activations`
 
 ZeRO (arXiv 1910.02054, section 3) counts the same things. The base, the masters and what follows them are cut into
 s = world shards under fsdp2 and s = the ranks of a group under hsdp; s = 1 otherwise.
@@ -66,6 +66,11 @@ class Load:
     """Trained solver steps."""
     tasks: int
     """In a round."""
+    blocks: int = 1
+    boundary: int = 0
+    """Bytes of one sample at the entrance of a block, both branches."""
+    recomputed: int = 0
+    """Blocks of the student that keep their inputs alone and are computed again in the backward."""
 
     def samples_per_device(self, world: int) -> int:
         """Of the rank that has most: sample i goes to rank i % world."""
@@ -110,8 +115,31 @@ def memory(load: Load, strategy: Strategy, world: int = 1, shard_size: int = 8) 
         "gradients": trained + (_cut(trained, s) if of_masters > 1 else 0),
         "optimizer": 2 * _cut(trained, of_masters),
         "average": _cut(trained, of_masters),
-        "activations": load.activation * load.forward_samples(world),
+        "activations": activations(load) * load.forward_samples(world),
     }
+
+
+def activations(load: Load) -> int:
+    """Bytes that a student forward keeps of one sample: blocks that recompute keep their inputs, and one at a time all
+    else. What is outside the blocks counts as theirs.
+    """
+    if not load.recomputed:
+        return load.activation
+    of_block = load.activation // load.blocks
+    return load.activation - load.recomputed * (of_block - load.boundary) + of_block
+
+
+def recomputation(load: Load, strategy: Strategy, world: int, shard_size: int, gpu_memory: float) -> int:
+    """The fewest blocks that must recompute for a round to fit: 0 where it fits as it is, or where none helps.
+
+    Args:
+        gpu_memory: bytes of a device, of which `RESERVE` stays free.
+    """
+    room = gpu_memory * (1 - RESERVE)
+    for count in range(load.blocks + 1):
+        if sum(memory(replace(load, recomputed=count), strategy, world, shard_size).values()) <= room:
+            return count
+    return 0
 
 
 def working_copy(load: Load, s: int) -> int:
@@ -170,6 +198,8 @@ def _too_large(load: Load, strategy: Strategy, world: int, room: float, shard_si
     says = f"{sum(found.values()) / GIB:.1f} GiB ({largest} {found[largest] / GIB:.1f}) do not fit into "
     says += f"{room / GIB:.1f} GiB"
     changes: dict[str, dict[str, Any]] = {}
+    if load.recomputed < load.blocks and load.boundary:
+        changes[f"engine.recompute {load.blocks}"] = {"recomputed": load.blocks}
     if load.forward_samples(world) > 1:
         changes["train.micro_batch 1"] = {"micro_batch": 1}
     if load.placement == "merged" and load.teachers > 1 and not load.offload:

@@ -9,13 +9,13 @@ import math
 import os
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_fast.config import Config, config_hash, to_yaml
 from opd_fast.errors import UserError
-from opd_fast.memory import GIB, RESERVE, Load, Strategy, choose_strategy, memory
+from opd_fast.memory import GIB, RESERVE, Load, Strategy, choose_strategy, memory, recomputation
 from opd_fast.scale import collectives, sent
 
 if TYPE_CHECKING:
@@ -224,9 +224,17 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         activation=row.saved * _branches(config.student.guidance, branches),
         steps=trained_steps,
         tasks=schedule.per_round,
+        blocks=len(blocks),
+        boundary=_boundary(model, settings.resolution) * _branches(config.student.guidance, branches),
+        recomputed=min(config.engine.recompute or 0, len(blocks)),
     )
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
     strategy, shard_size, reason = _strategy(config, load, devices, ranks_per_node, gpu_memory)
+    if config.engine.recompute is None and (
+        again := recomputation(load, strategy, devices, shard_size, gpu_memory * GIB)
+    ):
+        load = replace(load, recomputed=again)
+        reason = f"{_strategy(config, load, devices, ranks_per_node, gpu_memory)[2]}, as {again} blocks recompute"
     evaluations, evaluation_rows = _evaluation(config, branches)
     asked = float(trained_steps)
     if o.queries is not None:  # a step is drawn at all with this probability, systematic sampling's
@@ -299,8 +307,6 @@ def _own_memory(device: torch.device) -> float:
 
 def _row_cost(model: DiffusionModel, config: Config, layers: dict[str, tuple[int, int]] | None) -> tuple[RowCost, bool]:
     """The cost of a row by a trace, or, of a family that cannot be traced, by its size; and which of the two."""
-    from torch import nn
-
     from opd_fast.cost import RowCost, row_cost
 
     lora = None if layers is None else dict.fromkeys(layers, config.student.rank)
@@ -310,11 +316,18 @@ def _row_cost(model: DiffusionModel, config: Config, layers: dict[str, tuple[int
     except ValueError:
         transformer: Any = model.transformer
         tokens = model.image_tokens(resolution) + model.text_tokens
-        # The residual stream feeds most of the linear layers.
-        width = statistics.mode([m.in_features for m in transformer.modules() if isinstance(m, nn.Linear)])
         parameters = sum(p.numel() for p in transformer.parameters())
-        saved = SAVED_PER_BLOCK[config.student.kind] * tokens * width * len(model.blocks(transformer))
-        return RowCost(2 * parameters * tokens, saved * model.dtype.itemsize), False
+        saved = SAVED_PER_BLOCK[config.student.kind] * len(model.blocks(transformer))
+        return RowCost(2 * parameters * tokens, saved * _boundary(model, resolution)), False
+
+
+def _boundary(model: DiffusionModel, resolution: int) -> int:
+    """Bytes of the residual stream of a row."""
+    from torch import nn
+
+    # It feeds most of the linear layers.
+    width = statistics.mode([m.in_features for m in model.transformer.modules() if isinstance(m, nn.Linear)])
+    return (model.image_tokens(resolution) + model.text_tokens) * width * model.dtype.itemsize
 
 
 def _adapter_values(weights: str) -> int | None:
@@ -429,6 +442,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
         tasks += " (" + ", ".join(f"{name} {turns:.2f}" for name, turns in plan.turns.items()) + " turns on average)"
     work = ", ".join(f"{name} {rows}" for name, rows in plan.round_rows.items())
     c, h, w = plan.latent
+    again = f"; {plan.load.recomputed} of {plan.blocks} blocks recompute theirs" if plan.load.recomputed else ""
     lora = "" if plan.lora_modules is None else f" in {plan.lora_modules} LoRA modules of rank {config.student.rank}"
     teachers = ", ".join(f"{name} ({rows},{c},{h},{w})" for name, rows in plan.teacher_rows.items())
     total = sum(plan.round_rows.values()) * config.train.rounds
@@ -462,7 +476,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
         ("cost of a row", f"{plan.row.flops / 1e9:,.1f} GFLOP forward, {_size(plan.row.saved)} kept ({found})"),
         ("strategy", f"{plan.strategy}{group} on {plan.devices} device(s) of {plan.gpu_memory:g} GiB: {plan.reason}"),
         ("memory of a device", f"{_size(sum(sizes.values()))} at a round's peak, of which"),
-        *(("", f"{name} {_size(size)}") for name, size in sizes.items()),
+        *(("", f"{name} {_size(size)}{again if name == 'activations' else ''}") for name, size in sizes.items()),
         ("sent by a rank", f"{traffic or 'nothing'} a round"),
         ("evaluations", evaluation),
     ]

@@ -11,6 +11,7 @@ import torch
 from opd_fast import train
 from opd_fast.config import Config, from_dict
 from opd_fast.lora import save_lora
+from opd_fast.memory import GIB, RESERVE
 from opd_fast.models import load_model
 from opd_fast.plan import make_plan, pick_dtype, resolve
 from opd_fast.student import Student
@@ -205,3 +206,22 @@ def test_options_of_a_plan(pipeline: Path, tmp_path: Path, capsys: pytest.Captur
     ):
         assert train.main([*argv, *mistake]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_blocks_recompute_where_a_round_does_not_fit(pipeline: Path) -> None:
+    config = made(pipeline, train={"samples_per_task": 64})
+    plain = make_plan(config)
+    assert plain.load.recomputed == 0
+    need, room = sum(plain.bytes.values()), 1 - RESERVE
+    tight = make_plan(config, gpu_memory=(need / room - plain.bytes["activations"] / 4) / GIB)
+    assert 0 < tight.load.recomputed <= tight.blocks
+    assert sum(tight.bytes.values()) < need
+    assert "blocks recompute" in tight.reason
+    asked = make_plan(made(pipeline, train={"samples_per_task": 64}, engine={"recompute": 1}))
+    assert asked.load.recomputed == 1
+    never = make_plan(
+        made(pipeline, train={"samples_per_task": 64}, engine={"recompute": 0}),
+        gpu_memory=(need / room - plain.bytes["activations"] / 4) / GIB,
+    )
+    assert never.load.recomputed == 0
+    assert "engine.recompute" in never.reason

@@ -16,7 +16,7 @@ from opd_fast.evaluate import EvalTask
 from opd_fast.models import load_model, outline_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.parallel import World
-from opd_fast.plan import check_guidance, lora_modules, resolve
+from opd_fast.plan import check_guidance, lora_modules, make_plan, resolve
 from opd_fast.prompts import Prompt, PromptSource, TaskSchedule, load_prompts
 from opd_fast.rewards import REPORTED
 from opd_fast.seeds import noise_keys
@@ -124,7 +124,15 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
     anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
     engaged = engage(
-        config.engine, model, student, teachers, anchor, compiled=resolved.compile, graphed=resolved.graphs, say=say
+        config.engine,
+        model,
+        student,
+        teachers,
+        anchor,
+        compiled=resolved.compile,
+        graphed=resolved.graphs,
+        recompute=blocks_to_recompute(config, device, world.size),
+        say=say,
     )
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
     teachers.together = world.sharded and placement == "shared"
@@ -151,6 +159,15 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
         engaged,
         anchor,
     )
+
+
+def blocks_to_recompute(config: Config, device: torch.device, devices: int) -> int:
+    """engine.recompute, or what a GPU's memory demands."""
+    if config.engine.recompute is not None:
+        return config.engine.recompute
+    if device.type != "cuda" or config.reinforces:
+        return 0
+    return make_plan(config, devices).load.recomputed
 
 
 def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:
