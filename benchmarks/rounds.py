@@ -187,7 +187,7 @@ class Side:
 class Work:
     """One recipe on one model: what all contestants do, and the contestants, each on weights of its own.
 
-    `model.transformer` stays as it is; each contestant copies it.
+    `model.transformer` stays as it is, and moves to CPU memory; each contestant copies it to the device.
     """
 
     def __init__(
@@ -213,6 +213,7 @@ class Work:
             shape=model.latent_shape(recipe.resolution),
         )
         self.per_sample = forward_flops(model, self.batch)
+        model.transformer.cpu()
         self.start: dict[str, Tensor] = {}
         """The student that every contestant starts from, by canonical name; the first one draws it."""
 
@@ -221,8 +222,7 @@ class Work:
     def published(self) -> tuple[Reference, Side]:
         """The loop as released: float32 weights, on a GPU under autocast."""
         before = allocated(self.device)
-        base = copy.deepcopy(self.model.transformer)
-        return self._published(base if self.model.dtype == torch.float32 else base.float(), before)
+        return self._published(self._base().float(), before)
 
     def compiled(self) -> Side:
         """The three passes at their best: weights in the round's dtype, blocks compiled for each adapter and shape."""
@@ -230,11 +230,14 @@ class Work:
 
         before = allocated(self.device)
         torch._dynamo.config.recompile_limit = 256  # kinds of block x adapters x gradient on or off x batch sizes
-        base = copy.deepcopy(self.model.transformer)
+        base = self._base()
         _, side = self._published(base, before)
         for block in self.model.blocks(base):
             block.compile(dynamic=False)
         return side
+
+    def _base(self) -> nn.Module:
+        return copy.deepcopy(self.model.transformer).to(self.device)
 
     def _published(self, transformer: nn.Module, before: int) -> tuple[Reference, Side]:
         from peft import LoraConfig
@@ -278,7 +281,7 @@ class Work:
         """The engine with the techniques of `settings`."""
         recipe, before = self.recipe, allocated(self.device)
         model = copy.copy(self.model)
-        model.transformer = copy.deepcopy(self.model.transformer)
+        model.transformer = self._base()
         configs = [
             TeacherConfig(name=name, weights=str(folder), prompts="bundled/composition", guidance=guidance)
             for (name, folder), guidance in zip(self.teachers, recipe.teacher_guidance, strict=True)
