@@ -89,7 +89,8 @@ told() { # NAME: the line of its log that says most
 
 pytest=("$PYTHON" -m pytest -p no:cacheprovider -q)
 if [ $mode = gpu ]; then
-    part tests 100 "${pytest[@]}" -m gpu tests
+    # Not all of tests/: what else they import may be missing on such a machine.
+    part tests 100 "${pytest[@]}" -m gpu --continue-on-collection-errors tests/gpu tests/test_embeddings.py
     part ladder 210 "$PYTHON" -m benchmarks.ladder --seconds 8 --save-results "$ladder"
     part suite 190 "${pytest[@]}" benchmarks --benchmark-only --within 130 --save-results "$suite"
     part ncu 60 env OUT="$OUT/profile" benchmarks/profile.sh ncu

@@ -327,11 +327,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     """Climb; 1 where a rung failed or was not at work."""
-    from rich.console import Console
-
     options = parse(argv)
     device = default_device()
-    console = Console(width=None if sys.stdout.isatty() else 140)
     prefix = f"ladder/{options.shape}" + (f"/{options.samples}" if options.samples else "")
     save = _saver(options.save_results, device, shlex.join(["python", "-m", "benchmarks.ladder", *argv]))
     rows: list[Row] = []
@@ -354,7 +351,9 @@ def main(argv: Sequence[str]) -> int:
         except KeyboardInterrupt:
             interrupted = True
     rows.sort(key=lambda row: not row["name"].endswith("reference"))  # first what the others are held against
-    console.print(table_of(rows, prefix))
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 140).print(table_of(rows, prefix))
     if interrupted:
         print(f"interrupted after {len(rows)} rows", file=sys.stderr)
         return 130
