@@ -1,16 +1,20 @@
 """The fused step against the published eager step, and against `torch.compile` of the same maths.
 
 On a CPU the engine is the twin in plain torch. On CUDA all three are timed as CUDA-graph replays, several steps a
-graph, with CUDA events: the figure is the device's time for one step. `step/NAME` gives the same noise to all three, so
-that all do the same work; in `step/NAME/drawn` each draws its own as it does in use (published and compiled:
-`torch.randn`; engine: Philox from the samples' keys).
+graph, with CUDA events: the figure is the device's time for one step. The steps of a graph take their operands in turn
+from as many sets as outgrow the L2 cache, outputs included, so that memory serves them (but for `step/tiny`, which is
+bound by its launch). `step/NAME` gives the same noise to all three, so that all do the same work; in `step/NAME/drawn`
+each draws its own as it does in use (published and compiled: `torch.randn`; engine: Philox from the samples' keys). The
+engine's launch parameters are measured first, as a run does; the row says which they are.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -47,6 +51,7 @@ class Case:
 _NAMED = [
     Case("step/tiny", 24, (4, 16, 16), 1.0, (1.0,)),
     Case("step/sd35m-512", 9, (16, 64, 64), 4.5, (4.5, 4.5, 1.0)),
+    Case("step/sd35m-512/unguided", 9, (16, 64, 64), 1.0, (1.0,)),
 ]
 if CUDA:  # about 1.3 GB through the kernel, several times any L2 cache
     _NAMED.append(Case("step/1GB", 768, (16, 64, 64), 4.5, (4.5, 4.5, 1.0)))
@@ -94,9 +99,9 @@ def table_rows() -> Tensor:
 
 
 @cache
-def operands(case: Case) -> Operands:
-    """Random operands on the device; the velocities in the dtype that a round has there."""
-    generator = torch.Generator(DEVICE).manual_seed(7)
+def operands(case: Case, index: int = 0) -> Operands:
+    """Set `index` of random operands on the device; the velocities in the dtype that a round has there."""
+    generator = torch.Generator(DEVICE).manual_seed(7 + index)
     shape = (case.batch, *case.latent)
 
     def draw(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -129,11 +134,30 @@ def operands(case: Case) -> Operands:
     )
 
 
+def steps_a_graph(case: Case) -> int:
+    """Enough that starting the graph does not show, and few enough that their outputs fit."""
+    return 5 if operands(case).bytes_moved() > 2**28 else 100
+
+
+def sets(case: Case) -> list[Operands]:
+    """What the steps of a graph take in turn: three times the L2 cache, or a set for each step; on a CPU one."""
+    if not CUDA:
+        return [operands(case)]
+    cached = 3 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    count = -(-cached // operands(case).bytes_moved())
+    return [operands(case, index) for index in range(min(max(count, 2), steps_a_graph(case)))]
+
+
 Result = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+Runs = list[Callable[[], Result]]
+"""The step on each set of operands."""
 
 
-def engine(case: Case) -> Callable[[], Result]:
-    o = operands(case)
+def engine(case: Case) -> Runs:
+    return [engine_on(case, o) for o in sets(case)]
+
+
+def engine_on(case: Case, o: Operands) -> Callable[[], Result]:
     step = o.step if CUDA else ROW
 
     def run() -> Result:
@@ -156,8 +180,11 @@ def engine(case: Case) -> Callable[[], Result]:
     return run
 
 
-def eager(case: Case) -> Callable[[], Result]:
-    o = operands(case)
+def eager(case: Case) -> Runs:
+    return [eager_on(case, o) for o in sets(case)]
+
+
+def eager_on(case: Case, o: Operands) -> Callable[[], Result]:
     guidance_s, guidance_t = case.guidance((case.student,)), case.guidance(case.teachers)
     schedule, timesteps = o.schedule, o.timesteps
 
@@ -209,26 +236,29 @@ def _same_maths(
     return x_next, loss, ((slope * g_s).to(cond_s.dtype), (slope * (1 - g_s)).to(uncond_s.dtype))
 
 
-def compiled(case: Case) -> Callable[[], Result]:
-    o = operands(case)
+def compiled(case: Case) -> Runs:
     torch._dynamo.reset()
     step = torch.compile(_same_maths, fullgraph=True, dynamic=False)
-    return lambda: step(
-        o.x,
-        o.cond_s,
-        o.uncond_s,
-        o.cond_t,
-        o.uncond_t,
-        o.guidance_s,
-        o.guidance_t,
-        o.table,
-        o.step,
-        o.scale,
-        o.noise,
-    )
+
+    def on(o: Operands) -> Callable[[], Result]:
+        return lambda: step(
+            o.x,
+            o.cond_s,
+            o.uncond_s,
+            o.cond_t,
+            o.uncond_t,
+            o.guidance_s,
+            o.guidance_t,
+            o.table,
+            o.step,
+            o.scale,
+            o.noise,
+        )
+
+    return [on(o) for o in sets(case)]
 
 
-VARIANTS: dict[str, Callable[[Case], Callable[[], Result]]] = {"engine": engine, "eager": eager, "compiled": compiled}
+VARIANTS: dict[str, Callable[[Case], Runs]] = {"engine": engine, "eager": eager, "compiled": compiled}
 
 
 @cache
@@ -273,18 +303,22 @@ class Clock:
 clock = Clock()
 
 
-def replayed(run: Callable[[], Result], steps: int) -> Callable[[], None]:
-    """`run` captured `steps` times in one CUDA graph; a call replays it and advances the clock by one step's time."""
+def replayed(runs: Runs, steps: int) -> Callable[[], None]:
+    """One CUDA graph of `steps` steps, `runs` in turn; a call replays it and advances the clock by one step's time.
+
+    As many results as there are runs stay alive while capturing: outputs take turns in memory as operands do."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for run in (*runs[:1] * 3, *runs):
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    alive: deque[Result] = deque(maxlen=len(runs))
     with torch.cuda.graph(graph):
-        for _ in range(steps):
-            run()
+        for i in range(steps):
+            alive.append(runs[i % len(runs)]())
+    alive.clear()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def replay() -> None:
@@ -297,22 +331,30 @@ def replayed(run: Callable[[], Result], steps: int) -> Callable[[], None]:
     return replay
 
 
+def measured_launches() -> AbstractContextManager[list[Any]]:
+    """Launch parameters are measured inside; Triton is there where CUDA is."""
+    from opd_kernels.tuning import measuring
+
+    return measuring()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.benchmark(timer=clock, warmup=False)
 def test_step(benchmark: Any, case: Case, variant: str) -> None:
     if variant == "compiled" and not CUDA and shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
-    run = VARIANTS[variant](case)
-    error = gradient_error(case, run)
+    runs = VARIANTS[variant](case)
+    tuned = CUDA and variant == "engine"
+    with measured_launches() if tuned else nullcontext([]) as chosen:
+        error = gradient_error(case, runs[0])
     assert error < (1e-2 if round_dtype(DEVICE) != torch.float32 else 1e-5)
     benchmark.extra_info.update(name=case.name, variant=variant, exact=True, gradient_error=error)
     if CUDA:
-        large = operands(case).x.nbytes > 2**26
-        timed = replayed(run, 5 if large else 100)
-        benchmark.pedantic(timed, rounds=50, warmup_rounds=5)
-        if variant == "engine":
-            rate = operands(case).bytes_moved() / benchmark.stats.stats.median / 1e9
-            benchmark.extra_info["share_of_bandwidth"] = rate / float(measured_peaks(DEVICE)["copy_gbps"])
+        benchmark.pedantic(replayed(runs, steps_a_graph(case)), rounds=50, warmup_rounds=5)
+        rate = operands(case).bytes_moved() / benchmark.stats.stats.median / 1e9
+        benchmark.extra_info["share_of_bandwidth"] = rate / float(measured_peaks(DEVICE)["copy_gbps"])
+        benchmark.extra_info["launch"] = "; ".join(map(str, chosen)) or None
+        operands.cache_clear()
     else:
-        benchmark.pedantic(run, rounds=200, warmup_rounds=20)
+        benchmark.pedantic(runs[0], rounds=200, warmup_rounds=20)

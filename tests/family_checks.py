@@ -20,12 +20,14 @@ from benchmarks.models import copy_parameters, gradients, relative_error, write_
 from benchmarks.reference import AdapterPolicy, Batch, Predict, Reference, adapters_on
 from opd_fast.config import StudentConfig, TeacherConfig
 from opd_fast.engine import compile_blocks
+from opd_fast.graphs import Graphs
 from opd_fast.models import DiffusionModel
 from opd_fast.objectives import step_weights
 from opd_fast.rollout import RoundBatch, one_pass, sample
 from opd_fast.solvers import solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
+from tests.recorded import RecordedBackend
 
 RESOLUTION = 64
 STEPS, ETA = 4, 0.7
@@ -229,6 +231,42 @@ def check_compiled(model: DiffusionModel, folder: Path, backend: str, monkeypatc
     assert float(losses.min()) > 0
     torch.testing.assert_close(mine_losses, losses, rtol=TOLERANCE, atol=0.0)
     assert relative_error(gradient, truth) <= TOLERANCE
+
+
+def check_captured(model: DiffusionModel, folder: Path) -> None:
+    """Rounds replayed from graphs equal the plain ones, each with its own text, noise and weights."""
+    targets, prompts = model.targets("attention"), PROMPTS[:2]
+    lora = write_random_lora(model.transformer, folder, rank=2, alpha=2.0, targets=targets, std=0.2)
+    table = solver_table("flow_sde", model.sigmas(3, RESOLUTION), ETA)
+    guidance = 3.0 if model.guidance_kind == "cfg" else 1.0
+    graphs = Graphs(RecordedBackend())
+    found: list[list[tuple[Tensor, dict[str, Tensor]]]] = []
+    for kept in (None, graphs):
+        mine = on_its_own(model)
+        teacher = TeacherConfig(name="t", weights=str(lora), prompts="bundled/composition", guidance=guidance)
+        bank = TeacherBank.load(mine, [teacher], "merged")
+        student = Student.build(mine, StudentConfig(kind="lora", rank=RANK, alpha=ALPHA))
+        generator = torch.Generator().manual_seed(2)
+        found.append([])
+        for index in range(2):
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.normal_(std=0.2, generator=generator)
+            batch = RoundBatch(
+                text=model.encode(prompts[::-1] if index else prompts),
+                negative=model.encode([""]),
+                tasks=((0, slice(0, 2)),),
+                keys=torch.arange(2) + 10 * index,
+                scale=torch.tensor([0.5, 1.5]),
+                shape=model.latent_shape(RESOLUTION),
+            )
+            losses = one_pass(mine, student, bank, batch, table, step_weights(table, "kl"), graphs=kept).losses
+            found[-1].append((losses.clone(), gradients(dict(student.named_parameters()))))
+    assert (graphs.captured, graphs.replays, graphs.refused) == (1, 4, [])
+    for (true_losses, truth), (losses, gradient) in zip(*found, strict=True):
+        assert float(true_losses.min()) > 0
+        torch.testing.assert_close(losses, true_losses, rtol=TOLERANCE, atol=0.0)
+        assert relative_error(gradient, truth) <= TOLERANCE
 
 
 def check_reads_nothing_back(model: DiffusionModel) -> None:

@@ -28,8 +28,8 @@ FAMILIES: dict[str, Callable[..., Path]] = {
     "sd3": tiny.save_tiny,
     "flux": tiny_flux.save_tiny_flux,
     "qwen_image": tiny_qwen.save_tiny,
+    "z_image": tiny_z_image.save_tiny,
 }
-# Z-Image's outline holds diffusers' class, which is called with lists of prompts.
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -65,13 +65,12 @@ def test_a_row(family: str, kind: str, tmp_path: Path) -> None:
     assert cost.saved == pytest.approx(storage_bytes(kept), rel=0.05)
 
 
-def test_what_cannot_be_traced_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    z_image = outline_model(str(tiny_z_image.save_tiny(tmp_path / "z_image")), dtype=torch.float32)
-    with pytest.raises(ValueError, match="z_image cannot be traced"):
-        row_cost(z_image, None, 64)
+def test_what_cannot_be_traced_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse(["bundled"]).config
     traced = make_plan(config)
     monkeypatch.setattr("opd_fast.models.sd3.SD3.velocity", lambda self, transformer, x, *_: float(x.sum()))
+    with pytest.raises(ValueError, match="sd3 cannot be traced"):
+        row_cost(outline_model("bundled", dtype=torch.float32), None, 32)
     rough = make_plan(config)
     assert (traced.traced, rough.traced) == (True, False)
     tokens = rough.image_tokens + rough.text_tokens

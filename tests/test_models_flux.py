@@ -30,7 +30,7 @@ from opd_fast.solvers import solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
 from opd_fast.velocity import Conditioning
-from tests.family_checks import COMPILERS, check_compiled, check_outline, check_reads_nothing_back, edit
+from tests.family_checks import COMPILERS, check_captured, check_compiled, check_outline, check_reads_nothing_back, edit
 from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
 
 PROMPTS = ["a red square", "two blue circles", ""]
@@ -160,6 +160,10 @@ def test_compiled_blocks_change_nothing(
 
 def test_a_step_reads_nothing_back(model: Flux) -> None:
     check_reads_nothing_back(model)
+
+
+def test_a_round_of_replays_is_the_round(model: Flux, tmp_path: Path) -> None:
+    check_captured(model, tmp_path / "lora")
 
 
 # --- the round --------------------------------------------------------------------------------------------------------

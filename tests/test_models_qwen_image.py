@@ -22,6 +22,7 @@ from tests.family_checks import (
     RESOLUTION,
     STEPS,
     World,
+    check_captured,
     check_compiled,
     check_export,
     check_foreign_lora,
@@ -138,6 +139,10 @@ def test_padding_changes_nothing(model: QwenImage, folder: Path) -> None:
 
 def test_velocity_reads_nothing_back(model: QwenImage) -> None:
     check_reads_nothing_back(model)
+
+
+def test_a_round_of_replays_is_the_round(model: QwenImage, tmp_path: Path) -> None:
+    check_captured(model, tmp_path / "lora")
 
 
 def test_low_precision(model: QwenImage, folder: Path) -> None:

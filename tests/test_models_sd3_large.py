@@ -17,6 +17,7 @@ from tests.family_checks import (
     RESOLUTION,
     STEPS,
     World,
+    check_captured,
     check_export,
     check_foreign_lora,
     check_low_precision,
@@ -138,6 +139,10 @@ def test_low_precision(model: SD3, folder: Path) -> None:
 
 def test_velocity_reads_nothing_back(model: SD3) -> None:
     check_reads_nothing_back(model)
+
+
+def test_a_round_of_replays_is_the_round(model: SD3, tmp_path: Path) -> None:
+    check_captured(model, tmp_path / "lora")
 
 
 def test_outline_agrees(model: SD3, folder: Path) -> None:

@@ -20,6 +20,7 @@ from tests.family_checks import (
     RESOLUTION,
     STEPS,
     World,
+    check_captured,
     check_compiled,
     check_export,
     check_foreign_lora,
@@ -142,6 +143,10 @@ def test_padding_changes_nothing(model: ZImage, folder: Path) -> None:
 
 def test_velocity_reads_nothing_back(model: ZImage) -> None:
     check_reads_nothing_back(model)
+
+
+def test_a_round_of_replays_is_the_round(model: ZImage, tmp_path: Path) -> None:
+    check_captured(model, tmp_path / "lora")
 
 
 def test_low_precision(model: ZImage, folder: Path) -> None:

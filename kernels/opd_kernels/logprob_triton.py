@@ -3,22 +3,27 @@
 Shapes: x, sample, velocities, mean_old (B, D) with D = C*H*W contiguous and any stride between samples; outputs (B, D)
 contiguous, or (B,). Each tensor is read or written once a launch. Everything is float32 inside.
 
-Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements. As in `step_triton.py` every program leaves
-its partial sums, and the sample's last to arrive adds them up in a fixed order. The backward is elementwise.
+Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements (`tuning.py` chooses both). As in
+`step_triton.py` every program leaves its partial sums, and the sample's last to arrive adds them up in a fixed order.
+The backward is elementwise.
 """
 
 # Kernel arguments have no Python types; Triton takes them from the call.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import BoundLaunch, batch_stride, in_place, on_device_of, remember, scratch
 from .logprob_ref import HALF_LOG_2PI, LogProb
 from .step_ref import Reduction
-from .step_triton import BLOCK, WARPS, _arrivals, _batched, _tiles
+from .tuning import Launch, Problem, tuner
 
 __all__ = ["launch_log_prob", "launch_log_prob_backward"]
 
@@ -78,6 +83,7 @@ def log_prob_kernel(
     mean_ptr,  # or None
     partial_ptr,  # (3, B, blocks)
     arrived_ptr,  # (B,) int32, zero before and after
+    step,
     x_stride,
     sample_stride,
     cond_stride,
@@ -86,7 +92,6 @@ def log_prob_kernel(
     elements,  # D
     blocks,
     rows,
-    step,
     share,  # 1/D or 1
     constant,  # (1 or D) * ln(2 pi) / 2
     counted,  # 1 or D
@@ -111,7 +116,7 @@ def log_prob_kernel(
     squares = tl.zeros((BLOCK,), tl.float32)
     ratios = tl.zeros((BLOCK,), tl.float32)
     drifts = tl.zeros((BLOCK,), tl.float32)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         offs = (block * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         mask = offs < elements
         mean = mean_block(x_ptr, cond_ptr, uncond_ptr, a, b, g, offs, elements)
@@ -167,6 +172,7 @@ def log_prob_backward_kernel(
     step_ptr,  # 0-dim int64, or None: then `step`
     grad_cond_ptr,
     grad_uncond_ptr,  # or None
+    step,
     x_stride,
     sample_stride,
     cond_stride,
@@ -175,7 +181,6 @@ def log_prob_backward_kernel(
     elements,  # D
     blocks,
     rows,
-    step,
     share,  # 1/D or 1
     BLOCK: tl.constexpr,
 ):
@@ -203,9 +208,73 @@ def log_prob_backward_kernel(
         tl.store(grad_uncond_ptr + base * elements + offs, slope * (1.0 - g), mask=mask)
 
 
-def _operands(*states: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
-    pairs = [(None, 0) if t is None else _batched(t) for t in states]
-    return [t for t, _ in pairs], [stride for _, stride in pairs]
+_bound: dict[Any, BoundLaunch] = {}
+STATES = 5
+"""The first operands have a state's shape: x, sample, cond, uncond, mean_old."""
+
+
+def _bind(kernel: Any, launch: Launch, given: tuple[Tensor | None, ...], reduction: Reduction) -> BoundLaunch:
+    """The launch with its constants, in the kernel's order, for the operands `given`, of which the last but one is the
+    table."""
+    x, table = given[0], given[-2]
+    assert x is not None
+    assert table is not None
+    elements = x[0].numel()
+    blocks = launch.blocks(elements)
+    strides = (batch_stride(t) for t in given[:STATES])
+    constants = (*strides, elements, blocks, table.shape[0], 1.0 / elements if reduction == "mean" else 1.0)
+    if kernel is log_prob_kernel:
+        counted = 1 if reduction == "mean" else elements
+        constants += (counted * HALF_LOG_2PI, float(counted), launch.tiles, triton.cdiv(blocks, launch.block))
+    copied = [
+        i for i, t in enumerate(given) if t is not None and not (in_place(t) if i < STATES else t.is_contiguous())
+    ]
+    return BoundLaunch(kernel, x.shape[0] * blocks, launch.warps, (*constants, launch.block), copied)
+
+
+def _launch(
+    kernel: Any, given: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...], row: int, reduction: Reduction
+) -> None:
+    """Launch `kernel` on the operands; `outputs` are filled. Partial sums follow them in the forward alone."""
+    x, table = given[0], given[-2]
+    assert x is not None
+    assert table is not None
+    device, batch, forward = x.device, x.shape[0], kernel is log_prob_kernel
+    layout = [None if t is None else (t.dtype, t.stride()) for t in given]
+    present = [t is not None for t in outputs]
+    key = (forward, tuner.epoch, device, x.shape, table.shape[0], reduction, *present, *layout)
+
+    def operands(bound: BoundLaunch) -> tuple[Tensor | None, ...]:
+        sums = scratch.take(device, batch, 3 * bound.programs, bound.programs > batch) if forward else ()
+        return (*given, *outputs, *sums)
+
+    with on_device_of(x):
+        bound = _bound.get(key)
+        if bound is None:
+
+            def attempt(launch: Launch) -> Callable[[], None]:
+                trial = _bind(kernel, launch, given, reduction)
+                tensors = operands(trial)
+                return lambda: trial(tensors, row)
+
+            launch = tuner.choose(_problem(kernel, given, outputs), device, attempt)
+            bound = _bind(kernel, launch, given, reduction)
+            remember(_bound, key, bound)
+        bound(operands(bound), row)
+
+
+def _problem(kernel: Any, given: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> Problem:
+    x, cond, uncond, mean_old = given[0], given[2], given[3], given[4]
+    assert x is not None
+    velocities = [
+        f"{name}={str(t.dtype).removeprefix('torch.')}"
+        for name, t in (("cond", cond), ("uncond", uncond))
+        if t is not None
+    ]
+    forward = kernel is log_prob_kernel
+    rest = ["mean_old"] * (mean_old is not None) + ["mean"] * (forward and outputs[-1] is not None)
+    name = "log_prob" if forward else "log_prob_backward"
+    return Problem(name, x.shape[0], x[0].numel(), " ".join((*velocities, *rest)), tiled=forward)
 
 
 def launch_log_prob(
@@ -221,50 +290,18 @@ def launch_log_prob(
     return_mean: bool = False,
     reduction: Reduction = "mean",
 ) -> LogProb:
-    """Launch the forward; arguments as in `log_prob`, already checked. One launch, no host sync."""
-    batch = x.shape[0]
-
-    def scalars(wanted: bool = True) -> Tensor | None:
-        return torch.empty(batch, dtype=torch.float32, device=x.device) if wanted else None
-
-    compared = mean_old is not None
-    logp, log_ratio, drift = torch.empty(batch, device=x.device), scalars(compared), scalars(compared)
+    """Launch the forward; arguments as in `log_prob`, already checked. One launch, no host sync (but for a launch
+    inside `tuning.measuring()` that is the first of its kind)."""
+    batch, compared = x.shape[0], mean_old is not None
+    logp = torch.empty(batch, dtype=torch.float32, device=x.device)
+    log_ratio = torch.empty(batch, dtype=torch.float32, device=x.device) if compared else None
+    drift = torch.empty(batch, dtype=torch.float32, device=x.device) if compared else None
     mean = torch.empty(x.shape, dtype=torch.float32, device=x.device) if return_mean else None
-    if batch == 0:
-        return LogProb(logp, log_ratio, drift, mean)
-    elements = x[0].numel()
-    tiles = _tiles(batch * triton.cdiv(elements, BLOCK))
-    blocks = triton.cdiv(elements, BLOCK * tiles)
-    partial = torch.empty((3, batch, blocks), dtype=torch.float32, device=x.device) if blocks > 1 else None
-    tensors, strides = _operands(x, sample, cond, uncond, mean_old)
-    on_device = isinstance(step, Tensor)
-    counted = 1 if reduction == "mean" else elements
-    with torch.cuda.device_of(logp):  # Triton launches on the current device, which may be another one
-        log_prob_kernel[(batch * blocks,)](
-            *tensors,
-            guidance.contiguous(),
-            table.contiguous(),
-            step if on_device else None,
-            logp,
-            log_ratio,
-            drift,
-            mean,
-            partial,
-            _arrivals.take(x.device, batch) if blocks > 1 else None,
-            *strides,
-            elements,
-            blocks,
-            table.shape[0],
-            0 if on_device else step,
-            1.0 / elements if reduction == "mean" else 1.0,
-            counted * HALF_LOG_2PI,
-            float(counted),
-            TILES=tiles,
-            PASSES=triton.cdiv(blocks, BLOCK),
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
-    return LogProb(logp, log_ratio, drift, mean)
+    out = LogProb(logp, log_ratio, drift, mean)
+    if batch > 0:
+        step_ptr, row = (step, 0) if isinstance(step, Tensor) else (None, step)
+        _launch(log_prob_kernel, (x, sample, cond, uncond, mean_old, guidance, table, step_ptr), out, row, reduction)
+    return out
 
 
 def launch_log_prob_backward(
@@ -281,33 +318,14 @@ def launch_log_prob_backward(
     mean_old: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the backward; arguments as in the twin. One launch, no host sync."""
+    """Launch the backward; arguments as in the twin. One launch, no host sync (but for a launch inside
+    `tuning.measuring()` that is the first of its kind)."""
     grad_cond = torch.empty(x.shape, dtype=cond.dtype, device=x.device)
     grad_uncond = None if uncond is None else torch.empty(x.shape, dtype=uncond.dtype, device=x.device)
-    batch = x.shape[0]
-    if batch == 0:
-        return grad_cond, grad_uncond
-    elements = x[0].numel()
-    blocks = triton.cdiv(elements, BLOCK)
-    tensors, strides = _operands(x, sample, cond, uncond, mean_old if grad_drift is not None else None)
-    on_device = isinstance(step, Tensor)
-    with torch.cuda.device_of(grad_cond):
-        log_prob_backward_kernel[(batch * blocks,)](
-            *tensors,
-            grad_logp.contiguous(),
-            None if tensors[4] is None or grad_drift is None else grad_drift.contiguous(),
-            guidance.contiguous(),
-            table.contiguous(),
-            step if on_device else None,
-            grad_cond,
-            grad_uncond,
-            *strides,
-            elements,
-            blocks,
-            table.shape[0],
-            0 if on_device else step,
-            1.0 / elements if reduction == "mean" else 1.0,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+    if mean_old is None or grad_drift is None:  # the drift has no share: its operand is not read
+        mean_old = grad_drift = None
+    if x.shape[0] > 0:
+        step_ptr, row = (step, 0) if isinstance(step, Tensor) else (None, step)
+        given = (x, sample, cond, uncond, mean_old, grad_logp, grad_drift, guidance, table, step_ptr)
+        _launch(log_prob_backward_kernel, given, (grad_cond, grad_uncond), row, reduction)
     return grad_cond, grad_uncond

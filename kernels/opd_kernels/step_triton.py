@@ -3,27 +3,29 @@
 Shapes: x, velocities, noise, history (B, D) with D = C*H*W contiguous and any stride between samples; outputs (B, D)
 contiguous. Each tensor is read or written once. Everything is float32 inside.
 
-Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements. Every program leaves its partial sum of the
-squared velocity gap; the sample's last program to arrive adds them up in a fixed order, so the loss is the same bit for
-bit in every run, and one launch does the step.
+Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements (`tuning.py` chooses both). Every program
+leaves its partial sum of the squared velocity gap; the sample's last program to arrive adds them up in a fixed order,
+so that the loss is the same bit for bit in every run, and one launch does the step.
 """
 
 # Kernel arguments have no Python types; Triton takes them from the call.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import BoundLaunch, batch_stride, in_place, on_device_of, remember, scratch
 from .philox_triton import normal_block
 from .step_ref import Reduction, StepOutput
+from .tuning import Launch, Problem, tuner
 
 __all__ = ["launch_step"]
-
-BLOCK = 1024
-WARPS = 4
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -50,6 +52,7 @@ def step_kernel(
     mean_t_ptr,  # or None
     partial_ptr,  # (B, blocks)
     arrived_ptr,  # (B,) int32, zero before and after
+    step,
     x_stride,
     cond_s_stride,
     uncond_s_stride,
@@ -60,7 +63,6 @@ def step_kernel(
     elements,  # D
     blocks,
     rows,
-    step,
     scale_mean,  # 1/D or 1
     TILES: tl.constexpr,  # tiles a program
     PASSES: tl.constexpr,  # of BLOCK partial sums
@@ -93,7 +95,7 @@ def step_kernel(
     end_noise = tl.where(std != 0.0, elements, 0)
 
     squares = tl.zeros((BLOCK,), tl.float32)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         first = (block * TILES + tile) * BLOCK
         offs = first + tl.arange(0, BLOCK)
         mask = offs < elements
@@ -150,56 +152,49 @@ def step_kernel(
         tl.store(loss_ptr + sample, weight * total)
 
 
-def _batched(t: Tensor) -> tuple[Tensor, int]:
-    """`t` and the stride between its samples; copied only if a sample itself is not contiguous."""
-    expected = 1
-    for size, stride in zip(reversed(t.shape[1:]), reversed(t.stride()[1:]), strict=True):
-        if size != 1 and stride != expected:
-            t = t.contiguous()
-            break
-        expected *= size
-    return t, t.stride(0)
+_bound: dict[Any, BoundLaunch] = {}
 
 
-class _Arrivals:
-    """Counters of arrived programs. The kernel leaves them at zero, so they are filled once and not at every launch.
-
-    Launches on one stream run in order and share counters. A captured launch may be replayed beside anything else, so
-    each gets counters of its own, from a reserve that was filled before the capture began.
-    """
-
-    RESERVE = 1 << 16
-
-    def __init__(self) -> None:
-        self._streams: dict[tuple[int, int], Tensor] = {}
-        self._reserve: dict[int, Tensor] = {}
-
-    def take(self, device: torch.device, count: int) -> Tensor:
-        """(count,) int32 zeros on `device` that no concurrent launch uses."""
-        if device.type != "cuda":
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        if torch.cuda.is_current_stream_capturing():
-            reserve = self._reserve.get(index)
-            if reserve is None or reserve.numel() < count:
-                return torch.zeros(count, dtype=torch.int32, device=device)  # one more node in the graph
-            self._reserve[index] = reserve[count:]
-            return reserve[:count]
-        if index not in self._reserve:
-            self._reserve[index] = torch.zeros(self.RESERVE, dtype=torch.int32, device=device)
-        key = (index, torch.cuda.current_stream(device).cuda_stream)
-        counters = self._streams.get(key)
-        if counters is None or counters.numel() < count:
-            counters = self._streams[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        return counters
+def _bind(
+    launch: Launch,
+    given: tuple[Tensor | None, ...],
+    reduction: Reduction,
+) -> BoundLaunch:
+    """The launch with its constants, in the kernel's order, for the 13 operands `given`."""
+    x, table = given[0], given[11]
+    assert x is not None
+    assert table is not None
+    elements = x[0].numel()
+    blocks = launch.blocks(elements)
+    constants = (
+        *(batch_stride(t) for t in (*given[:6], given[7])),
+        elements,
+        blocks,
+        table.shape[0],
+        1.0 / elements if reduction == "mean" else 1.0,
+        launch.tiles,
+        triton.cdiv(blocks, launch.block),
+        launch.block,
+    )
+    copied = [i for i, t in enumerate(given) if t is not None and not _readable(i, t)]
+    return BoundLaunch(step_kernel, x.shape[0] * blocks, launch.warps, constants, copied)
 
 
-_arrivals = _Arrivals()
+def _readable(i: int, t: Tensor) -> bool:
+    return in_place(t) if i < 6 or i == 7 else t.is_contiguous()
 
 
-def _tiles(tiles: int) -> int:
-    """Tiles a program: one while they all fit on the chip at once, more when a program's fixed cost would show."""
-    return 1 if tiles < 8192 else 2 if tiles < 32768 else 4
+def _problem(given: tuple[Tensor | None, ...], want_x0: bool, return_means: bool) -> Problem:
+    x = given[0]
+    assert x is not None
+    names = ("cond_s", "uncond_s", "cond_t", "uncond_t", "noise", "keys", "history")
+    present = [
+        name if name in ("noise", "keys", "history") else f"{name}={str(t.dtype).removeprefix('torch.')}"
+        for name, t in zip(names, given[1:8], strict=True)
+        if t is not None
+    ]
+    outputs = ["x0"] * want_x0 + ["means"] * return_means
+    return Problem("step", x.shape[0], x[0].numel(), " ".join((*present, *outputs)))
 
 
 def launch_step(
@@ -221,57 +216,39 @@ def launch_step(
     return_means: bool = False,
     reduction: Reduction = "mean",
 ) -> StepOutput:
-    """Launch the kernel; arguments as in `fused_step`, already checked. One launch, no host sync."""
-    shape, batch = x.shape, x.shape[0]
-
-    def state(wanted: bool = True) -> Tensor | None:
-        return torch.empty(shape, dtype=torch.float32, device=x.device) if wanted else None
-
-    x_next = torch.empty(shape, dtype=torch.float32, device=x.device)
-    loss = torch.empty(batch, dtype=torch.float32, device=x.device)
-    grad_cond = torch.empty(shape, dtype=cond_s.dtype, device=x.device)
-    grad_uncond = None if uncond_s is None else torch.empty(shape, dtype=uncond_s.dtype, device=x.device)
-    x0, mean_s, mean_t = state(want_x0 or history is not None), state(return_means), state(return_means)
+    """Launch the kernel; arguments as in `fused_step`, already checked. One launch, no host sync (but for a launch
+    inside `tuning.measuring()` that is the first of its kind)."""
+    shape, device, float32 = x.shape, x.device, torch.float32
+    batch = shape[0]
+    want_x0 = want_x0 or history is not None
+    x_next = torch.empty(shape, dtype=float32, device=device)
+    loss = torch.empty(batch, dtype=float32, device=device)
+    grad_cond = torch.empty(shape, dtype=cond_s.dtype, device=device)
+    grad_uncond = None if uncond_s is None else torch.empty(shape, dtype=uncond_s.dtype, device=device)
+    x0 = torch.empty(shape, dtype=float32, device=device) if want_x0 else None
+    mean_s = torch.empty(shape, dtype=float32, device=device) if return_means else None
+    mean_t = torch.empty(shape, dtype=float32, device=device) if return_means else None
     out = StepOutput(x_next, loss, grad_cond, grad_uncond, x0, mean_s, mean_t)
     if batch == 0:
         return out
-    elements = x[0].numel()
-    tiles = _tiles(batch * triton.cdiv(elements, BLOCK))
-    blocks = triton.cdiv(elements, BLOCK * tiles)
-    partial = torch.empty((batch, blocks), dtype=torch.float32, device=x.device) if blocks > 1 else None
-    states = (x, cond_s, uncond_s, cond_t, uncond_t, noise, history)
-    pairs = [(None, 0) if t is None else _batched(t) for t in states]
-    tensors, strides = [t for t, _ in pairs], [stride for _, stride in pairs]
-    on_device = isinstance(step, Tensor)
-    with torch.cuda.device_of(x_next):  # Triton launches on the current device, which may be another one
-        arrived = _arrivals.take(x_next.device, batch) if blocks > 1 else None
-        step_kernel[(batch * blocks,)](
-            *tensors[:6],
-            None if keys is None else keys.contiguous(),
-            tensors[6],
-            guidance_s.contiguous(),
-            guidance_t.contiguous(),
-            scale.contiguous(),
-            table.contiguous(),
-            step if on_device else None,
-            x_next,
-            loss,
-            grad_cond,
-            grad_uncond,
-            x0,
-            mean_s,
-            mean_t,
-            partial,
-            arrived,
-            *strides,
-            elements,
-            blocks,
-            table.shape[0],
-            0 if on_device else step,
-            1.0 / elements if reduction == "mean" else 1.0,
-            TILES=tiles,
-            PASSES=triton.cdiv(blocks, BLOCK),
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+    step_ptr, row = (step, 0) if isinstance(step, Tensor) else (None, step)
+    given = (
+        *(x, cond_s, uncond_s, cond_t, uncond_t, noise, keys, history),
+        *(guidance_s, guidance_t, scale, table, step_ptr),
+    )
+    layout = [None if t is None else (t.dtype, t.stride()) for t in given]
+    key = (tuner.epoch, device, shape, table.shape[0], want_x0, return_means, reduction, *layout)
+    with on_device_of(x):
+        bound = _bound.get(key)
+        if bound is None:
+
+            def attempt(launch: Launch) -> Callable[[], None]:
+                trial = _bind(launch, given, reduction)
+                tensors = (*given, *out, *scratch.take(device, batch, trial.programs, trial.programs > batch))
+                return lambda: trial(tensors, row)
+
+            problem = _problem(given, want_x0, return_means)
+            bound = _bind(tuner.choose(problem, device, attempt), given, reduction)
+            remember(_bound, key, bound)
+        bound((*given, *out, *scratch.take(device, batch, bound.programs, bound.programs > batch)), row)
     return out

@@ -151,12 +151,17 @@ def read_config(folder: Path, name: str) -> SimpleNamespace:
     raise ValueError(f"pipeline {folder} lacks the configuration of its component {name!r}; fetch the pipeline again")
 
 
-def meta_transformer(folder: Path) -> nn.Module:
-    """The pipeline's transformer without weights: shapes and names only."""
+def meta_transformer(folder: Path, ours: type | None = None) -> nn.Module:
+    """The pipeline's transformer without weights: shapes and names only.
+
+    ``ours``: a family's own form of the class, in place of diffusers' of that name.
+    """
     import diffusers
 
     config = _read_json(folder / "transformer" / "config.json")
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if ours is not None and ours.__name__ == config.get("_class_name"):
+        kind = ours
     if kind is None:
         raise ValueError(
             f"{folder}/transformer/config.json names the class {config.get('_class_name')}, which diffusers does not "

@@ -69,6 +69,11 @@ class PaddedTextModel(DiffusionModel):
 
     @classmethod
     @abstractmethod
+    def _transformer_class(cls) -> type:
+        """That of the transformer, imported alone."""
+
+    @classmethod
+    @abstractmethod
     def _most_tokens(cls, folder: Path, transformer: Mapping[str, Any]) -> int:
         """The longest text that the model takes.  Raises ValueError for a transformer that the family cannot call."""
 
@@ -132,7 +137,9 @@ class PaddedTextModel(DiffusionModel):
         cls._check_index(folder)
         check_present(folder, _COMPONENTS, weights=False)
         schedule, tokens = cls._check(folder, max_sequence_length)
-        parts = SimpleNamespace(transformer=meta_transformer(folder), vae=read_config(folder, "vae"))
+        parts = SimpleNamespace(
+            transformer=meta_transformer(folder, cls._transformer_class()), vae=read_config(folder, "vae")
+        )
         return cls(str(folder), parts, schedule, tokens, torch.device("meta"), dtype)
 
     @classmethod

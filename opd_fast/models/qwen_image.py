@@ -45,18 +45,23 @@ class QwenImage(PaddedTextModel):
             AutoencoderKLQwenImage,
             FlowMatchEulerDiscreteScheduler,
             QwenImagePipeline,
-            QwenImageTransformer2DModel,
         )
         from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
         return {
             "pipeline": QwenImagePipeline,
-            "transformer": QwenImageTransformer2DModel,
+            "transformer": cls._transformer_class(),
             "vae": AutoencoderKLQwenImage,
             "scheduler": FlowMatchEulerDiscreteScheduler,
             "text_encoder": Qwen2_5_VLForConditionalGeneration,
             "tokenizer": Qwen2Tokenizer,
         }
+
+    @classmethod
+    def _transformer_class(cls) -> type:
+        from opd_fast.models.qwen_image_transformer import QwenImageTransformer2DModel
+
+        return QwenImageTransformer2DModel
 
     @classmethod
     def _most_tokens(cls, folder: Path, transformer: Mapping[str, Any]) -> int:
@@ -84,19 +89,15 @@ class QwenImage(PaddedTextModel):
     def velocity(
         self, transformer: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbeds, guidance: float = 1.0
     ) -> Tensor:
-        # Two things diffusers' forward does by itself: it rounds the level to the transformer's dtype, and, given a
-        # mask, it copies the text length from host to device, a short stop at every call.  Rotary tables are kept on
-        # the device, and what depends on the mask stays there.
         batch, _, height, width = x.shape
         dtype = weight_dtype(getattr(transformer, "img_in", None), self.dtype)
         tokens = transformer(
-            hidden_states=pack(x.to(dtype)),
+            pack(x.to(dtype)),
             timestep=sigma.to(torch.float32).expand(batch),
             encoder_hidden_states=text.sequence.to(dtype),
-            encoder_hidden_states_mask=text.mask,
+            text_mask=text.mask,
             img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch,
-            return_dict=False,
-        )[0]
+        )
         return unpack(tokens, height, width)
 
     def _pixels(self, z: Tensor) -> Tensor:

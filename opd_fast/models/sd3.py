@@ -146,11 +146,17 @@ class SD3(DiffusionModel):
         _, height, width = self.latent_shape(resolution)
         return height * width // int(self._config.patch_size) ** 2
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The transformer's number for a level, of sigma's shape.
+
+        It stays float32: truncating it to an integer, or rounding it to bfloat16, moves the level.
+        """
+        return sigma.to(torch.float32) * self._timesteps
+
     def velocity(
         self, transformer: nn.Module, x: Tensor, sigma: Tensor, text: TextEmbeds, guidance: float = 1.0
     ) -> Tensor:
-        # The timestep stays a float32 number: truncating it to an integer, or rounding it to bfloat16, moves the level.
-        timestep = (sigma.to(torch.float32) * self._timesteps).expand(x.shape[0])
+        timestep = self.timestep(sigma).expand(x.shape[0])
         dtype = weight_dtype(getattr(getattr(transformer, "pos_embed", None), "proj", None), self.dtype)
         text = text.to(dtype=dtype)
         return transformer(

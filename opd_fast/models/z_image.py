@@ -39,16 +39,20 @@ class ZImage(PaddedTextModel):
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
         from transformers import Qwen2Tokenizer, Qwen3Model
 
-        from opd_fast.models.z_image_transformer import ZImageTransformer2DModel
-
         return {
             "pipeline": ZImagePipeline,
-            "transformer": ZImageTransformer2DModel,
+            "transformer": cls._transformer_class(),
             "vae": AutoencoderKL,
             "scheduler": FlowMatchEulerDiscreteScheduler,
             "text_encoder": Qwen3Model,
             "tokenizer": Qwen2Tokenizer,
         }
+
+    @classmethod
+    def _transformer_class(cls) -> type:
+        from opd_fast.models.z_image_transformer import ZImageTransformer2DModel
+
+        return ZImageTransformer2DModel
 
     @classmethod
     def _most_tokens(cls, folder: Path, transformer: Mapping[str, Any]) -> int:

@@ -14,8 +14,9 @@ import torch
 
 from opd_kernels import LogProb, philox_normal
 from opd_kernels.logprob_triton import launch_log_prob, launch_log_prob_backward
-from opd_kernels.philox_triton import launch_normal
-from opd_kernels.step_triton import BLOCK, launch_step
+from opd_kernels.philox_triton import BLOCK, launch_normal
+from opd_kernels.step_triton import launch_step
+from opd_kernels.tuning import CANDIDATES, Launch, using
 from tests.kernels import logprob_formula
 from tests.kernels.formula import (
     BOTH,
@@ -32,6 +33,8 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 
 # Less than a block; a block exactly; a ragged last block, so that partial sums meet.
 SHAPES = [(3, 1, 5, 7), (2, 4, 16, 16), (4, 3, 29, 31)]
+# Of the candidates' programs: a small part of one, one exactly (of the largest), a few and a ragged last one.
+ODD_SHAPES = [(3, 1, 5, 7), (2, 4, 32, 32), (2, 3, 53, 37)]
 # The interpreter cuts float32 to bfloat16 where a GPU rounds, so that gradients may be off by a whole unit.
 ULPS = {torch.float32: 0.51, torch.bfloat16: 1.01, torch.float16: 0.51}
 
@@ -60,13 +63,22 @@ def test_rows_noise_and_outputs(shape: tuple[int, ...], step: int, drawn: bool, 
     assert_step(out, plain_step(o, step, noise, reduction), names=names)
 
 
-def test_several_tiles_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd_kernels.step_triton._tiles", lambda tiles: 4)
-    shape = (2, 3, 53, 37)
-    o, keys = operands(shape, torch.bfloat16), torch.arange(2)
-    out = launch_step(**o, step=STOCHASTIC, keys=keys)
-    wanted = plain_step(o, STOCHASTIC, philox_normal(keys, shape[1:], STOCHASTIC))
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+@pytest.mark.parametrize("launch", CANDIDATES, ids=str)
+def test_every_candidate(launch: Launch, shape: tuple[int, ...]) -> None:
+    """Against float64; and what is computed element by element has the same bits whatever the tiling."""
+    full, keys = operands(shape, torch.bfloat16, history=True), torch.arange(shape[0])
+    plain, noise = operands(shape, guided="none"), torch.randn(shape)
+    ruled = launch_step(**full, step=BOTH, keys=keys, return_means=True)
+    with using(launch):
+        out = launch_step(**full, step=BOTH, keys=keys, return_means=True)
+        again = launch_step(**full, step=BOTH, keys=keys, return_means=True)
+        simple = launch_step(**plain, step=STOCHASTIC, noise=noise, reduction="sum")
+    wanted = plain_step(full, BOTH, philox_normal(keys, shape[1:], BOTH))
     assert_step(out, wanted, torch.bfloat16, ulps=ULPS[torch.bfloat16])
+    assert_step(simple, plain_step(plain, STOCHASTIC, noise, "sum"))
+    assert_identical(out, again)
+    assert_identical(out._replace(loss=None), ruled._replace(loss=None))
 
 
 def test_unread_operands_may_hold_anything() -> None:
@@ -192,11 +204,13 @@ def test_log_prob(shape: tuple[int, ...], dtype: torch.dtype, guided: bool, comp
     logprob_formula.assert_log_prob(o, wanted, dtype, run, ULPS[dtype], step=step, reduction=reduction)
 
 
-def test_log_prob_in_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd_kernels.logprob_triton._tiles", lambda tiles: 4)
-    o = logprob_formula.operands((2, 3, 53, 37))
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+@pytest.mark.parametrize("launch", CANDIDATES, ids=str)
+def test_log_prob_of_every_candidate(launch: Launch, shape: tuple[int, ...]) -> None:
+    o = logprob_formula.operands(shape)
     wanted = logprob_formula.plain_log_prob(o, STOCHASTIC)
-    logprob_formula.assert_log_prob(o, wanted, torch.float32, through_kernels, step=STOCHASTIC)
+    with using(launch):
+        logprob_formula.assert_log_prob(o, wanted, torch.float32, through_kernels, step=STOCHASTIC)
 
 
 def test_log_prob_strides_and_unread_operands() -> None:

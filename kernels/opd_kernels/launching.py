@@ -1,0 +1,143 @@
+"""What the launchers of the kernels share: operands in place, scratch memory, and launches bound once per kind of call.
+
+Device work of a call is the kernel alone. Outputs are allocated, not filled; the arrival counters are left at zero by
+the kernel itself (see `Scratch`); operands are read where they lie unless a sample's elements are not contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["BoundLaunch", "Scratch", "in_place", "on_device_of", "remember", "scratch"]
+
+
+def in_place(t: Tensor | None) -> bool:
+    """Whether the elements of each sample lie one after another, so that a kernel can read `t` as it is."""
+    if t is None:
+        return True
+    expected = 1
+    for size, stride in zip(reversed(t.shape[1:]), reversed(t.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def batch_stride(t: Tensor | None) -> int:
+    """Elements between two samples of `t` as the kernel gets it."""
+    if t is None:
+        return 0
+    return t.stride(0) if in_place(t) else t[0].numel()
+
+
+class Scratch:
+    """Partial sums, and counters of arrived programs. The kernels leave the counters at zero, so that they are filled
+    once and not at every launch.
+
+    Launches on one stream run in order and share both. A captured launch may be replayed beside anything else, and
+    replays of one graph run in order, so each captured launch has its own: counters from a reserve that was filled
+    before the capture began (beginning a capture waits for the device), partial sums from the graph's memory. No two
+    launches that can overlap, on two streams or in two graphs, ever share.
+    """
+
+    RESERVE = 1 << 18
+    LINE = 32  # counters: one captured launch's do not share a cache line, nor their alignment, with the next one's
+
+    def __init__(self) -> None:
+        self._streams: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._reserve: dict[int, Tensor] = {}
+
+    def take(
+        self, device: torch.device, batch: int, partials: int, wanted: bool
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Float32 partial sums (at least `partials`) and int32 zeros (at least `batch`) for one launch on `device`;
+        not `wanted` by a launch with one program a sample."""
+        if not wanted:
+            return None, None
+        if device.type != "cuda":
+            return torch.empty(partials, device=device), torch.zeros(batch, dtype=torch.int32, device=device)
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        if torch.cuda.is_current_stream_capturing():
+            return torch.empty(partials, device=device), self._reserved(device, index, batch)
+        if index not in self._reserve or self._reserve[index].numel() < self.RESERVE // 2:
+            self._reserve[index] = torch.zeros(self.RESERVE, dtype=torch.int32, device=device)
+        key = (index, torch.cuda.current_stream(device).cuda_stream)
+        kept = self._streams.get(key)
+        if kept is None or kept[0].numel() < partials or kept[1].numel() < batch:
+            kept = self._streams[key] = (
+                torch.empty(max(partials, 4096), device=device),
+                torch.zeros(max(batch, 1024), dtype=torch.int32, device=device),
+            )
+        return kept
+
+    def _reserved(self, device: torch.device, index: int, batch: int) -> Tensor:
+        lines = -(-batch // self.LINE) * self.LINE
+        reserve = self._reserve.get(index)
+        if reserve is None or reserve.numel() < lines:
+            return torch.zeros(batch, dtype=torch.int32, device=device)  # one more node in the graph
+        self._reserve[index] = reserve[lines:]
+        return reserve[:lines]
+
+
+scratch = Scratch()
+
+
+class BoundLaunch:
+    """One kind of call of a kernel: grid, launch parameters and constants decided, the binary found once.
+
+    Triton's launcher looks at every argument of every call (dtype, alignment, whether an integer is 1 or a multiple of
+    16) to find the binary. Here the caller's key stands for all of that but the alignment of pointers: a call whose
+    pointers are all multiples of 16 bytes goes straight to the binary, any other through Triton's launcher.
+
+    Args:
+        kernel: Triton function whose parameters are tensors, then `step`, then the constants.
+        programs: size of the grid.
+        warps: warps of a program.
+        constants: the values of the last parameters.
+        copied: indices of the tensors that must be made contiguous first.
+    """
+
+    def __init__(
+        self, kernel: Any, programs: int, warps: int, constants: tuple[Any, ...], copied: Sequence[int] = ()
+    ) -> None:
+        self.kernel, self.programs, self.warps, self.constants = kernel, programs, warps, constants
+        self.copied = tuple(copied)
+        self._binary: Callable[..., object] | None = None
+
+    def __call__(self, tensors: Sequence[Tensor | None], step: int) -> None:
+        """Launch on the current stream of the current device."""
+        if self.copied:
+            tensors = [t.contiguous() if i in self.copied and t is not None else t for i, t in enumerate(tensors)]
+        pointers = 0
+        for t in tensors:
+            if t is not None:
+                pointers |= t.data_ptr()
+        aligned = pointers & 15 == 0
+        if aligned and self._binary is not None:
+            self._binary(*tensors, step, *self.constants)
+            return
+        compiled = self.kernel[(self.programs,)](*tensors, step, *self.constants, num_warps=self.warps)
+        if aligned and compiled is not None:  # the interpreter compiles nothing
+            self._binary = compiled[(self.programs, 1, 1)]
+
+
+def remember(bound: dict[Any, Any], key: Any, launch: Any) -> None:
+    """Keep a bound launch under its key; a process that sees no end of shapes starts afresh now and then."""
+    if len(bound) >= 1024:
+        bound.clear()
+    bound[key] = launch
+
+
+def on_device_of(t: Tensor) -> Any:
+    """Context in which Triton launches on the device of `t`: it takes the current one, which may be another."""
+    if not t.is_cuda or t.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(t.device)
+
+
+_HERE = nullcontext()

@@ -1,0 +1,306 @@
+"""Launch parameters of the kernels: by rule, or measured on the device when a run asks for it.
+
+A program works on `tiles` tiles of `block` elements with `warps` warps. Larger programs share their fixed cost (the
+row, the guidance, the noise key: three dependent reads) among more elements; smaller ones fill the chip when the
+tensors are small. All candidates give a thread at least 8 elements of a tile, so that every access is 16 bytes wide in
+bfloat16 as in float32. Nothing else is worth choosing. `num_stages` has nothing to overlap: the loads go to registers,
+not through shared memory, and since an output may alias an input none moves above the stores of the tile before it. For
+the same reason the loop over tiles is not unrolled: that took registers, up to a spill, and bought nothing.
+
+What a choice changes. States and gradients are computed element by element, the same way whatever the tiling. Sums over
+a sample (loss, log-probability) follow the tiling, which is their order: another choice may change their last bits. So
+a choice, once used, stays for the whole of a run, and `choices()` has it for the record. Measured choices are kept in
+`kernels.json` in $OPD_FAST_CACHE, else $XDG_CACHE_HOME/opd_fast, else ~/.cache/opd_fast, under the device's name, the
+Triton version and a hash of the kernels: the next run, or a resumed one, on such a device takes the same.
+
+    with measuring() as chosen:      # before the first step of a run, outside of any CUDA-graph capture
+        ...                          # one step, eagerly: each launch of a new kind times its candidates first
+    for choice in chosen:
+        print(choice)
+
+Elsewhere a launch takes the kept choice, or the rule's. It never measures, so it never waits for the device.
+`OPD_FAST_TUNE=0` in the environment leaves everything to the rule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+__all__ = ["CANDIDATES", "Choice", "Launch", "Problem", "choices", "measuring", "using"]
+
+
+class Launch(NamedTuple):
+    """Elements of a tile, warps of a program, tiles of a program."""
+
+    block: int
+    warps: int
+    tiles: int
+
+    def blocks(self, elements: int) -> int:
+        """Programs for a sample of so many elements."""
+        return -(-elements // (self.block * self.tiles))
+
+    def __str__(self) -> str:
+        return f"{self.block}x{self.tiles}/{self.warps}"
+
+
+CANDIDATES = (
+    Launch(512, 2, 1),  # most programs: small batches, short last waves
+    Launch(1024, 4, 1),
+    Launch(1024, 4, 2),
+    Launch(1024, 4, 4),
+    Launch(2048, 8, 1),  # half the partial sums
+    Launch(2048, 8, 2),
+    Launch(1024, 2, 1),  # 16 elements of a tile a thread: twice the bytes in flight
+)
+MARGIN = 0.03
+"""A candidate replaces the rule's choice if it is faster by more than this share; less is noise."""
+
+
+def rule(batch: int, elements: int) -> Launch:
+    """The choice without measuring: one tile a program while they all fit on the chip at once, more when a program's
+    fixed cost would show."""
+    tiles = batch * -(-elements // 1024)
+    return Launch(1024, 4, 1 if tiles < 8192 else 2 if tiles < 32768 else 4)
+
+
+class Problem(NamedTuple):
+    """A launch as far as its speed depends on it."""
+
+    kernel: str
+    batch: int
+    elements: int
+    """Of a sample."""
+    operands: str
+    """What is present and in which dtype."""
+    tiled: bool = True
+    """Whether a program may take several tiles."""
+
+    @property
+    def key(self) -> str:
+        """Sizes in powers of two; ragged samples apart, since their accesses are narrow."""
+        batch, elements = (1 << (size - 1).bit_length() for size in (self.batch, self.elements))
+        ragged = "" if self.elements % 16 == 0 else " ragged"
+        return f"{self.kernel} batch<={batch} elements<={elements}{ragged} {self.operands}"
+
+    def candidates(self) -> list[Launch]:
+        """The rule's choice first, then what does not leave more than half of a program idle."""
+        first = rule(self.batch, self.elements)
+        first = first if self.tiled else first._replace(tiles=1)
+        fitting = [c for c in CANDIDATES if c.block * c.tiles < 2 * self.elements and (self.tiled or c.tiles == 1)]
+        return [first, *(c for c in fitting if c != first)]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The launch of one kind of problem; `str()` is a line for the log."""
+
+    problem: str
+    launch: Launch
+    source: str
+    """ "measured", "kept" (measured by an earlier run) or "rule"."""
+    microseconds: dict[str, float] = field(default_factory=dict)
+    """Device time of a launch by candidate, the chosen one among them; empty for the rule's."""
+
+    def __str__(self) -> str:
+        times = dict(self.microseconds)
+        own = times.pop(str(self.launch), None)
+        line = f"kernel {self.problem}: {self.launch}, {self.source}"
+        if own is None:
+            return line
+        rest = ", ".join(f"{name} {time:.3g}" for name, time in sorted(times.items(), key=lambda item: item[1]))
+        return f"{line} ({own:.3g} us{'; ' if rest else ''}{rest})"
+
+
+class Tuner:
+    """The choices of this process. `epoch` counts what makes earlier ones void: launchers keep it in their keys."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self._forced: Launch | None = None
+        self._measured: list[Choice] | None = None
+        self._settled: dict[tuple[str, str], Choice] = {}
+        self._kept: dict[str, Any] | None = None
+
+    def choose(
+        self, problem: Problem, device: torch.device, attempt: Callable[[Launch], Callable[[], object]]
+    ) -> Launch:
+        """The launch for `problem`; `attempt(launch)` gives a function that launches the kernel so, for measuring."""
+        if self._forced is not None:
+            return self._forced if problem.tiled else self._forced._replace(tiles=1)
+        place = identity(device)
+        choice = self._settled.get((place, problem.key))
+        if choice is None:
+            choice = self._decide(problem, place, device, attempt)
+            self._settled[place, problem.key] = choice
+            if self._measured is not None:
+                self._measured.append(choice)
+        return choice.launch
+
+    def _decide(
+        self, problem: Problem, place: str, device: torch.device, attempt: Callable[[Launch], Callable[[], object]]
+    ) -> Choice:
+        candidates = problem.candidates()
+        if not enabled():
+            return Choice(problem.key, candidates[0], "rule")
+        if self._kept is None:
+            self._kept = _read(cache_file())
+        kept = _choice(problem.key, self._kept.get(place))
+        if kept is not None:
+            return kept
+        if self._measured is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return Choice(problem.key, candidates[0], "rule")
+        seconds = device_seconds([attempt(candidate) for candidate in candidates])
+        best = min(range(len(candidates)), key=seconds.__getitem__)
+        if seconds[best] > (1 - MARGIN) * seconds[0]:
+            best = 0
+        times = {str(c): round(s * 1e6, 3) for c, s in zip(candidates, seconds, strict=True)}
+        choice = Choice(problem.key, candidates[best], "measured", times)
+        _keep(cache_file(), place, choice)
+        return choice
+
+    @contextmanager
+    def measuring(self) -> Iterator[list[Choice]]:
+        """See the header. What the rule chose before is measured too. Yields the choices made inside, as they come.
+
+        Raises:
+            ValueError: OPD_FAST_TUNE is neither 0 nor 1; or one is inside another.
+        """
+        enabled()
+        if self._measured is not None:
+            raise ValueError("measuring() is already active; enter it once, before the first step")
+        self._settled = {key: choice for key, choice in self._settled.items() if choice.source != "rule"}
+        self._kept = None  # another process may have measured since
+        self.epoch += 1
+        self._measured = []
+        try:
+            yield self._measured
+        finally:
+            self._measured = None
+
+    @contextmanager
+    def using(self, launch: Launch) -> Iterator[None]:
+        """Every launch inside takes `launch`: for tests and comparisons.
+
+        Raises:
+            ValueError: `launch` is not one of `CANDIDATES`.
+        """
+        if launch not in CANDIDATES:
+            raise ValueError(f"{launch} is no candidate; take one of {', '.join(map(str, CANDIDATES))}")
+        before, self._forced = self._forced, launch
+        self.epoch += 1
+        try:
+            yield
+        finally:
+            self._forced = before
+            self.epoch += 1
+
+    def choices(self) -> list[Choice]:
+        """Every choice that launches of this process use, measured or not."""
+        return list(self._settled.values())
+
+
+def enabled() -> bool:
+    """Whether kept and measured choices are used at all: not with OPD_FAST_TUNE=0."""
+    value = os.environ.get("OPD_FAST_TUNE", "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"OPD_FAST_TUNE must be 0 or 1, got {value!r}; unset it to measure when a run asks for it")
+    return value == "1"
+
+
+def device_seconds(runs: Sequence[Callable[[], object]], launches: int = 20, replays: int = 10) -> list[float]:
+    """Device time of one call of each: the best of several replays of a graph of `launches` calls. The candidates take
+    turns, so that a drifting clock meets all of them. Waits for the device."""
+    graphs = []
+    for run in runs:
+        run()  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(launches):
+                run()
+        graphs.append(graph)
+    best = [float("inf")] * len(graphs)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for turn in range(replays + 1):
+        for i, graph in enumerate(graphs):
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if turn:  # the first warms up
+                best[i] = min(best[i], begin.elapsed_time(end) / 1e3 / launches)
+    return best
+
+
+# --- what is kept between runs ----------------------------------------------------------------------------------------
+
+
+def cache_file() -> Path:
+    """Where measured choices are kept."""
+    folder = os.environ.get("OPD_FAST_CACHE")
+    if folder:
+        return Path(folder).expanduser() / "kernels.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opd_fast" / "kernels.json"
+
+
+@cache
+def identity(device: torch.device) -> str:
+    """What a measured time belongs to: device, Triton, and the kernels' sources."""
+    name = "cpu"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+    sources = sorted(Path(__file__).parent.glob("*_triton.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return f"{name}, triton {triton.__version__}, kernels {digest[:12]}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's content; empty when there is none that can be read, since all of it can be measured again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _choice(key: str, entries: Any) -> Choice | None:
+    """The kept choice, if it is one that could be measured today."""
+    entry = entries.get(key) if isinstance(entries, dict) else None
+    if not isinstance(entry, dict) or not isinstance(entry.get("microseconds"), dict):
+        return None
+    launch = {str(c): c for c in CANDIDATES}.get(str(entry.get("launch")))
+    return None if launch is None else Choice(key, launch, "kept", entry["microseconds"])
+
+
+def _keep(path: Path, place: str, choice: Choice) -> None:
+    """Add a choice to the file, which is replaced as a whole. Of two processes that write at once one may lose its
+    entry, which is then measured again; a folder that cannot be written costs the same."""
+    content = _read(path)
+    entries = content.setdefault(place, {})
+    if not isinstance(entries, dict):
+        entries = content[place] = {}
+    entries[choice.problem] = {"launch": str(choice.launch), "microseconds": choice.microseconds}
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+        os.replace(name, path)
+
+
+tuner = Tuner()
+measuring, using, choices = tuner.measuring, tuner.using, tuner.choices

@@ -1,0 +1,28 @@
+"""Forwards of single modules replaced for a while, whatever stood there before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Within the block each module computes by the forward beside it; then by what it had, of its own or its class's.
+
+    Blocks may be nested: a hook of diffusers or `MergedLayers` that set a forward of its own finds it again.
+    """
+    before = [(module, vars(module).get("forward")) for module, _ in forwards]
+    for module, forward in forwards:
+        module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = own
