@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ import torch
 
 from benchmarks.environment import default_device, environment
 from benchmarks.report import README, RESULTS, load_results, render, rows_of, write_results
+
+STARTED = pytest.StashKey[float]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STARTED] = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,7 +28,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="write DEVICE-DATE.json into DIR (default benchmarks/results, where the README is rendered again too)",
     )
-    group.addoption("--pairs", type=int, help="rounds of engine and reference in turn (default: 7, on a GPU 20)")
+    group.addoption(
+        "--pairs",
+        type=int,
+        help="rounds of engine and reference in turn (default: 7, on a GPU as many as fit into a row's time, 2 to 20)",
+    )
+    group.addoption(
+        "--within",
+        type=float,
+        metavar="SECONDS",
+        help="skip the rounds whose turn would come later than this after the start",
+    )
     group.addoption(
         "--compiled-rounds",
         action="store_true",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,8 +39,9 @@ class Shape:
         return self.heads * self.head_dim
 
 
-# Stable Diffusion 3.5 Medium, 512x512, 77 CLIP and 128 T5 tokens.
+# Stable Diffusion 3.5 Medium, 77 CLIP and 128 T5 tokens.
 SD35M_512 = Shape(24, 24, 64, tuple(range(13)), 4096, 2048, 16, 128, 384, 512, 205)
+SD35M_1024 = replace(SD35M_512, resolution=1024)
 # The same anatomy (dual attention, query and key norms, a context-only last block) in a test's size.
 NANO = Shape(2, 2, 16, (0,), 24, 16, 4, 8, 8, 64, 5)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,16 @@ Every figure on this page is rendered from a file in `benchmarks/results`, which
   `torch.compile` of the same maths.
 - **Share of the limit**: of the floor for a round (the forwards and backwards that the algorithm cannot do without, at
   the matrix rate measured in the same run), of the measured copy bandwidth for a step.
-- **Gradient error**: relative, over all parameters, against the reference in float32 on the same prompts and noise.
+- **Gradient error**: relative, over all parameters, against the reference in float32 on the same prompts and noise;
+  where a round is cut into micro-batches, of its first one.
+- **Ladder** (`ladder.py`): the engine's techniques switched on one after the other, each row on top of the one before.
+  A technique that was asked for and is not at work gives a row with the reason in place of a time.
 - **Peak**: bytes at a round's peak, weights included; in brackets the published loop's. The engine keeps a merged copy
   of the weights for each teacher and, where no micro-batch is set, takes all samples of the round in one forward; the
   published loop takes one task's at a time.
 
-Run: `pytest benchmarks --benchmark-only`; with `--save-results` it also writes the results file and this page.
+Run: `pytest benchmarks --benchmark-only` and `python -m benchmarks.ladder`; with `--save-results` each also writes the
+results file and this page.
 """
 
 
@@ -85,8 +90,8 @@ def rows_of(benchmarks: Iterable[Any]) -> list[dict[str, Any]]:
             if variant in found:
                 row[key] = quantiles(found[variant].stats.data)["p50"] / seconds["p50"]
         row |= {key: value for key, value in engine.extra_info.items() if key not in _IDENTITY and value is not None}
-        rows.append(_rounded(row))
-    return sorted((_ordered(row) for row in rows), key=lambda row: row["name"])
+        rows.append(rounded(row))
+    return sorted((ordered(row) for row in rows), key=lambda row: row["name"])
 
 
 def quantiles(data: Sequence[float]) -> dict[str, float]:
@@ -169,16 +174,18 @@ def _section(name: str, content: dict[str, Any]) -> str:
 
 
 def _table_row(row: dict[str, Any]) -> str:
+    if "note" in row:
+        return f"| `{row['name']}` | {row['note'].replace('|', '/')} |  |  |  |  |  |  |"
     seconds = row["seconds"]
     limit = row.get("share_of_floor", row.get("share_of_bandwidth"))
     kind = " floor" if "share_of_floor" in row else " bandwidth" if "share_of_bandwidth" in row else ""
     exact = "" if row.get("exact", True) else " (not exact)"
     cells = [
         f"`{row['name']}`{exact}",
-        _time(seconds["p50"]),
-        f"{_time(seconds['p20'])} to {_time(seconds['p80'])}",
-        _ratio(row.get("ratio_vs_reference")),
-        _ratio(row.get("ratio_vs_compiled")),
+        time_text(seconds["p50"]),
+        f"{time_text(seconds['p20'])} to {time_text(seconds['p80'])}",
+        ratio_text(row.get("ratio_vs_reference")),
+        ratio_text(row.get("ratio_vs_compiled")),
         "" if limit is None else f"{100 * limit:.0f} %{kind}",
         _peak(row),
         "" if row.get("gradient_error") is None else f"{row['gradient_error']:.1e}",
@@ -190,43 +197,84 @@ def _peak(row: dict[str, Any]) -> str:
     if row.get("peak_bytes") is None:
         return ""
     published = row.get("reference_peak_bytes")
-    return _size(row["peak_bytes"]) + ("" if published is None else f" ({_size(published)})")
+    return size_text(row["peak_bytes"]) + ("" if published is None else f" ({size_text(published)})")
 
 
-def _ratio(value: float | None) -> str:
+def ratio_text(value: float | None) -> str:
+    """1.75x; nothing for none."""
     return "" if value is None else f"{value:.2f}x"
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """Three digits in the unit that fits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} µs"
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes in MiB or GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _ordered(row: dict[str, Any]) -> dict[str, Any]:
+def ordered(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its keys in the order of a results file."""
     first = {key: row[key] for key in _ORDER if key in row}
     return first | {key: row[key] for key in sorted(row) if key not in first}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Six significant digits are more than a timing carries, and keep the files readable."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     return value
 
 
-def main() -> None:
-    """Render the page."""
+def lines_of(results: dict[str, dict[str, Any]]) -> list[str]:
+    """One short line a row, for a terminal."""
+    lines = []
+    for content in results.values():
+        for row in content["rows"]:
+            if "note" in row:
+                lines.append(f"{row['name']:<34} {row['note'][:80]}")
+                continue
+            share = row.get("share_of_floor", row.get("share_of_bandwidth"))
+            figures = [
+                time_text(row["seconds"]["p50"]),
+                ratio_text(row.get("ratio_vs_reference")),
+                ratio_text(row.get("ratio_vs_compiled")),
+                "" if share is None else f"{100 * share:.0f} %",
+                "" if row.get("peak_bytes") is None else size_text(row["peak_bytes"]),
+            ]
+            error = row.get("gradient_error")
+            lines.append(
+                f"{row['name']:<34}"
+                + "".join(f"{figure:>11}" for figure in figures)
+                + ("" if error is None else f"{error:>11.1e}")
+                + ("" if row.get("exact", True) else "  lossy")
+            )
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    """Render the page; with --show, print the rows of the results in the folders that follow."""
+    if argv and argv[0] == "--show":
+        print(
+            f"{'row':<34}" + "".join(f"{c:>11}" for c in ("median", "published", "compiled", "limit", "peak", "error"))
+        )
+        for folder in argv[1:]:
+            print("\n".join(lines_of(load_results(Path(folder)))))
+        return 0
+    if argv:
+        print(f"unknown: {' '.join(argv)}; give nothing, or --show FOLDER ...", file=sys.stderr)
+        return 2
     README.write_text(render(load_results()), encoding="utf-8")
     print(f"{README} rendered from {len(load_results())} results files")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Engine and reference on the same work: what `test_round.py` times.
+"""Engine and reference on the same work: what `test_round.py` and `ladder.py` time.
 
 The floor of a round. Let F be the floating-point operations of one transformer forward on all samples of the round at
 one step (guidance above 1 runs two branches, so it doubles a model's samples). A trained step needs one student
@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.environment import measured_peaks, round_dtype, synchronize
 from benchmarks.models import (
     Shape,
+    canonical,
     copy_parameters,
     gradients,
     random_model,
@@ -38,8 +39,8 @@ from benchmarks.models import (
     write_random_lora,
 )
 from benchmarks.reference import AdapterPolicy, Reference, adapters_on
-from opd_fast.config import StudentConfig, TeacherConfig
-from opd_fast.engine import compile_blocks
+from opd_fast.config import EngineConfig, StudentConfig, TeacherConfig
+from opd_fast.engine import Engaged, engage
 from opd_fast.models import load_model
 from opd_fast.models.base import ASSETS, DiffusionModel, TextEmbeds
 from opd_fast.objectives import step_weights
@@ -48,6 +49,9 @@ from opd_fast.rollout import RoundBatch, one_pass
 from opd_fast.solvers import solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
+from opd_fast.telemetry import annotate
+from opd_kernels import philox_normal
+from opd_kernels.philox import INITIAL_NOISE
 
 # Standard deviations of B in the student and in a random teacher. At B = 0 the student's A would have no gradient.
 STUDENT_START, TEACHER_GAP = 0.02, 0.02
@@ -75,29 +79,78 @@ class Recipe:
         return self.steps - 1
 
 
+def published_recipe(samples_per_task: int = 3, resolution: int = 512) -> Recipe:
+    """The published run of Stable Diffusion 3.5 Medium, with other numbers of samples and pixels where given.
+
+    Both sides hold as many samples' activations at a time: as the published loop does, all of a task, but no more than
+    the memory of one GPU takes.
+    """
+    most = 4 if resolution <= 512 else 1
+    return Recipe(
+        samples_per_task=samples_per_task,
+        guidance=4.5,
+        teacher_guidance=(4.5, 4.5, 1.0),
+        micro_batch=min(samples_per_task, most),
+        resolution=resolution,
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round computes."""
+
+    loss: float
+    """Of all samples and trained steps, as weighted in the round."""
+    gradients: dict[str, Tensor]
+    """By canonical name."""
+
+    def errors(self, truth: Outcome) -> dict[str, float]:
+        """The relative errors `gradient_error` and `loss_error` against another outcome."""
+        return {
+            "gradient_error": relative_error(self.gradients, truth.gradients),
+            "loss_error": abs(self.loss - truth.loss) / abs(truth.loss),
+        }
+
+
 class Side:
     """A contestant: its parameters, an optimizer, and a round of one optimizer step."""
 
     def __init__(
         self,
-        accumulate: Callable[[RoundBatch], object],
+        accumulate: Callable[[RoundBatch], Tensor],
         parameters: dict[str, nn.Parameter],
         networks: Sequence[nn.Module],
         device: torch.device,
+        *,
+        before: int = 0,
+        engaged: Engaged | None = None,
     ) -> None:
         self.accumulate = accumulate
+        """Adds a round's gradient; returns the losses of its steps and samples."""
         self.parameters = parameters
         self.networks = networks
         self.device = device
-        self.optimizer = torch.optim.AdamW(list(parameters.values()), lr=LEARNING_RATE, weight_decay=1e-4)
+        self.before = before
+        """Bytes that were allocated on the GPU before this contestant was there."""
+        self.engaged = engaged
+        """The engine's techniques that are at work; None for the reference."""
+        self.optimizer = torch.optim.AdamW(
+            list(parameters.values()), lr=LEARNING_RATE, weight_decay=1e-4, fused=None if engaged is None else True
+        )
 
     def round(self, batch: RoundBatch) -> None:
         """Gradients of the round, clipping, optimizer step; returns when the device is done."""
-        self.accumulate(batch)
-        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update(batch)
         synchronize(self.device)
+
+    def update(self, batch: RoundBatch) -> None:
+        """`round` that does not wait for the device."""
+        with annotate("round"):
+            self.accumulate(batch)
+        with annotate("optimizer"):
+            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
     def seconds(self, batch: RoundBatch) -> float:
         """Wall time of one round."""
@@ -116,17 +169,26 @@ class Side:
         return sum(storages.values())
 
     def peak_bytes(self, batch: RoundBatch) -> int:
-        """Bytes at the peak of a round: weights, and what the round allocates at most at one time."""
-        return self.held_bytes() + peak_bytes(lambda: self.round(batch), self.device)
+        """Bytes at the peak of a round. On a GPU all that came with this contestant, the pools of its graphs included;
+        on a CPU its weights, and what the round allocates at most at one time."""
+        if self.device.type != "cuda":
+            return self.held_bytes() + peak_bytes(lambda: self.round(batch), self.device)
+        synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        grown = peak_bytes(lambda: self.round(batch), self.device)
+        return before - self.before + grown + graph_bytes()
 
-    def gradients(self, batch: RoundBatch) -> dict[str, Tensor]:
-        """Gradients of a round by canonical name; the parameters stay as they are."""
-        self.accumulate(batch)
-        return gradients(self.parameters)
+    def outcome(self, batch: RoundBatch) -> Outcome:
+        """What a round computes; the parameters stay as they are."""
+        loss = float(self.accumulate(batch).double().sum())
+        return Outcome(loss, gradients(self.parameters))
 
 
-class Contest:
-    """One recipe on one model: the engine, the published loop and, where wanted, its compiled form."""
+class Work:
+    """One recipe on one model: what all contestants do, and the contestants, each on weights of its own.
+
+    `model.transformer` stays as it is, and moves to CPU memory; each contestant copies it to the device.
+    """
 
     def __init__(
         self,
@@ -136,13 +198,12 @@ class Contest:
         text: TextEmbeds,
         negative: TextEmbeds,
         recipe: Recipe,
-        *,
-        compiled: bool = False,
     ) -> None:
         count = recipe.samples_per_task
         if len(text) != count * len(teachers):
             raise ValueError(f"{len(text)} prompts for {len(teachers)} tasks of {count} samples")
-        self.model, self.recipe, self.device = model, recipe, model.device
+        self.model, self.scheduler, self.teachers, self.recipe = model, scheduler, teachers, recipe
+        self.device = model.device
         self.batch = RoundBatch(
             text=text,
             negative=negative if max(recipe.guidance, *recipe.teacher_guidance) > 1 else None,
@@ -151,88 +212,136 @@ class Contest:
             scale=torch.full((len(text),), 1 / len(text), device=self.device),
             shape=model.latent_shape(recipe.resolution),
         )
-        float32 = copy.deepcopy(model.transformer)
-        if model.dtype != torch.float32:
-            float32 = float32.float()
-        loop, self.reference = self._published(float32, scheduler, teachers)
-        self._reset_student(self.reference)
         self.per_sample = forward_flops(model, self.batch)
-        self.compiled = self._compiled(copy.deepcopy(model.transformer), scheduler, teachers) if compiled else None
-        self.engine = self._engine(teachers)
-        copy_parameters(self.reference.parameters, self.engine.parameters)
-        self.gradient_error = self._gradient_error()
-        if self.device.type == "cuda":  # as released: float32 weights under autocast
-            loop.autocast = round_dtype(self.device)
+        model.transformer.cpu()
+        self.start: dict[str, Tensor] = {}
+        """The student that every contestant starts from, by canonical name; the first one draws it."""
 
-    def _published(
-        self, transformer: nn.Module, scheduler: Any, teachers: list[tuple[str, Path]]
-    ) -> tuple[Reference, Side]:
+    # --- contestants -------------------------------------------------------------------------------------------------
+
+    def published(self) -> tuple[Reference, Side]:
+        """The loop as released: float32 weights, on a GPU under autocast."""
+        before = allocated(self.device)
+        return self._published(self._base().float(), before)
+
+    def compiled(self) -> Side:
+        """The three passes at their best: weights in the round's dtype, blocks compiled for each adapter and shape."""
+        import torch._dynamo
+
+        before = allocated(self.device)
+        torch._dynamo.config.recompile_limit = 256  # kinds of block x adapters x gradient on or off x batch sizes
+        base = self._base()
+        _, side = self._published(base, before)
+        for block in self.model.blocks(base):
+            block.compile(dynamic=False)
+        return side
+
+    def _base(self) -> nn.Module:
+        return copy.deepcopy(self.model.transformer).to(self.device)
+
+    def _published(self, transformer: nn.Module, before: int) -> tuple[Reference, Side]:
         from peft import LoraConfig
 
         recipe = self.recipe
         targets = self.model.targets("attention")
         config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=targets)
-        adapters = adapters_on(transformer, config, teachers)
+        adapters = adapters_on(transformer, config, self.teachers)
+        teachers = [
+            AdapterPolicy(adapters, name, g)
+            for (name, _), g in zip(self.teachers, recipe.teacher_guidance, strict=True)
+        ]
         reference = Reference(
-            copy.deepcopy(scheduler),
+            copy.deepcopy(self.scheduler),
             AdapterPolicy(adapters, "student", recipe.guidance),
-            [AdapterPolicy(adapters, name, g) for (name, _), g in zip(teachers, recipe.teacher_guidance, strict=True)],
+            teachers,
             solver=recipe.solver,
             steps=recipe.steps,
             eta=recipe.eta,
+            autocast=round_dtype(self.device) if self.device.type == "cuda" else None,  # the adapters stay float32
         )
-        return reference, Side(reference.round, reference.parameters(), [adapters], self.device)
 
-    def _compiled(self, base: nn.Module, scheduler: Any, teachers: list[tuple[str, Path]]) -> Side:
-        """The three passes at their best: weights in the round's dtype, blocks compiled for each adapter and shape."""
-        import torch._dynamo
+        def accumulate(batch: RoundBatch) -> Tensor:
+            return reference.round(self._in_turns(batch))
 
-        torch._dynamo.config.recompile_limit = 256  # kinds of block x adapters x gradient on or off x batch sizes
-        loop, side = self._published(base, scheduler, teachers)
-        if self.device.type == "cuda":  # the adapters stay float32
-            loop.autocast = round_dtype(self.device)
-        for block in base.transformer_blocks:  # type: ignore[union-attr]
-            block.compile(dynamic=False)
-        copy_parameters(self.reference.parameters, side.parameters)
-        return side
+        side = Side(accumulate, reference.parameters(), [adapters], self.device, before=before)
+        self._to_start(side)
+        return reference, side
 
-    def _engine(self, teachers: list[tuple[str, Path]]) -> Side:
-        recipe = self.recipe
+    def _in_turns(self, batch: RoundBatch) -> RoundBatch:
+        """The batch with tasks of no more samples than the recipe's micro-batch: the published loop takes them so."""
+        size = self.recipe.micro_batch or len(batch)
+        parts = [
+            (task, slice(start, min(start + size, rows.stop)))
+            for task, rows in batch.tasks
+            for start in range(rows.start, rows.stop, size)
+        ]
+        return replace(batch, tasks=tuple(parts))
+
+    def engine(self, settings: EngineConfig, say: Callable[[str], None] = lambda text: None) -> Side:
+        """The engine with the techniques of `settings`."""
+        recipe, before = self.recipe, allocated(self.device)
+        model = copy.copy(self.model)
+        model.transformer = self._base()
         configs = [
             TeacherConfig(name=name, weights=str(folder), prompts="bundled/composition", guidance=guidance)
-            for (name, folder), guidance in zip(teachers, recipe.teacher_guidance, strict=True)
+            for (name, folder), guidance in zip(self.teachers, recipe.teacher_guidance, strict=True)
         ]
-        bank = TeacherBank.load(self.model, configs, "merged")
-        student = Student.build(
-            self.model, StudentConfig(rank=recipe.rank, alpha=recipe.alpha, guidance=recipe.guidance)
-        )
-        if self.device.type == "cuda":  # the default of engine.compile
-            compile_blocks(self.model, student, bank)
-        sigmas = self.model.sigmas(recipe.steps, recipe.resolution)
+        bank = TeacherBank.load(model, configs, settings.placement)
+        student = Student.build(model, StudentConfig(rank=recipe.rank, alpha=recipe.alpha, guidance=recipe.guidance))
+        on = ("on", "auto") if self.device.type == "cuda" else ("on",)
+        compiled, graphed = settings.compile in on, settings.graphs in on
+        engaged = engage(settings, model, student, bank, compiled=compiled, graphed=graphed, say=say)
+        sigmas = model.sigmas(recipe.steps, recipe.resolution)
         table = solver_table(recipe.solver, sigmas, recipe.eta)
         weight = step_weights(table, "kl")
 
-        def accumulate(batch: RoundBatch) -> object:
-            return one_pass(self.model, student, bank, batch, table, weight, micro_batch=recipe.micro_batch)
+        def accumulate(batch: RoundBatch) -> Tensor:
+            return one_pass(
+                model, student, bank, batch, table, weight, micro_batch=recipe.micro_batch, graphs=engaged.graphs
+            ).losses
 
         networks = [student.transformer, *(teacher.transformer for teacher in bank.teachers)]
-        return Side(accumulate, dict(student.named_parameters()), networks, self.device)
+        parameters = dict(student.named_parameters())
+        side = Side(accumulate, parameters, networks, self.device, before=before, engaged=engaged)
+        self._to_start(side)
+        return side
 
-    def _reset_student(self, side: Side) -> None:
+    def _to_start(self, side: Side) -> None:
+        if self.start:
+            copy_parameters(self.start, side.parameters)
+            return
         with torch.no_grad():
             for name, parameter in side.parameters.items():
                 if ".lora_B." in name:
                     nn.init.normal_(parameter, std=STUDENT_START)
+        self.start = {canonical(name): p.detach().clone() for name, p in side.parameters.items()}
 
-    def _gradient_error(self) -> float:
-        """Relative error of the engine's gradient against the reference's in float32, same start, same noise."""
-        count, recipe = len(self.batch.scale), self.recipe
-        x = torch.randn(count, *self.batch.shape, device=self.device)
-        noise = torch.randn(recipe.steps, count, *self.batch.shape, device=self.device)
-        batch = replace(self.batch, x=x, noise=noise)
-        with full_precision():
-            truth = self.reference.gradients(batch)
-        return relative_error(self.engine.gradients(batch), truth)
+    # --- the yardsticks ----------------------------------------------------------------------------------------------
+
+    def part(self) -> RoundBatch:
+        """What the outcome is compared on: the round, or its first micro-batch where it has several."""
+        return next(part for _, part in self.batch.split(self.recipe.micro_batch))
+
+    def truth(self, reference: Reference, side: Side) -> Outcome:
+        """The published loop in float32, from the common start and on the engine's noise."""
+        autocast, reference.autocast = reference.autocast, None
+        try:
+            with full_precision():
+                return side.outcome(self._drawn())
+        finally:
+            reference.autocast = autocast
+
+    def errors(self, side: Side, truth: Outcome) -> dict[str, float]:
+        """The relative errors `gradient_error` and `loss_error` of a side, its student put back to the start."""
+        self._to_start(side)
+        return side.outcome(self._drawn() if side.engaged is None else self.part()).errors(truth)
+
+    def _drawn(self) -> RoundBatch:
+        """`part` with the noise that the engine draws from its keys."""
+        part = self.part()
+        x = philox_normal(part.keys, part.shape, INITIAL_NOISE)
+        noise = torch.stack([philox_normal(part.keys, part.shape, j) for j in range(self.recipe.steps)])
+        return replace(part, x=x, noise=noise)
 
     def floor_seconds(self) -> float:
         """The floor as this file's first lines define it."""
@@ -242,6 +351,18 @@ class Contest:
         teaching = recipe.samples_per_task * sum(branches) * self.per_sample
         rate = float(measured_peaks(self.device)["matmul_tflops"]) * 1e12
         return recipe.trained_steps * (2 * student + teaching) / rate
+
+
+class Contest:
+    """The engine, the published loop and, where wanted, its compiled form, side by side."""
+
+    def __init__(self, work: Work, settings: EngineConfig | None = None, *, compiled: bool = False) -> None:
+        self.work, self.batch, self.device = work, work.batch, work.device
+        loop, self.reference = work.published()
+        truth = work.truth(loop, self.reference)
+        self.compiled = work.compiled() if compiled else None
+        self.engine = work.engine(EngineConfig() if settings is None else settings)
+        self.errors = work.errors(self.engine, truth)
 
 
 def forward_flops(model: DiffusionModel, batch: RoundBatch) -> int:
@@ -275,6 +396,18 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return highest
 
 
+def allocated(device: torch.device) -> int:
+    """Bytes in tensors on the GPU; 0 on a CPU, where nobody counts them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def graph_bytes() -> int:
+    """Bytes that the pools of CUDA graphs keep for the inside of their graphs: no tensor shows them."""
+    segments = torch.cuda.memory_snapshot()
+    private = [segment for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in private)
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Float32 products in float32, without TF32."""
@@ -294,7 +427,7 @@ def bundle_is_there() -> bool:
     return (ASSETS / "pipeline").is_dir() and all((ASSETS / "teachers" / task).is_dir() for task in TASKS)
 
 
-def tiny_contest(device: torch.device, recipe: Recipe, *, compiled: bool = False) -> Contest:
+def tiny_work(device: torch.device, recipe: Recipe) -> Work:
     """The bundled model, its three teachers and their own prompts."""
     torch.manual_seed(0)
     model = load_model("bundled", device=device, dtype=round_dtype(device))
@@ -302,12 +435,10 @@ def tiny_contest(device: torch.device, recipe: Recipe, *, compiled: bool = False
     text, negative = model.encode(texts), model.encode([""])
     teachers = [(task, ASSETS / "teachers" / task) for task in TASKS]
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(ASSETS / "pipeline" / "scheduler")
-    return Contest(model, scheduler, teachers, text, negative, recipe, compiled=compiled)
+    return Work(model, scheduler, teachers, text, negative, recipe)
 
 
-def random_contest(
-    device: torch.device, shape: Shape, recipe: Recipe, folder: Path, *, compiled: bool = False
-) -> Contest:
+def random_work(device: torch.device, shape: Shape, recipe: Recipe, folder: Path) -> Work:
     """A model of the given shape with random weights, and three random teachers written to `folder`."""
     torch.manual_seed(0)
     model = random_model(shape, device=device, dtype=round_dtype(device))
@@ -320,5 +451,4 @@ def random_contest(
     count = recipe.samples_per_task * len(teachers)
     text = random_text(count, shape, device=device).to(dtype=model.dtype)
     negative = random_text(1, shape, device=device).to(dtype=model.dtype)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return Contest(model, scheduler, teachers, text, negative, recipe, compiled=compiled)
+    return Work(model, FlowMatchEulerDiscreteScheduler(shift=3.0), teachers, text, negative, recipe)

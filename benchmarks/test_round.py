@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,31 +12,53 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.models import SD35M_512
+from benchmarks.conftest import STARTED
+from benchmarks.models import SD35M_512, SD35M_1024, Shape
 from benchmarks.report import quantiles
-from benchmarks.rounds import Contest, Recipe, bundle_is_there, random_contest, tiny_contest
+from benchmarks.rounds import Contest, Recipe, bundle_is_there, published_recipe, random_work, tiny_work
+from opd_fast.config import EngineConfig
 
-PUBLISHED_RECIPE = Recipe(
-    samples_per_task=3,
-    guidance=4.5,
-    teacher_guidance=(4.5, 4.5, 1.0),
-    micro_batch=3,  # as many samples' activations at a time as the reference holds
-    resolution=512,
-)
+CUDA = torch.cuda.is_available()
+MOST_PAIRS = 20
 
 
 @pytest.fixture(autouse=True)
-def _release_memory() -> Iterator[None]:
+def _in_time_and_memory(pytestconfig: pytest.Config) -> Iterator[None]:
+    within = pytestconfig.getoption("within")
+    if within is not None and time.monotonic() - pytestconfig.stash[STARTED] > within:
+        pytest.skip(f"the suite has used its {within:.0f} seconds (--within)")
     yield
     gc.collect()
-    if torch.cuda.is_available():
+    if CUDA:
         torch.cuda.empty_cache()
 
 
-def compare(benchmark: Any, name: str, contest: Contest, config: pytest.Config, *, exact: bool = True) -> None:
-    """Time engine, published loop and compiled loop in turn (A B C A B C ...) and record the row `name`."""
-    pairs = config.getoption("pairs") or (20 if contest.device.type == "cuda" else 7)
-    warmups = 3 if contest.device.type == "cuda" else 1
+def compare(
+    benchmark: Any,
+    name: str,
+    contest: Contest,
+    config: pytest.Config,
+    *,
+    exact: bool = True,
+    seconds: float = 60.0,
+) -> None:
+    """Time engine, published loop and compiled loop in turn (A B C A B C ...) and record the row `name`.
+
+    On a GPU as many pairs as fit into `seconds`, at least two, by what a first, uncounted one takes; a CPU takes seven.
+    `--pairs` overrules both.
+    """
+    cuda = contest.device.type == "cuda"
+    begun = time.perf_counter()
+    for side in (contest.reference, contest.compiled, contest.engine):
+        if side is not None:
+            side.round(contest.batch)  # kernels are compiled, graphs captured
+    if cuda:
+        begun = time.perf_counter()
+        for side in (contest.reference, contest.compiled, contest.engine):
+            if side is not None:
+                side.round(contest.batch)
+    fitting = max(2, min(MOST_PAIRS, round(seconds / (time.perf_counter() - begun))))
+    pairs = config.getoption("pairs") or (fitting if cuda else 7)
     reference: list[float] = []
     compiled: list[float] = []
 
@@ -45,21 +68,20 @@ def compare(benchmark: Any, name: str, contest: Contest, config: pytest.Config, 
             compiled.append(contest.compiled.seconds(contest.batch))
 
     benchmark.pedantic(
-        lambda: contest.engine.round(contest.batch), setup=others, rounds=pairs, warmup_rounds=warmups, iterations=1
+        lambda: contest.engine.round(contest.batch), setup=others, rounds=pairs, warmup_rounds=0, iterations=1
     )
-    benchmark.extra_info.update(name=name, exact=exact, gradient_error=contest.gradient_error)
+    benchmark.extra_info.update(name=name, exact=exact, **contest.errors)
     if benchmark.stats is None:  # --benchmark-disable
         return
     engine = benchmark.stats.stats.data
-    reference, compiled = reference[warmups:][: len(engine)], compiled[warmups:][: len(engine)]
     benchmark.extra_info.update(
         ratio_vs_reference=_median_ratio(reference, engine),
         reference_seconds=quantiles(reference),
-        share_of_floor=contest.floor_seconds() / quantiles(engine)["p50"],
+        share_of_floor=contest.work.floor_seconds() / quantiles(engine)["p50"],
         peak_bytes=contest.engine.peak_bytes(contest.batch),
         reference_peak_bytes=contest.reference.peak_bytes(contest.batch),
         pairs=len(engine),
-        samples=len(contest.batch.scale),
+        samples=len(contest.batch),
     )
     if compiled:
         benchmark.extra_info.update(
@@ -69,6 +91,40 @@ def compare(benchmark: Any, name: str, contest: Contest, config: pytest.Config, 
 
 def _median_ratio(others: list[float], engine: list[float]) -> float:
     return statistics.median(other / own for other, own in zip(others, engine, strict=True))
+
+
+EXACT = EngineConfig()
+FP8 = EngineConfig(precision="fp8")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("name", "shape", "recipe", "settings", "seconds"),
+    [
+        ("round/sd35m-512/exact", SD35M_512, published_recipe(), EXACT, 40.0),
+        ("round/sd35m-512/fp8", SD35M_512, published_recipe(), FP8, 20.0),
+        ("round/sd35m-512/exact/1", SD35M_512, published_recipe(1), EXACT, 10.0),
+        ("round/sd35m-512/exact/16", SD35M_512, published_recipe(16), EXACT, 30.0),
+        ("round/sd35m-1024/exact", SD35M_1024, published_recipe(resolution=1024), EXACT, 30.0),
+    ],
+    ids=["512", "512-fp8", "512-1", "512-16", "1024"],
+)
+def test_round_sd35m(
+    benchmark: Any,
+    device: torch.device,
+    pytestconfig: pytest.Config,
+    tmp_path: Path,
+    name: str,
+    shape: Shape,
+    recipe: Recipe,
+    settings: EngineConfig,
+    seconds: float,
+) -> None:
+    """The compiled reference runs in the first row alone: it compiles for each adapter and each number of samples."""
+    first = name == "round/sd35m-512/exact"
+    contest = Contest(random_work(device, shape, recipe, tmp_path), settings, compiled=first)
+    compare(benchmark, name, contest, pytestconfig, exact=settings.precision != "fp8", seconds=seconds)
 
 
 @pytest.mark.skipif(not bundle_is_there(), reason="the bundled pipeline is not built")
@@ -87,17 +143,5 @@ def _median_ratio(others: list[float], engine: list[float]) -> float:
 def test_round_tiny(
     benchmark: Any, device: torch.device, pytestconfig: pytest.Config, name: str, recipe: Recipe
 ) -> None:
-    compiled = device.type == "cuda" or pytestconfig.getoption("compiled_rounds")
-    compare(benchmark, name, tiny_contest(device, recipe, compiled=compiled), pytestconfig)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("solver", ["flow_sde", "ode"])
-def test_round_sd35m_512(
-    benchmark: Any, device: torch.device, pytestconfig: pytest.Config, tmp_path: Path, solver: str
-) -> None:
-    recipe = Recipe(**{**vars(PUBLISHED_RECIPE), "solver": solver})
-    name = "round/sd35m-512/exact" + ("" if solver == "flow_sde" else f"/{solver}")
-    contest = random_contest(device, SD35M_512, recipe, tmp_path, compiled=True)
-    compare(benchmark, name, contest, pytestconfig)
+    compiled = pytestconfig.getoption("compiled_rounds") or (device.type == "cuda" and name == "round/tiny")
+    compare(benchmark, name, Contest(tiny_work(device, recipe), compiled=compiled), pytestconfig, seconds=10.0)
