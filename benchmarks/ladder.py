@@ -62,17 +62,12 @@ class Technique:
 
 
 def _count(field: str) -> Callable[[Engaged], Any]:
-    return lambda engaged: getattr(engaged, field, 0)
-
-
-def _backend(engaged: Engaged) -> str:
-    """The implementation of attention that was chosen; nothing where it is the one without a choice."""
-    chosen = str(getattr(engaged, "attention", ""))
-    return "" if chosen == "native" else chosen
+    return lambda engaged: getattr(engaged, field)
 
 
 BARE = EngineConfig(
     placement="shared",
+    group_teachers=False,
     merge_student=False,
     fuse_projections=False,
     cache_modulation=False,
@@ -84,12 +79,12 @@ BARE = EngineConfig(
 """The one pass alone: teachers are adapters on one base and switched, the student's LoRA is not merged."""
 
 TECHNIQUES = (
-    Technique("teachers-merged", {"placement": "merged"}, _count("merged_teachers")),
+    Technique("teachers-merged", {"placement": "merged", "group_teachers": True}, _count("merged_teachers")),
     Technique("student-merged", {"merge_student": True}, _count("merged_layers")),
     Technique("projections", {"fuse_projections": True}, _count("fused")),
     Technique("modulation", {"cache_modulation": True}, _count("modulation")),
     Technique("blocks", {"compile": "on"}, _count("compiled"), gpu=True),
-    Technique("attention", {"attention": "auto"}, _backend),
+    Technique("attention", {"attention": "auto"}, lambda engaged: "/".join(engaged.backends)),
     Technique("graphs", {"graphs": "on"}, lambda engaged: engaged.graphs.replays, gpu=True),
     Technique("fp8", {"precision": "fp8"}, _count("fp8"), gpu=True, exact=False),
 )

@@ -40,7 +40,7 @@ from benchmarks.models import (
 )
 from benchmarks.reference import AdapterPolicy, Reference, adapters_on
 from opd_fast.config import EngineConfig, StudentConfig, TeacherConfig
-from opd_fast.engine import Engaged, engage
+from opd_fast.engine import Engaged, Forwards, engage
 from opd_fast.models import load_model
 from opd_fast.models.base import ASSETS, DiffusionModel, TextEmbeds
 from opd_fast.objectives import step_weights
@@ -290,7 +290,13 @@ class Work:
         student = Student.build(model, StudentConfig(rank=recipe.rank, alpha=recipe.alpha, guidance=recipe.guidance))
         on = ("on", "auto") if self.device.type == "cuda" else ("on",)
         compiled, graphed = settings.compile in on, settings.graphs in on
-        engaged = engage(settings, model, student, bank, compiled=compiled, graphed=graphed, say=say)
+        at_once = min(recipe.micro_batch or len(self.batch), len(self.batch))
+        forwards = Forwards(
+            student_rows=at_once * (2 if recipe.guidance > 1 else 1),
+            teacher_rows=min(at_once, recipe.samples_per_task) * (2 if max(recipe.teacher_guidance) > 1 else 1),
+            resolution=recipe.resolution,
+        )
+        engaged = engage(settings, model, student, bank, forwards, compiled=compiled, graphed=graphed, say=say)
         sigmas = model.sigmas(recipe.steps, recipe.resolution)
         table = solver_table(recipe.solver, sigmas, recipe.eta)
         weight = step_weights(table, "kl")

@@ -36,7 +36,7 @@ from opd_fast.errors import UserError, did_you_mean, one_line
 
 Hints = dict[str, tuple[Any, Any]]  # key to its type and default
 _OPTION_HINTS: Hints = {"seed": (int, 0), "devices": (int, 8), "gpu_memory": (float, 80.0)}
-SWITCHES = ("--run-dir", "--resume", "--dry-run", "--devices", "--gpu-memory", "--seed", "--teachers")
+SWITCHES = ("--run-dir", "--resume", "--dry-run", "--profile", "--devices", "--gpu-memory", "--seed", "--teachers")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Command:
         recipe: the recipe or YAML file named, for titles.
         devices: ranks that a plan is for; None: as many as were started.
         gpu_memory: GiB of each that a plan is for; None: the device's own.
+        profile: record some rounds with torch's profiler.
     """
 
     config: Config
@@ -60,6 +61,7 @@ class Command:
     recipe: str
     devices: int | None = None
     gpu_memory: float | None = None
+    profile: bool = False
 
 
 def recipes() -> dict[str, Path]:
@@ -86,6 +88,7 @@ def build_parser() -> Any:
     parser.add_argument("--run-dir", type=str, help="where the run writes; runs/RECIPE-TIME when not given")
     parser.add_argument("--resume", type=str, help="run directory whose run goes on from its newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and the plan, then stop")
+    parser.add_argument("--profile", action="store_true", help="record rounds 3 to 5 into RUN_DIR/profile")
     parser.add_argument("--devices", type=int | None, help="plan for this many devices (with --dry-run)")
     parser.add_argument("--gpu-memory", type=float | None, help="GiB of each of them; the device's own, else 80")
     parser.add_argument("--seed", type=int | None, help="short for --train.seed")
@@ -123,7 +126,7 @@ def parse(argv: list[str]) -> Command:
         raise UserError("--run-dir", "not given while torchrun may restart the run", "name one for it to find")
     # After a failure torchrun starts the same command again: it goes on with what the first start began.
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (run_dir / "config.yaml").is_file()
-    return Command(config, run_dir, again, first.dry_run, recipe, first.devices, first.gpu_memory)
+    return Command(config, run_dir, again, first.dry_run, recipe, first.devices, first.gpu_memory, first.profile)
 
 
 def _check_plan_options(first: Any) -> None:
@@ -151,7 +154,7 @@ def _resumed(parser: Any, argv: list[str], first: Any) -> Command:
     after = _overlaid(parser, argv, base, source=str(run_dir / "config.yaml"))
     refuse_unsafe_changes(before, after)
     after.validate()
-    return Command(after, run_dir, True, first.dry_run, run_dir.name, first.devices, first.gpu_memory)
+    return Command(after, run_dir, True, first.dry_run, run_dir.name, first.devices, first.gpu_memory, first.profile)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -278,6 +278,7 @@ class EngineConfig:
     placement: Literal["merged", "shared"] = option(
         "merged: each teacher is a merged copy of the transformer; shared: teachers are adapters on one base", "merged"
     )
+    group_teachers: bool = option("placement shared: all teachers in one forward, each row with its own adapter", True)
     merge_student: bool = option("merge the student's LoRA into the base for the length of a round", True)
     fuse_projections: bool = option("one product for q, k and v in merged teachers", True)
     cache_modulation: bool = option("compute once a round what depends on step and prompt alone", True)
@@ -307,6 +308,7 @@ class EngineConfig:
         "frozen weights in float8 with a scale a row (GPU of capability 8.9 or more; lossy)",
         "auto",
     )
+    fp8_tolerance: float = option("precision fp8: largest relative change of a step's loss that is accepted", 0.01)
 
 
 @dataclass(kw_only=True)
@@ -402,6 +404,7 @@ def _check_ranges(config: Config) -> None:
         ("train.lr", t.lr),
         ("train.clip", t.clip),
         ("train.eps", t.eps),
+        ("engine.fp8_tolerance", config.engine.fp8_tolerance),
         ("evaluation.reward_timeout", config.evaluation.reward_timeout),
     ):
         if positive is not None and positive <= 0:
@@ -562,7 +565,7 @@ def _check_teachers(config: Config) -> None:
 
 def _check_engine(config: Config) -> None:
     precision, dtype = config.engine.precision, config.model.dtype
-    if precision != "auto" and dtype not in ("auto", "float32"):
+    if precision in ("float32", "tf32") and dtype not in ("auto", "float32"):
         raise UserError(
             "engine.precision", f"{precision} contradicts model.dtype = {dtype}", "set model.dtype to auto or float32"
         )

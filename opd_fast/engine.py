@@ -7,17 +7,25 @@ runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
+from opd_fast import attention, fp8
+from opd_fast.attention import Case
 from opd_fast.config import EngineConfig
 from opd_fast.graphs import CudaBackend, Graphs
 from opd_fast.models.base import DiffusionModel
+from opd_fast.parallel import World
+from opd_fast.projections import fuse_projections
 from opd_fast.recompute import recompute_blocks
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
+
+COMPILATIONS = 64
+"""Forms of a block that may be compiled: kinds of block, adapters on or off, gradient or not, numbers of rows."""
 
 
 @dataclass
@@ -26,8 +34,18 @@ class Engaged:
 
     merged_teachers: int = 0
     """Teachers with weights of their own, their LoRA merged."""
+    grouped_teachers: int = 0
+    """Teachers on one base that are asked in one forward."""
     merged_layers: int = 0
     """The student's LoRA layers that are merged for a round."""
+    fused: int = 0
+    """Attention modules of the teachers whose projections are one product."""
+    modulation: int = 0
+    """Layers of student and teachers that are computed once a round for all its steps."""
+    backends: tuple[str, ...] = ()
+    """The implementations of attention that were set: the student's and, where they have weights, the teachers'."""
+    fp8: int = 0
+    """Layers of student and teachers in float8."""
     recomputed: int = 0
     """Blocks of the student that compute their activations again in the backward."""
     compiled: int = 0
@@ -36,52 +54,139 @@ class Engaged:
     """What was captured and replayed so far."""
 
 
+@dataclass(frozen=True)
+class Forwards:
+    """The sizes of a round's forwards; rows count the branches of guidance."""
+
+    student_rows: int
+    teacher_rows: int
+    resolution: int
+
+
 def engage(
     settings: EngineConfig,
     model: DiffusionModel,
     student: Student,
     teachers: TeacherBank,
-    anchor: TeacherBank | None = None,
+    forwards: Forwards,
     *,
-    compiled: bool,
-    graphed: bool,
+    anchor: TeacherBank | None = None,
+    compiled: bool = False,
+    graphed: bool = False,
     recompute: int = 0,
+    backends: Sequence[str] = (),
+    world: World | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Engaged:
-    """Put the techniques of `settings` to work, in place; `compiled`, `graphed` and `recompute` are what
-    engine.compile, engine.graphs and engine.recompute came to."""
+    """Put the techniques of `settings` to work, in place; what does not fit model or machine is left out and said.
+
+    `compiled`, `graphed` and `recompute` are what engine.compile, engine.graphs and engine.recompute came to;
+    `backends`, those that the run had before, spare the measurement of attention; `world` is the one that the student
+    will be distributed in. Raises UserError for a setting of no known name.
+    """
+    world = world or World()
+    banks = [bank for bank in (teachers, anchor) if bank is not None]
+    own = list({id(t): t for bank in banks for t in bank.own}.values())
     engaged = Engaged(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
     engaged.merged_layers = student.merge_in_rounds(settings.merge_student)
+    if settings.fuse_projections:
+        engaged.fused = sum(fuse_projections(transformer) for transformer in own)
+    if settings.attention != "native":  # as diffusers has it
+        engaged.backends = _attention(settings.attention, backends, model, student, own, forwards, world, say)
+    if settings.precision == "fp8":
+        engaged.fp8 = _float8(model, student, own, world, say)
+    if settings.group_teachers and not world.sharded:
+        engaged.grouped_teachers = teachers.group()
+    if settings.cache_modulation and not world.sharded:
+        engaged.modulation = student.remember_modulation() + sum(bank.remember_modulation() for bank in banks)
     engaged.recomputed = recompute_blocks(model.blocks(student.transformer), recompute)
     if compiled:
-        engaged.compiled = compile_blocks(model, student, teachers, anchor)
+        engaged.compiled = compile_blocks(model, student, *banks)
     if graphed:
-        engaged.graphs = _graphs(model, teachers, say)
+        engaged.graphs = _graphs(model, banks, say)
     return engaged
 
 
-def _graphs(model: DiffusionModel, teachers: TeacherBank, say: Callable[[str], None]) -> Graphs:
+def _attention(
+    setting: str,
+    before: Sequence[str],
+    model: DiffusionModel,
+    student: Student,
+    own: Sequence[nn.Module],
+    forwards: Forwards,
+    world: World,
+    say: Callable[[str], None],
+) -> tuple[str, ...]:
+    """Choose and set the implementations: of student and base, which a gradient needs, and of the teachers."""
+    tokens = model.image_tokens(forwards.resolution) + model.text_tokens
+    chosen = []
+    trained = [student.transformer, model.transformer]
+    groups = (trained, forwards.student_rows, True), (own, forwards.teacher_rows, False)
+    for i, (transformers, rows, needs_grad) in enumerate(groups):
+        if not transformers:
+            continue
+        if before:
+            name = before[i]
+        else:
+            case = Case.of(
+                transformers[0],
+                device=model.device,
+                dtype=model.dtype,
+                rows=rows,
+                tokens=tokens,
+                mask=model.masks_text,
+                needs_grad=needs_grad,
+            )
+            told = _naming(say, "student" if needs_grad else "teachers")
+            # One rank measures for all: what they compute must not depend on whose clock was disturbed.
+            name = world.on_first(partial(_backend, setting, case, told))
+        for transformer in {id(t): t for t in transformers}.values():
+            attention.route(transformer, name)
+        chosen.append(name)
+    return tuple(chosen)
+
+
+def _backend(setting: str, case: Case, say: Callable[[str], None]) -> str:
+    return attention.choose(setting, case, say=say).backend
+
+
+def _naming(say: Callable[[str], None], of: str) -> Callable[[str], None]:
+    return lambda line: say(line.replace("attention:", f"attention of the {of}:", 1))
+
+
+def _float8(
+    model: DiffusionModel, student: Student, own: Sequence[nn.Module], world: World, say: Callable[[str], None]
+) -> int:
+    """Frozen weights in float8 where the machine computes in it; how many layers."""
+    why = fp8.supported(model.device)
+    if why is not None:
+        say(f"precision: fp8 {why}; frozen weights stay in {model.dtype}".replace("torch.", ""))
+        return 0
+    layers = sum(fp8.quantize_frozen(transformer) for transformer in own)
+    return layers if world.sharded else layers + student.merge_in_float8()
+
+
+def _graphs(model: DiffusionModel, banks: Sequence[TeacherBank], say: Callable[[str], None]) -> Graphs:
     """The graphs of a run, or none, with the reason."""
     why = None
     if model.device.type != "cuda":
         why = "there is no CUDA device"
-    elif teachers.offloaded:
+    elif any(bank.offloaded for bank in banks):
         why = "teachers come from the CPU's memory block by block (parallel.offload_teachers)"
     if why is None:
-        return Graphs(CudaBackend(model.device), say)
+        return Graphs(CudaBackend(model.device, say), say)
     say(f"graphs: off, {why}; every step is launched from Python")
     return Graphs(None)
 
 
-def compile_blocks(
-    model: DiffusionModel, student: Student, teachers: TeacherBank, anchor: TeacherBank | None = None
-) -> int:
+def compile_blocks(model: DiffusionModel, student: Student, *banks: TeacherBank) -> int:
     """torch.compile of each repeated block, in place: one compilation serves all blocks of a kind. Their number."""
-    frozen = [*teachers.teachers, *(anchor.teachers if anchor is not None else [])]
-    transformers: dict[int, nn.Module] = {
-        id(t): t for t in [student.transformer, *(teacher.transformer for teacher in frozen)]
-    }
-    blocks = [block for transformer in transformers.values() for block in model.blocks(transformer)]
-    for block in blocks:
+    import torch._dynamo
+
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, COMPILATIONS)  # beyond it blocks would run uncompiled
+    transformers = [student.transformer, *(teacher.transformer for bank in banks for teacher in bank.teachers)]
+    blocks = {id(block): block for transformer in transformers for block in model.blocks(transformer)}
+    for block in blocks.values():
         block.compile()
     return len(blocks)

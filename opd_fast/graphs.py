@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from opd_fast.errors import one_line
+from opd_kernels.tuning import measuring
 
 T = TypeVar("T")
 WARM_UPS = 3
@@ -39,18 +40,22 @@ class Backend(Protocol):
 
 
 class CudaBackend:
-    """CUDA graphs in one memory pool."""
+    """CUDA graphs in one memory pool. Our kernels measure their launches while the work warms up."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, say: Callable[[str], None] = lambda text: None) -> None:
+        self.device, self.say = device, say
         self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
+            with measuring() as chosen:
                 work()
+            for _ in range(WARM_UPS - 1):
+                work()
+        for choice in chosen:
+            self.say(f"kernel: {choice}")
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Threads that write checkpoints or logs may call CUDA meanwhile.

@@ -89,6 +89,11 @@ class Remembered:
         context = _fixed(parts.context_embedder, model.device)
         return cls(model, transformer, norms, context=context) if norms or context else None
 
+    @property
+    def layers(self) -> int:
+        """How many layers are not computed at each step."""
+        return len(self._norms) + bool(self._norms) + self._context
+
     def __str__(self) -> str:
         text = " and the text's tokens" if self._context else ""
         return f"modulation of {len(self._norms)} layers{text}, once a round"
@@ -218,6 +223,17 @@ class Remembered:
         if given.shape[0] != table.batch:
             raise ValueError(f"filled for {table.batch} rows and asked for {given.shape[0]}; fill for these rows first")
         return table
+
+
+@contextlib.contextmanager
+def recalled(remembered: Remembered | None, step: Tensor | None) -> Iterator[None]:
+    """`active()` at the step (0-dim int64, on the device); nothing where either is missing."""
+    if remembered is None or step is None:
+        yield
+        return
+    remembered.step.copy_(step.view(1))
+    with remembered.active():
+        yield
 
 
 def _reading(slot: _Slot) -> Callable[[Tensor], Tensor]:

@@ -64,7 +64,7 @@ def pick_dtype(dtype: str, precision: str, device: torch.device) -> torch.dtype:
         chosen = getattr(torch, dtype)
         assert isinstance(chosen, torch.dtype)
         return chosen
-    if precision == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+    if precision in ("auto", "fp8") and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
         return torch.bfloat16
     return torch.float32
 

@@ -130,6 +130,36 @@ def one_pass(
     return RoundOutput(losses, torch.cat(states))
 
 
+@torch.no_grad()
+def losses_at(
+    model: DiffusionModel,
+    student: Student,
+    teachers: TeacherBank,
+    batch: RoundBatch,
+    table: SolverTable,
+    weight: Tensor,
+    states: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The losses (N, B) of every step that has a weight at `states` (N, B, C, H, W), and those states.
+
+    None takes the states of the student's rollout. Nothing is trained, and no graph is captured.
+    """
+    rollout = _Rollout(model, student, teachers, table, (weight != 0).tolist(), "mean", None, None, None)
+    rows = send(table.rows(weight), batch.keys.device)
+    losses, seen = [], []
+    with student.at_rest():
+        inputs = rollout._inputs(batch, rows)
+        x = philox_normal(batch.keys, batch.shape, INITIAL_NOISE) if batch.x is None else batch.x
+        x0 = None
+        for j in range(rollout.steps):
+            x = x if states is None else states[j]
+            step = rollout._step(inputs, j, x, x0, rollout.asked[j])
+            losses.append(step.loss)
+            seen.append(x)
+            x, x0 = step.x_next, step.x0
+    return torch.stack(losses), torch.stack(seen)
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """What all steps of a micro-batch read."""
@@ -144,6 +174,8 @@ class _Inputs:
     keys: Tensor
     scale: Tensor
     noise: Tensor | None
+    numbers: Tensor
+    """(N,) int64, those of the steps."""
 
 
 @dataclass(frozen=True)
@@ -192,15 +224,19 @@ class _Rollout:
 
     def _inputs(self, batch: RoundBatch, rows: Tensor) -> _Inputs:
         whole = replace(batch, tasks=((0, slice(0, len(batch))),))
+        condition = Conditioning.build(self.model, batch.text, batch.negative, self.student.guidance)
+        sigmas = rows[:, -1]
+        self.student.remember(sigmas, condition)
         return _Inputs(
-            condition=Conditioning.build(self.model, batch.text, batch.negative, self.student.guidance),
-            course=self.teachers.course(batch),
-            anchored=None if self.anchor is None else self.anchor[0].course(whole),
+            condition=condition,
+            course=self.teachers.course(batch, sigmas),
+            anchored=None if self.anchor is None else self.anchor[0].course(whole, sigmas),
             guidance=torch.full_like(batch.scale, self.student.guidance),
             rows=rows,
             keys=batch.keys,
             scale=batch.scale,
             noise=batch.noise if self.table.stochastic else None,
+            numbers=torch.arange(len(rows), device=rows.device),
         )
 
     def _step(
@@ -220,11 +256,12 @@ class _Rollout:
         this round.
         """
         sigma, noise = _at(inputs.rows, j)[-1], None if inputs.noise is None else _at(inputs.noise, j)
+        number = inputs.numbers[j] if isinstance(j, int) else j
         with annotate("student.forward"), torch.set_grad_enabled(asked and torch.is_grad_enabled()):
-            v_student = self.student.velocities(self.model, x, sigma, inputs.condition)
+            v_student = self.student.velocities(self.model, x, sigma, inputs.condition, number)
         graphs = self.graphs if isinstance(j, int) else None  # within a graph there is no other
         with annotate("teacher.forward"):
-            v_teacher = self.teachers.velocities(x, sigma, inputs.course, graphs) if asked else v_student
+            v_teacher = self.teachers.velocities(x, sigma, inputs.course, graphs, number) if asked else v_student
         with annotate("step"):
             step = fused_step(
                 x,
@@ -247,7 +284,7 @@ class _Rollout:
             step = self._policy_gradient(self.surrogate, step, inputs, j, x, later)
         if self.anchor is not None and inputs.anchored is not None and asked:
             with annotate("anchor.forward"):
-                v_anchor = self.anchor[0].velocities(x, sigma, inputs.anchored, graphs)
+                v_anchor = self.anchor[0].velocities(x, sigma, inputs.anchored, graphs, number)
             pull = fused_step(
                 x,
                 v_student.cond.detach(),

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from opd_fast.adapters import use_adapter
 from opd_fast.config import StudentConfig
+from opd_fast.fp8 import Float8MergedLayers, fits, quantize_frozen
 from opd_fast.merged import MergedLayers
 from opd_fast.models.base import DiffusionModel
+from opd_fast.modulation import Remembered, recalled
 from opd_fast.parallel import World, local, release, whole
 from opd_fast.start import MERGED, MeanDifference, add_mean, passed_over, start_from_lora, start_from_mean
 from opd_fast.teachers import TeacherBank
@@ -41,6 +43,7 @@ class Student:
         self.world = World()
         self._hold()
         self._merged = MergedLayers(transformer, ADAPTER) if config.kind == "lora" else None
+        self._remembered: Remembered | None = None
         # Float32 adapters on a half-precision base compute in the base's type; without autocast PEFT would cast up.
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
@@ -86,6 +89,27 @@ class Student:
             self._merged = None
         return 0 if self._merged is None else len(self._merged.layers)
 
+    def merge_in_float8(self) -> int:
+        """Let `at_rest` merge into float8, the frozen layers around LoRA's be in it too; how many layers in all.
+
+        0, and nothing changed, for full weights and for LoRA that is not merged.
+        """
+        if self._merged is None:
+            return 0
+        frozen = quantize_frozen(self.transformer, transposed=True)
+        self._merged = Float8MergedLayers(self.transformer, ADAPTER)
+        return frozen + sum(fits(layer.get_base_layer().weight) for layer in self._merged.layers)
+
+    def remember_modulation(self) -> int:
+        """Let `remember` keep what depends on step and prompt alone; of how many layers."""
+        self._remembered = Remembered.of(self._model, self.transformer)
+        return 0 if self._remembered is None else self._remembered.layers
+
+    def remember(self, sigmas: Tensor, condition: Conditioning) -> None:
+        """Compute once what `velocities` would at each of the levels (N,) float32 from level and prompt alone."""
+        if self._remembered is not None:
+            self._remembered.fill(sigmas, condition)
+
     def distribute(self, world: World) -> None:
         """Take this process's place in `world`: the weights of rank 0, sharded where its strategy shards them.
 
@@ -95,7 +119,7 @@ class Student:
         self.world = world
         world.same_weights(self.parameters())
         if world.sharded:
-            self._merged = None
+            self._merged = self._remembered = None
             for transformer in {id(t): t for t in (self.transformer, self._model.transformer)}.values():
                 world.shard(transformer, self._model.blocks(transformer), self._model.dtype)
         self._hold()
@@ -107,9 +131,14 @@ class Student:
     def parameters(self) -> list[nn.Parameter]:
         return [p for _, p in self._named]
 
-    def velocities(self, model: DiffusionModel, x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
-        """The student's prediction with gradient; x (B, C, H, W) float32, sigma 0-dim float32."""
-        with self._autocast:
+    def velocities(
+        self, model: DiffusionModel, x: Tensor, sigma: Tensor, condition: Conditioning, step: Tensor | None = None
+    ) -> Velocities:
+        """The student's prediction with gradient; x (B, C, H, W) float32, sigma 0-dim float32.
+
+        `step`, a 0-dim int64 tensor on the device: the level's place among those of `remember`, with `condition`.
+        """
+        with self._autocast, recalled(self._remembered, step):
             return velocities(model, self.transformer, x, sigma, condition)
 
     @contextlib.contextmanager

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from opd_fast.adapters import add_frozen, use_adapter
 from opd_fast.config import TeacherConfig
 from opd_fast.graphs import Graphs
+from opd_fast.grouped import Call, GroupedAdapters, grouped_velocities, joined
 from opd_fast.lora import find_lora, read_lora
 from opd_fast.models.base import DiffusionModel
+from opd_fast.modulation import Remembered, recalled
 from opd_fast.telemetry import annotate
 from opd_fast.velocity import Conditioning, Velocities, velocities
 from opd_fast.weights import Origin, check_weights, load_with_origin
@@ -41,6 +43,8 @@ class Course:
     """(B,) float32: the teacher's guidance of each sample."""
     guided: bool
     """Whether any part has a negative branch."""
+    calls: tuple[Call, ...] = ()
+    """The forwards of `grouped` teachers; none where each is asked by itself."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ class TeacherBank:
         self.together = False
         """Whether all ranks ask the same teachers in the same order, as weights they share the shards of need."""
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
+        self._grouped: GroupedAdapters | None = None
+        self._remembering = False
+        self._remembered: dict[int, Remembered | None] = {}
+        """Of each teacher, or of each of the calls of `_grouped`."""
 
     @classmethod
     def load(
@@ -124,8 +132,39 @@ class TeacherBank:
             stack.enter_context(self._autocast)
             yield teacher.transformer
 
-    def course(self, batch: RoundBatch) -> Course:
-        """The constant part of `velocities` for one batch."""
+    @property
+    def own(self) -> list[nn.Module]:
+        """The transformers that are the teachers' own, where they may be changed: neither shared nor offloaded."""
+        return [] if self.offloaded else [teacher.transformer for teacher in self.teachers if teacher.adapter is None]
+
+    def group(self) -> int:
+        """Ask adapters on one base in one forward from now on, all adapters being in place; how many teachers that are.
+
+        0, and nothing changed, where the teachers have weights of their own.
+        """
+        names = [teacher.adapter for teacher in self.teachers]
+        if not names or None in names:
+            return 0
+        adapters = [None if name == BASE else name for name in names]
+        self._grouped = GroupedAdapters(self.teachers[0].transformer, adapters)
+        return len(adapters)
+
+    def remember_modulation(self) -> int:
+        """Let `course` compute once what depends on step and prompt alone; of how many layers."""
+        self._remembering = self._grouped is not None or bool(self.own)
+        if not self._remembering:
+            return 0
+        return sum(r.layers for i in range(len(self)) if (r := self._memory(i)) is not None)
+
+    def _memory(self, index: int) -> Remembered | None:
+        """That of a teacher, or of a grouped call."""
+        if index not in self._remembered:
+            transformer = self.teachers[0 if self._grouped is not None else index].transformer
+            self._remembered[index] = Remembered.of(self.model, transformer)
+        return self._remembered[index]
+
+    def course(self, batch: RoundBatch, sigmas: Tensor | None = None) -> Course:
+        """The constant part of `velocities` for one batch; sigmas (N,) float32 are the levels it will be asked at."""
         guidance = torch.ones_like(batch.scale)
         parts = []
         for index, rows in batch.tasks:
@@ -136,20 +175,43 @@ class TeacherBank:
             guidance[rows] = strength
             text = batch.text.index(slice(0, 1) if none else rows)
             parts.append((index, rows, Conditioning.build(self.model, text, batch.negative, strength)))
-        return Course(tuple(parts), guidance, any(condition.guided for _, _, condition in parts))
+        calls = () if self._grouped is None or self.together else joined(parts)
+        if self._remembering and sigmas is not None:
+            with self._autocast:
+                self._fill(sigmas, parts, calls)
+        return Course(tuple(parts), guidance, any(condition.guided for _, _, condition in parts), calls)
+
+    def _fill(self, sigmas: Tensor, parts: Sequence[tuple[int, slice, Conditioning]], calls: Sequence[Call]) -> None:
+        for i, call in enumerate(calls):
+            if self._grouped is not None and (memory := self._memory(i)) is not None:
+                with self._grouped.active(call.spans):
+                    memory.fill(sigmas, call.condition)
+        for index, _, condition in () if calls else parts:
+            if (memory := self._memory(index)) is not None:
+                memory.fill(sigmas, condition)
 
     @torch.no_grad()
-    def velocities(self, x: Tensor, sigma: Tensor, course: Course, graphs: Graphs | None = None) -> Velocities:
+    def velocities(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        course: Course,
+        graphs: Graphs | None = None,
+        step: Tensor | None = None,
+    ) -> Velocities:
         """Each sample's velocity by its own teacher, both branches; x (B, C, H, W) float32, sigma 0-dim float32.
 
         Rows of unguided teachers are left unset in `uncond`: the step never reads them. With `graphs` every teacher's
-        forward is one graph for each number of samples, and the result lasts until the next call.
+        forward is one graph for each number of samples, and the result lasts until the next call. `step`, a 0-dim int64
+        tensor on the device: the level's place among those that the course was made for.
         """
+        if course.calls:
+            return self._ask_grouped(x, sigma, course.calls, graphs, step)
         outputs, spans = [], []
         for index, rows, condition in course.parts:
             none = rows.start == rows.stop
             with annotate("task"):
-                found = self._ask(index, x[:1] if none else x[rows], sigma, condition, graphs)
+                found = self._ask(index, x[:1] if none else x[rows], sigma, condition, graphs, step)
             if not none:
                 outputs.append(found)
                 spans.append(rows)
@@ -164,15 +226,44 @@ class TeacherBank:
                 uncond[rows] = v.uncond
         return Velocities(cond, uncond)
 
-    def _ask(self, index: int, x: Tensor, sigma: Tensor, condition: Conditioning, graphs: Graphs | None) -> Velocities:
-        def forward(x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
-            with self.active(index) as transformer:
+    def _ask(
+        self,
+        index: int,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Conditioning,
+        graphs: Graphs | None,
+        step: Tensor | None,
+    ) -> Velocities:
+        memory = self._memory(index) if self._remembering else None
+
+        def forward(x: Tensor, sigma: Tensor, condition: Conditioning, step: Tensor | None) -> Velocities:
+            with self.active(index) as transformer, recalled(memory, step):
                 return velocities(self.model, transformer, x, sigma, condition)
 
         if graphs is None or self.together:  # shards are gathered by hooks, which no graph records
-            return forward(x, sigma, condition)
+            return forward(x, sigma, condition, step)
         name = f"teacher {self.teachers[index].name} on {len(x)} samples"
-        return graphs.call(("teacher", id(self), index, len(x)), name, forward, x, sigma, condition)
+        return graphs.call(("teacher", id(self), index, len(x)), name, forward, x, sigma, condition, step)
+
+    def _ask_grouped(
+        self, x: Tensor, sigma: Tensor, calls: tuple[Call, ...], graphs: Graphs | None, step: Tensor | None
+    ) -> Velocities:
+        grouped = self._grouped
+        assert grouped is not None
+        memories = [self._memory(i) for i in range(len(calls))] if self._remembering and step is not None else []
+
+        def forward(x: Tensor, sigma: Tensor, calls: tuple[Call, ...], step: Tensor | None) -> Velocities:
+            tables = [memory for memory in memories if memory is not None]
+            for table in tables:
+                assert step is not None
+                table.step.copy_(step.view(1))
+            return grouped_velocities(self.model, grouped, x, sigma, calls, tables)
+
+        if graphs is None:
+            return forward(x, sigma, calls, step)
+        name = f"{len(self)} teachers on {len(x)} samples"
+        return graphs.call(("teachers", id(self), len(x)), name, forward, x, sigma, calls, step)
 
     @torch.no_grad()
     def check(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> None:

@@ -1,6 +1,7 @@
 """Distil teachers into a student:
 
-python -m opd_fast.train [RECIPE_OR_YAML] [--section.key VALUE ...] [--run-dir DIR] [--resume RUN_DIR] [--dry-run]
+python -m opd_fast.train [RECIPE_OR_YAML] [--section.key VALUE ...] [--run-dir DIR] [--resume RUN_DIR]
+                         [--dry-run] [--profile]
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
 
     with open_world(command.config) as world, ExitStack() as hold:
         run_dir = world.on_first(lambda: prepare_run_dir(command, hold))
-        train(command.config, run_dir, resume=command.resume, world=world)
+        train(command.config, run_dir, resume=command.resume, profile=command.profile, world=world)
     return 0
 
 

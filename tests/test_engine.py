@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
+from opd_fast.attention import BACKENDS
 from opd_fast.config import EngineConfig, StudentConfig, TeacherConfig
-from opd_fast.engine import Engaged, engage
+from opd_fast.engine import Engaged, Forwards, engage
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.student import Student
@@ -18,34 +20,97 @@ from tests.runs import write_world
 
 
 @pytest.fixture
-def team(tmp_path: Path) -> tuple[DiffusionModel, Student, TeacherBank]:
-    folder = write_world(tmp_path / "world").parent
-    model = load_model(str(folder / "pipeline"), device="cpu", dtype=torch.float32)
-    teacher = TeacherConfig(name="words", weights=str(folder / "words"), prompts="")
-    bank = TeacherBank.load(model, [teacher], "merged")
+def team(tmp_path: Path) -> Team:
+    return _team(tmp_path, "merged")
+
+
+def _team(folder: Path, placement: Literal["merged", "shared"]) -> Team:
+    world = write_world(folder / "world").parent
+    model = load_model(str(world / "pipeline"), device="cpu", dtype=torch.float32)
+    teacher = TeacherConfig(name="words", weights=str(world / "words"), prompts="")
+    bank = TeacherBank.load(model, [teacher], placement)
     return model, Student.build(model, StudentConfig(rank=4, alpha=8.0)), bank
 
 
-OFF = EngineConfig(compile="off", graphs="off", merge_student=False, fuse_projections=False, cache_modulation=False)
+OFF = EngineConfig(
+    attention="native",
+    compile="off",
+    graphs="off",
+    group_teachers=False,
+    merge_student=False,
+    fuse_projections=False,
+    cache_modulation=False,
+)
+FORWARDS = Forwards(student_rows=2, teacher_rows=1, resolution=64)
+Team = tuple[DiffusionModel, Student, TeacherBank]
 
 
-def _engage(team: tuple[DiffusionModel, Student, TeacherBank], settings: EngineConfig, said: list[str]) -> Engaged:
-    return engage(settings, *team, compiled=settings.compile == "on", graphed=settings.graphs == "on", say=said.append)
+def _engage(team: Team, said: list[str] | None = None, **changes: Any) -> Engaged:
+    settings = dataclasses.replace(OFF, **changes)
+    say = (said if said is not None else []).append
+    return engage(
+        settings, *team, FORWARDS, compiled=settings.compile == "on", graphed=settings.graphs == "on", say=say
+    )
 
 
-def test_all_off_is_plain(team: tuple[DiffusionModel, Student, TeacherBank]) -> None:
-    engaged = _engage(team, OFF, [])
-    assert (engaged.merged_teachers, engaged.merged_layers, engaged.compiled, engaged.graphs.on) == (1, 0, 0, False)
+def _at_work(engaged: Engaged) -> dict[str, Any]:
+    """What is not zero or empty."""
+    found = {key: value for key, value in vars(engaged).items() if key != "graphs" and value}
+    return found | ({"graphs": True} if engaged.graphs.on else {})
 
 
-def test_each_switch_counts_what_it_did(team: tuple[DiffusionModel, Student, TeacherBank]) -> None:
-    _, student, _ = team
-    merged = _engage(team, dataclasses.replace(OFF, merge_student=True), [])
-    assert merged.merged_layers == len(student.parameters()) // 2
+def test_all_off_is_plain(team: Team) -> None:
+    assert _at_work(_engage(team)) == {"merged_teachers": 1}
 
 
-def test_graphs_without_a_gpu_are_off_and_said_to_be(team: tuple[DiffusionModel, Student, TeacherBank]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "counted"),
+    [
+        ({"merge_student": True}, {"merged_layers": 15}),
+        ({"fuse_projections": True}, {"fused": 3}),
+        ({"cache_modulation": True}, {"modulation": 14}),
+        ({"attention": "math"}, {"backends": ("math", "math")}),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_each_switch_counts_what_it_did(team: Team, changes: dict[str, Any], counted: dict[str, Any]) -> None:
+    assert _at_work(_engage(team, **changes)) == {"merged_teachers": 1} | counted
+
+
+def test_measured_attention_is_told_and_kept(team: Team) -> None:
     said: list[str] = []
-    engaged = _engage(team, dataclasses.replace(OFF, graphs="on"), said)
+    engaged = _engage(team, said, attention="auto")
+    assert set(engaged.backends) <= set(BACKENDS)
+    assert len(engaged.backends) == 2
+    assert [line.split(":")[0] for line in said] == ["attention of the student", "attention of the teachers"]
+    again = engage(
+        dataclasses.replace(OFF, attention="auto"), *team, FORWARDS, backends=("math", "native"), say=said.append
+    )
+    assert again.backends == ("math", "native")
+    assert len(said) == 2, "measured again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"graphs": "on"}, "graphs: off, there is no CUDA device"),
+        ({"precision": "fp8"}, "precision: fp8 a CPU has no fp8 matrix units"),
+        ({"attention": "flash_3"}, "attention of the student: flash_3 needs a CUDA device"),
+        ({"attention": "xformers"}, "instead"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_what_the_machine_lacks_is_said_and_left_out(team: Team, changes: dict[str, Any], words: str) -> None:
+    said: list[str] = []
+    engaged = _engage(team, said, **changes)
     assert not engaged.graphs.on
-    assert any("graphs: off, there is no CUDA device" in line for line in said)
+    assert engaged.fp8 == 0
+    assert any(words in line for line in said), said
+
+
+def test_teachers_on_one_base_are_asked_together(tmp_path: Path) -> None:
+    model, student, bank = _team(tmp_path, "shared")
+    engaged = _engage((model, student, bank), group_teachers=True, cache_modulation=True)
+    assert engaged.grouped_teachers == 1
+    assert engaged.merged_teachers == 0
+    assert engaged.modulation == 14  # seven, by the student and by the teachers

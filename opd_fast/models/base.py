@@ -98,6 +98,8 @@ class DiffusionModel(ABC):
     # none: the model has no guidance, g is 1.  Checkpoints of a family may differ: FLUX.1 sets it on the instance.
     guidance_kind: ClassVar[Literal["cfg", "embedded", "none"]]
 
+    masks_text: ClassVar[bool] = False  # whether attention has a mask over padded text
+
     path: str  # what the user named
     transformer: nn.Module  # the base, in eval mode, requires_grad False
     vae: Any  # diffusers' autoencoder, float32

@@ -38,6 +38,7 @@ class PaddedTextModel(DiffusionModel):
     """
 
     guidance_kind: ClassVar[Literal["cfg", "embedded", "none"]] = "cfg"
+    masks_text: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -7,7 +7,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.evaluate import Evaluation, evaluate
 from opd_fast.parallel import World, whole
+from opd_fast.profiler import RoundProfiler
 from opd_fast.report import gain_recovered, image_grid, new_results, print_table, write_report, write_results
 from opd_fast.student import Student
 from opd_fast.teachers import BASE
@@ -33,9 +35,12 @@ METHODS: dict[str, Any] = {"opd": OPD, "grpo": GRPO, "nft": NFT}
 GRID_COLUMNS = 8
 
 
-def train(config: Config, run_dir: Path, *, resume: bool = False, world: World | None = None) -> dict[str, Any]:
+def train(
+    config: Config, run_dir: Path, *, resume: bool = False, profile: bool = False, world: World | None = None
+) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`, or on from its newest checkpoint; returns the content of results.json.
 
+    `profile` records some rounds of rank 0 (`opd_fast.profiler`).
     Every process of `world` calls it alike. Ctrl-C or SIGTERM ends it after the round in hand, everything learnt saved.
     Raises ValueError for what cannot run.
     """
@@ -43,7 +48,8 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, world: World |
     world = world or World()
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, world)
     saved = checkpoints.find() if resume and world.on_first(lambda: checkpoints.latest() is not None) else None
-    setup = prepare(config, _say if world.first else _silent, world)
+    backends = () if saved is None else saved[1].get("attention", ())
+    setup = prepare(config, _say if world.first else _silent, world, backends)
     run = Run(setup, run_dir, checkpoints, started)
     if saved is not None:
         run.load(*saved)
@@ -51,8 +57,8 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, world: World |
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
     rounds, begun = config.train.rounds, run.rounds
     telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.first else Silence()
-    with telemetry:
-        run.go(telemetry)
+    with telemetry, RoundProfiler(run_dir, say=telemetry.message) if profile and world.first else nullcontext() as p:
+        run.go(telemetry, p.round if p is not None else nullcontext)
     return run.finish()
 
 
@@ -85,8 +91,8 @@ class Run:
     def world(self) -> World:
         return self.setup.world
 
-    def go(self, telemetry: Telemetry | Silence) -> None:
-        """All rounds that are left."""
+    def go(self, telemetry: Telemetry | Silence, around: Callable[[], AbstractContextManager[None]]) -> None:
+        """All rounds that are left, each within `around()`."""
         every = self.config.evaluation.every
         if not self.rows and self.setup.tasks:
             telemetry.message("judging the base and the teachers")
@@ -94,7 +100,8 @@ class Run:
             telemetry.evaluation(0, self._by_task(self.rows["base"]))
         with _interruption() as interrupted:
             while self.rounds < self.config.train.rounds:
-                self._round(telemetry)
+                with around():
+                    self._round(telemetry)
                 last = self.rounds == self.config.train.rounds
                 if every and self.setup.tasks and not last and self.rounds % every == 0:
                     telemetry.evaluation(self.rounds, self._judge_student().rewards)
@@ -234,6 +241,7 @@ class Run:
             "skipped_in_a_row": self.skipped_in_a_row,
             "scaler": self.scaler.state_dict(),
             "teachers": self._frozen(),
+            "attention": list(self.setup.engaged.backends),
         }
         write = self.setup.student.exporter()
         self.checkpoints.save(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ import torch
 
 from opd_fast.config import Config, TeacherConfig
 from opd_fast.embeddings import EmbeddingCache, TextStore, encoding_progress
-from opd_fast.engine import Engaged, engage
+from opd_fast.engine import Engaged, Forwards, engage
 from opd_fast.errors import UserError
 from opd_fast.evaluate import EvalTask
 from opd_fast.models import load_model, outline_model
@@ -24,6 +24,7 @@ from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.start import MERGED
 from opd_fast.student import Student
 from opd_fast.teachers import BASE, TeacherBank, check_teachers
+from opd_fast.trainers.gate import Gate
 from opd_fast.velocity import Conditioning
 from opd_fast.weights import check_weights
 from opd_kernels.philox import INITIAL_NOISE, philox_normal
@@ -61,8 +62,13 @@ class Setup:
     """A bank of one: what the student is held to."""
 
 
-def prepare(config: Config, say: Callable[[str], None], world: World | None = None) -> Setup:
-    """Load what `config` names. Raises ValueError, naming the setting, for what is missing or does not fit."""
+def prepare(
+    config: Config, say: Callable[[str], None], world: World | None = None, backends: Sequence[str] = ()
+) -> Setup:
+    """Load what `config` names; `backends` of attention are those that a resumed run had.
+
+    Raises ValueError, naming the setting, for what is missing or does not fit.
+    """
     world = world or World()
     resolved = resolve(config)
     device, dtype = resolved.device, resolved.dtype
@@ -123,17 +129,23 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
         say(f"teacher {teacher.name}: {teacher.origin}")
     anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
+    gate = Gate.before(config, model, student, teachers, table, text, prompts) if not world.sharded else None
     engaged = engage(
         config.engine,
         model,
         student,
         teachers,
-        anchor,
+        forwards(config, model, world),
+        anchor=anchor,
         compiled=resolved.compile,
         graphed=resolved.graphs,
         recompute=blocks_to_recompute(config, device, world.size),
+        backends=backends,
+        world=world,
         say=say,
     )
+    if engaged.fp8:
+        say(gate.after() if gate is not None else "precision: fp8, its change of the losses not measured")
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
     teachers.together = world.sharded and placement == "shared"
     sigma = table.sigmas[0].float().to(device)
@@ -158,6 +170,21 @@ def prepare(config: Config, say: Callable[[str], None], world: World | None = No
         world,
         engaged,
         anchor,
+    )
+
+
+def forwards(config: Config, model: DiffusionModel, world: World) -> Forwards:
+    """The sizes of this process's forwards in a round."""
+    train = config.train
+    tasks = train.tasks_per_round or len(config.teachers)
+    samples = -(-tasks * train.samples_per_task // world.size)
+    at_once = min(train.micro_batch or samples, samples)
+    branches = 2 if model.guidance_kind == "cfg" else 1
+    return Forwards(
+        student_rows=at_once * (branches if config.student.guidance != 1 else 1),
+        teacher_rows=min(at_once, train.samples_per_task)
+        * (branches if any(teacher.guidance != 1 for teacher in config.teachers) else 1),
+        resolution=config.model.resolution,
     )
 
 
