@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 
+from benchmarks.models import gradients, relative_error
 from opd_fast.attention import BACKENDS
 from opd_fast.config import EngineConfig, StudentConfig, TeacherConfig
 from opd_fast.engine import Engaged, Forwards, engage
+from opd_fast.graphs import Graphs
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
+from opd_fast.objectives import step_weights
+from opd_fast.rollout import one_pass
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
+from tests.recorded import RecordedBackend
 from tests.runs import write_world
+from tests.test_one_pass import GUIDED, UNGUIDED, Guidance, World
 
 
 @pytest.fixture
@@ -114,3 +122,60 @@ def test_teachers_on_one_base_are_asked_together(tmp_path: Path) -> None:
     assert engaged.grouped_teachers == 1
     assert engaged.merged_teachers == 0
     assert engaged.modulation == 14  # seven, by the student and by the teachers
+
+
+# --- all of them together ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield World(tmp_path_factory.mktemp("engine"))
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("guidance", [UNGUIDED, GUIDED], ids=["unguided", "guided"])
+@pytest.mark.parametrize("placement", ["merged", "shared"])
+def test_the_round_is_the_same_with_all_techniques_on(
+    world: World, placement: str, guidance: Guidance, micro_batch: int | None
+) -> None:
+    """Three rounds with weights that move, each step a replay, against the plain rounds."""
+    table = world.table("flow_sde", "exact")
+    found = []
+    for on in (False, True):
+        model, student, bank = copy.deepcopy(world.team("lora", "lora", placement, guidance))
+        settings = EngineConfig(compile="off", graphs="off") if on else OFF
+        engaged = engage(settings, model, student, bank, FORWARDS, recompute=int(on))
+        graphs = Graphs(RecordedBackend()) if on else None
+        if on:
+            counts = _at_work(engaged)
+            teaching = {"merged": {"merged_teachers", "fused"}, "shared": {"grouped_teachers"}}[placement]
+            assert counts.keys() == teaching | {"merged_layers", "modulation", "backends", "recomputed"}
+        rounds = []
+        for index in range(3):
+            batch = dataclasses.replace(world.batch, keys=world.batch.keys + 10 * index, noise=None)
+            batch = dataclasses.replace(batch, text=batch.text.index([(i + index) % 3 for i in range(3)]))
+            out = one_pass(
+                model,
+                student,
+                bank,
+                batch,
+                table,
+                step_weights(table, "kl"),
+                micro_batch=micro_batch,
+                graphs=graphs,
+            )
+            rounds.append((out.losses.clone(), gradients(dict(student.named_parameters()))))
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.mul_(1.1)
+        found.append(rounds)
+        if graphs is not None:
+            assert graphs.captured == (1 if micro_batch is None else 2)
+            assert not graphs.refused
+    for (true_losses, truth), (losses, gradient) in zip(*found, strict=True):
+        assert float(true_losses.min()) > 0
+        torch.testing.assert_close(losses, true_losses, rtol=1e-4, atol=0.0)
+        assert relative_error(gradient, truth) <= 1e-5
