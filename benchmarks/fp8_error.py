@@ -50,7 +50,8 @@ class Pass:
 
 def bundled(samples: int) -> OPD:
     """The bundled recipe in float32, uncompiled, with `samples` of each task."""
-    switches = ("--evaluation.every", "0", "--engine.compile", "off", "--model.dtype", "float32")
+    plain = ("--engine.fuse_projections", "false", "--engine.cache_modulation", "false", "--engine.attention", "native")
+    switches = ("--evaluation.every", "0", "--engine.compile", "off", "--model.dtype", "float32", *plain)
     config = parse(["bundled", "--train.samples_per_task", str(samples), *switches]).config
     return OPD(prepare(config, lambda text: None))
 

@@ -97,7 +97,7 @@ if [ $mode = gpu ]; then
 else
     part tests 100 "${pytest[@]}" -m gpu tests/gpu
     part ladder 120 "$PYTHON" -m benchmarks.ladder --shape nano --pairs 1 --save-results "$ladder" \
-        --rungs one-pass,teachers-merged,student-merged,graphs,fp8
+        --rungs one-pass,teachers-grouped,teachers-merged,student-merged,graphs,fp8
     part suite 200 "${pytest[@]}" benchmarks --benchmark-only -k "tiny and flow_sde" --pairs 1 \
         --save-results "$suite"
     summary+=("ncu      skipped                       needs a GPU")

@@ -59,6 +59,8 @@ class Technique:
     """Zero or empty where it is not at work."""
     gpu: bool = False
     exact: bool = True
+    replaces: str = ""
+    """The rung whose technique this one takes the place of."""
 
 
 def _count(field: str) -> Callable[[Engaged], Any]:
@@ -79,7 +81,8 @@ BARE = EngineConfig(
 """The one pass alone: teachers are adapters on one base and switched, the student's LoRA is not merged."""
 
 TECHNIQUES = (
-    Technique("teachers-merged", {"placement": "merged", "group_teachers": True}, _count("merged_teachers")),
+    Technique("teachers-grouped", {"group_teachers": True}, _count("grouped_teachers")),
+    Technique("teachers-merged", {"placement": "merged"}, _count("merged_teachers"), replaces="teachers-grouped"),
     Technique("student-merged", {"merge_student": True}, _count("merged_layers")),
     Technique("projections", {"fuse_projections": True}, _count("fused")),
     Technique("modulation", {"cache_modulation": True}, _count("modulation")),
@@ -136,8 +139,9 @@ class Ladder:
         for technique in self.techniques:
             asked = replace(settings, **technique.change)
             why = self._not_here(technique)
+            kept = [other for other in held if other.name != technique.replaces]
             if why is None and technique.name in wanted:
-                checks = [*held, technique]
+                checks = [*kept, technique]
                 row = self._row(
                     technique.name,
                     lambda asked=asked: self.work.engine(asked),  # type: ignore[misc]
@@ -151,7 +155,7 @@ class Ladder:
                 yield {"name": f"{self.prefix}/{technique.name}", "note": why}
             if why is None:  # what is not at work is left out of the rungs above
                 settings, exact = asked, exact and technique.exact
-                held.append(technique)
+                held = [*kept, technique]
         if "compiled-reference" in wanted:
             compiled = self._compiled_reference()
             for row in rows:

@@ -128,15 +128,19 @@ def _attention(
         if before:
             name = before[i]
         else:
-            case = Case.of(
-                transformers[0],
-                device=model.device,
-                dtype=model.dtype,
-                rows=rows,
-                tokens=tokens,
-                mask=model.masks_text,
-                needs_grad=needs_grad,
-            )
+            try:
+                case = Case.of(
+                    transformers[0],
+                    device=model.device,
+                    dtype=model.dtype,
+                    rows=rows,
+                    tokens=tokens,
+                    mask=model.masks_text,
+                    needs_grad=needs_grad,
+                )
+            except ValueError as error:  # a family of the user's own
+                say(f"attention: {error}; it stays as it is")
+                return ()
             told = _naming(say, "student" if needs_grad else "teachers")
             # One rank measures for all: what they compute must not depend on whose clock was disturbed.
             name = world.on_first(partial(_backend, setting, case, told))

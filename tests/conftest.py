@@ -20,3 +20,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What runs measure of this machine goes to a folder of the tests, not to the user's cache."""
+    before = os.environ.get("OPD_FAST_CACHE")
+    os.environ["OPD_FAST_CACHE"] = str(tmp_path_factory.mktemp("measured"))
+    yield
+    if before is None:
+        del os.environ["OPD_FAST_CACHE"]
+    else:
+        os.environ["OPD_FAST_CACHE"] = before

@@ -22,7 +22,6 @@ from opd_fast.rollout import RoundBatch, one_pass
 from opd_fast.solvers import solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import BASE, Course, Teacher, TeacherBank
-from opd_fast.velocity import Velocities
 from opd_fast.weights import Origin
 from tests.grouping import FAMILIES, SHAPE, add, add_all, small, states, text
 from tests.tiny import tiny_transformer
@@ -129,10 +128,12 @@ def test_half_precision_factors(tmp_path: Path) -> None:
 # --- velocities of a course ------------------------------------------------------------------------------------------
 
 
-def bank(model: DiffusionModel, guidance: tuple[float, ...], kind: type[TeacherBank] = TeacherBank) -> TeacherBank:
+def bank(model: DiffusionModel, guidance: tuple[float, ...]) -> TeacherBank:
     origin = Origin("random", "lora", 0, 0, 0, (), "")
     names = ["first", "second", "third", BASE][: len(guidance)]
-    return kind(model, [Teacher(n, g, model.transformer, n, origin) for n, g in zip(names, guidance, strict=True)])
+    return TeacherBank(
+        model, [Teacher(n, g, model.transformer, n, origin) for n, g in zip(names, guidance, strict=True)]
+    )
 
 
 def batch(model: DiffusionModel, sizes: tuple[int, ...]) -> RoundBatch:
@@ -183,31 +184,22 @@ def test_what_the_user_is_told(tmp_path: Path) -> None:
     assert "(3.5, 4)" in told
 
 
-class Grouping(TeacherBank):
-    """A bank that asks its teachers together."""
-
-    def velocities(self, x: Tensor, sigma: Tensor, course: Course) -> Velocities:
-        adapters = [None if t.adapter == BASE else t.adapter for t in self.teachers]
-        grouped = GroupedAdapters(self.model.transformer, adapters)
-        return grouped_velocities(self.model, grouped, x, sigma, joined(course.parts))
-
-
 @pytest.mark.parametrize("guidance", [(1.0, 1.0, 1.0), (4.5, 1.0, 2.0)])
 def test_gradient_of_a_round(model: DiffusionModel, guidance: tuple[float, ...]) -> None:
     table = solver_table("flow_sde", model.sigmas(4, 64), 0.7, variance="exact")
     student = Student(model, model.transformer, StudentConfig(rank=4, alpha=8.0, guidance=guidance[0]))
     results = []
-    for kind in (TeacherBank, Grouping):
+    for together in (False, True):
+        teachers = bank(model, guidance)
+        assert not together or teachers.group() == len(guidance)
         with use_adapter(model.transformer, "student"):
             round_ = dataclasses.replace(batch(model, (2, 2, 1)), x=states(5), noise=torch.stack([states(5)] * 4))
-            out = one_pass(
-                model, student, bank(model, guidance, kind), round_, table, step_weights(table, "kl"), micro_batch=3
-            )
+            out = one_pass(model, student, teachers, round_, table, step_weights(table, "kl"), micro_batch=3)
         results.append((out, [p.grad for p in student.parameters()]))
         for parameter in student.parameters():
             parameter.grad = None
-    (switched, theirs), (together, mine) = results
-    torch.testing.assert_close(together.losses, switched.losses, rtol=1e-5, atol=1e-8)
+    (switched, theirs), (grouped, mine) = results
+    torch.testing.assert_close(grouped.losses, switched.losses, rtol=1e-5, atol=1e-8)
     total = torch.cat([g.flatten() for g in theirs if g is not None])
     gap = torch.cat([(a - b).flatten() for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None])
     assert total.norm() > 0

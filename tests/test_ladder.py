@@ -30,7 +30,7 @@ RECIPE = Recipe(
     rank=4,
     resolution=64,
 )
-MERGING = TECHNIQUES[:2]
+MERGING = TECHNIQUES[1:3]
 
 
 @pytest.fixture(autouse=True)
@@ -196,3 +196,10 @@ def test_the_last_rung_is_the_engines_default_but_for_precision() -> None:
     on_a_gpu = vars(EngineConfig()) | {"compile": "on", "graphs": "on", "precision": "fp8"}
     assert vars(BARE) | settings == on_a_gpu
     assert RUNGS[-2] == "fp8"
+
+
+def test_a_rung_may_take_the_place_of_another(work: Work) -> None:
+    rows = climb(work, TECHNIQUES[:3])
+    assert rows["teachers-grouped"]["engaged"] == {"teachers-grouped": 3}
+    assert rows["teachers-merged"]["engaged"] == {"teachers-merged": 3}
+    assert set(rows["student-merged"]["engaged"]) == {"teachers-merged", "student-merged"}
