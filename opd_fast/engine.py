@@ -125,7 +125,7 @@ def _attention(
     for i, (transformers, rows, needs_grad) in enumerate(groups):
         if not transformers:
             continue
-        if before:
+        if setting == attention.AUTO and i < len(before):
             name = before[i]
         else:
             try:

@@ -261,7 +261,7 @@ def rows(
     found = []
     cases: tuple[tuple[Literal["lora", "full"], Strategy], ...] = (("lora", "ddp"), ("full", "fsdp2"))
     for kind, strategy in cases:
-        config = parse([recipe, "--student.kind", kind]).config
+        config = parse([recipe, "--student.kind", kind, "--engine.recompute", "0"]).config
         plan = make_plan(config)
         per_device = {name: count * samples / plan.samples for name, count in plan.round_rows.items()}
         work = Work(

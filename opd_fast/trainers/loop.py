@@ -91,7 +91,9 @@ class Run:
     def world(self) -> World:
         return self.setup.world
 
-    def go(self, telemetry: Telemetry | Silence, around: Callable[[], AbstractContextManager[None]]) -> None:
+    def go(
+        self, telemetry: Telemetry | Silence, around: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         """All rounds that are left, each within `around()`."""
         every = self.config.evaluation.every
         if not self.rows and self.setup.tasks:
