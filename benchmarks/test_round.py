@@ -131,6 +131,8 @@ def test_round_sd35m(
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
+        ("round/bundled", Recipe(solver="flow_sde", samples_per_task=4)),  # as `python -m opd_fast.train` has it
+        ("round/bundled/ode", Recipe(solver="ode", samples_per_task=4)),
         ("round/tiny", Recipe(solver="flow_sde")),
         ("round/tiny/ode", Recipe(solver="ode")),
         (
@@ -138,7 +140,7 @@ def test_round_sd35m(
             Recipe(solver="flow_sde", guidance=4.5, teacher_guidance=(4.5, 4.5, 1.0), samples_per_task=3),
         ),
     ],
-    ids=["flow_sde", "ode", "guided"],
+    ids=["bundled-flow_sde", "bundled-ode", "flow_sde", "ode", "guided"],
 )
 def test_round_tiny(
     benchmark: Any, device: torch.device, pytestconfig: pytest.Config, name: str, recipe: Recipe

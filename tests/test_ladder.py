@@ -14,7 +14,9 @@ from benchmarks.ladder import BARE, RUNGS, TECHNIQUES, Ladder, Technique
 from benchmarks.models import NANO
 from benchmarks.report import render
 from benchmarks.rounds import Recipe, Work, random_work
+from benchmarks.same_rewards import SWITCHES, verdict
 from opd_fast import engine
+from opd_fast.command import parse
 from opd_fast.config import EngineConfig
 from opd_fast.engine import Engaged
 from opd_fast.student import Student
@@ -203,3 +205,15 @@ def test_a_rung_may_take_the_place_of_another(work: Work) -> None:
     assert rows["teachers-grouped"]["engaged"] == {"teachers-grouped": 3}
     assert rows["teachers-merged"]["engaged"] == {"teachers-merged": 3}
     assert set(rows["student-merged"]["engaged"]) == {"teachers-merged", "student-merged"}
+
+
+def test_rewards_are_the_same_within_the_spread_of_seeds() -> None:
+    on = [{"text": value} for value in (0.90, 0.94, 0.92)]
+    assert verdict(on, [{"text": 0.95}])["text"]["same"]
+    assert verdict(on, [{"text": 0.89}, {"text": 0.93}])["text"]["same"]
+    assert not verdict(on, [{"text": 0.93}, {"text": 0.87}])["text"]["same"]
+
+
+def test_off_is_off() -> None:
+    settings = vars(parse(["bundled", *SWITCHES]).config.engine)
+    assert settings == vars(BARE)
