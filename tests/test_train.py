@@ -303,3 +303,43 @@ def test_learning_rate_schedules(world: Path) -> None:
     assert learning_rate(config, 6) == pytest.approx(0.5)
     config.train.schedule = "constant"
     assert learning_rate(config, 9) == 1.0
+
+
+def test_a_resumed_run_has_the_attention_it_had(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured anew, another implementation might win, and round otherwise."""
+    _start(settings(world, train__rounds=2, evaluation__every=0), tmp_path / "run")
+    assert "attention of the student" in capsys.readouterr().out
+
+    def measure(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("opd_fast.attention.choose", measure)
+    _start(settings(world, train__rounds=3, evaluation__every=0), tmp_path / "run", resume=True)
+    assert [row["round"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_profile(world: Path, tmp_path: Path) -> None:
+    _start(settings(world, train__rounds=4, evaluation__every=0), tmp_path / "run", profile=True)
+    assert (tmp_path / "run" / "profile" / "trace.json.gz").stat().st_size > 10_000
+    operators = (tmp_path / "run" / "profile" / "operators.txt").read_text()
+    assert all(name in operators for name in ("aten::addmm", "student.forward", "teacher.forward"))
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"merge_student": False, "cache_modulation": False, "fuse_projections": False, "attention": "native"},
+        {"placement": "shared"},
+        {"recompute": 2, "graphs": "on", "precision": "fp8"},
+    ],
+    ids=["off", "shared", "recompute"],
+)
+def test_techniques_change_no_run(world: Path, whole: Path, tmp_path: Path, engine: dict[str, Any]) -> None:
+    changes = {f"engine__{key}": value for key, value in engine.items()}
+    _start(settings(world, **changes), tmp_path / "run")
+    mine, theirs = _student(tmp_path / "run"), _student(whole)
+    assert mine.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert float((mine[name] - weight).norm()) <= 1e-3 * float(weight.norm()), name
