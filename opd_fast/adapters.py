@@ -14,6 +14,11 @@ from torch import nn
 from opd_fast.lora import LoraWeights, match
 
 
+def injected(transformer: nn.Module) -> tuple[str, ...]:
+    """The adapters on the transformer, in the order in which they were put there."""
+    return tuple(getattr(transformer, "peft_config", None) or ())
+
+
 @contextlib.contextmanager
 def use_adapter(transformer: nn.Module, name: str | None) -> Iterator[nn.Module]:
     """Within the block `name` is the one active adapter of the transformer (None: none is), then what was before.

@@ -8,7 +8,6 @@ whole process: another transformer beside a routed one keeps its own.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import sys
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.errors import UserError, did_you_mean, one_line
+from opd_kernels import tuning
 
 AUTO = "auto"
 PRODUCTS = "products"
@@ -384,9 +384,7 @@ def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 
 
 def cache_file() -> Path:
     """`attention.json` in $OPD_FAST_CACHE, else in `opd_fast` of the user's cache directory ($XDG_CACHE_HOME)."""
-    named = os.environ.get("OPD_FAST_CACHE")
-    root = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "opd_fast"
-    return root.expanduser() / "attention.json"
+    return tuning.cache_file().with_name("attention.json")
 
 
 def _key(case: Case) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.errors import UserError, one_line, short
-from opd_fast.merged import MergedLayers
+from opd_fast.merged import MergedLayers, factor_gradients
 from opd_kernels import FLOAT8, Quantized, quantize_rows
 from opd_kernels.quantize import LONGEST_ROW
 
@@ -321,10 +321,7 @@ class _MergedLinear(torch.autograd.Function):
         x, q, scale, columns, column_scale, a, b = ctx.saved_tensors
         weight = Float8Weight(q, scale, columns, column_scale)
         dx = _data_gradient(dy, weight) if ctx.needs_input_grad[0] else None
-        rows, slopes = x.flatten(0, -2), dy.flatten(0, -2)
-        da = ((slopes @ b.to(dy.dtype)).T @ rows).to(a.dtype).mul_(ctx.lora_scale)
-        db = (slopes.T @ (rows @ a.to(x.dtype).T)).to(b.dtype).mul_(ctx.lora_scale)
-        return dx, None, None, None, None, None, da, db, None
+        return dx, None, None, None, None, None, *factor_gradients(x, dy, a, b, ctx.lora_scale), None
 
 
 def merged_linear_fp8(

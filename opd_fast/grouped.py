@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd_fast.adapters import injected
 from opd_fast.errors import UserError
 from opd_fast.forwards import replaced
 from opd_fast.models.base import DiffusionModel, TextEmbeds
 from opd_fast.modulation import Remembered
-from opd_fast.velocity import Conditioning, Velocities
+from opd_fast.velocity import Conditioning, Velocities, in_rows
 
 Span = tuple[int | None, slice]
 """An adapter's place among those given, None for the bare base, and its rows."""
@@ -48,7 +49,7 @@ class GroupedAdapters:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.transformer, self.adapters = transformer, tuple(adapters)
-        self._injected = _injected(transformer)
+        self._injected = injected(transformer)
         tuned: list[Any] = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
         for name in self.adapters:
             if name is not None and not any(name in layer.lora_A for layer in tuned):
@@ -73,7 +74,7 @@ class GroupedAdapters:
 
         Raises UserError for spans that overlap or have a step, RuntimeError where adapters were added meanwhile.
         """
-        if _injected(self.transformer) != self._injected:
+        if injected(self.transformer) != self._injected:
             raise RuntimeError("adapters were added or removed since GroupedAdapters was made; make it afterwards")
         groups = _groups(spans, len(self.adapters))
         if groups not in self._plans:
@@ -209,10 +210,6 @@ def _groups(spans: Sequence[Span], adapters: int) -> tuple[tuple[int | None, int
     return tuple(groups)
 
 
-def _injected(transformer: nn.Module) -> tuple[str, ...]:
-    return tuple(getattr(transformer, "peft_config", None) or ())
-
-
 # --- the teachers' velocities ----------------------------------------------------------------------------------------
 
 
@@ -273,7 +270,7 @@ def grouped_velocities(
     teachers are left unset in `uncond`, which is None where none is guided. `tables`: of each call, filled with its
     condition while its spans were active and set to the step; or none at all.
     """
-    found: list[tuple[slice, Tensor, Tensor | None]] = []
+    found: list[tuple[slice, Velocities]] = []
     for i, call in enumerate(calls):
         state = torch.cat([x[rows] for rows, guided in call.parts for _ in range(1 + guided)])
         autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
@@ -281,15 +278,5 @@ def grouped_velocities(
         with grouped.active(call.spans) as transformer, autocast, table:
             v = model.velocity(transformer, state, sigma, call.condition.text, call.condition.embedded)
         branches = iter(v.split([rows.stop - rows.start for rows, guided in call.parts for _ in range(1 + guided)]))
-        found += [(rows, next(branches), next(branches) if guided else None) for rows, guided in call.parts]
-    found.sort(key=lambda part: part[0].start)
-    if len(found) == 1:
-        return Velocities(found[0][1], found[0][2])
-    cond = torch.cat([v for _, v, _ in found])
-    if all(v is None for _, _, v in found):
-        return Velocities(cond, None)
-    uncond = torch.empty_like(cond)
-    for rows, _, negative in found:
-        if negative is not None:
-            uncond[rows] = negative
-    return Velocities(cond, uncond)
+        found += [(rows, Velocities(next(branches), next(branches) if guided else None)) for rows, guided in call.parts]
+    return in_rows(sorted(found, key=lambda part: part[0].start))

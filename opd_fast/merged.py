@@ -33,10 +33,15 @@ class _MergedLinear(torch.autograd.Function):
         (dy,) = gradients
         x, weight, a, b = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        rows, slopes = x.flatten(0, -2), dy.flatten(0, -2)
-        da = ((slopes @ b.to(dy.dtype)).T @ rows).to(a.dtype).mul_(ctx.scale)
-        db = (slopes.T @ (rows @ a.to(x.dtype).T)).to(b.dtype).mul_(ctx.scale)
-        return dx, None, None, da, db, None
+        return dx, None, None, *factor_gradients(x, dy, a, b, ctx.scale), None
+
+
+def factor_gradients(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """dA = s (dy B)^T x and dB = s dy^T (x A^T) in the factors' types; x (..., in), dy (..., out)."""
+    rows, slopes = x.flatten(0, -2), dy.flatten(0, -2)
+    da = ((slopes @ b.to(dy.dtype)).T @ rows).to(a.dtype).mul_(scale)
+    db = (slopes.T @ (rows @ a.to(x.dtype).T)).to(b.dtype).mul_(scale)
+    return da, db
 
 
 def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opd_fast.adapters import injected
 from opd_fast.forwards import replaced
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.flux import Flux
@@ -61,7 +62,7 @@ class Remembered:
         self.transformer: Any = transformer
         self.step = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._model, self._norms, self._context = model, norms, context
-        self._injected = _injected(transformer)
+        self._injected = injected(transformer)
         self._slots = [_Slot() for _ in norms]
         self._tables: dict[tuple[int, ...], _Table] = {}
         self._table: _Table | None = None
@@ -176,7 +177,7 @@ class Remembered:
         """
         if self._table is None:
             raise RuntimeError("nothing is remembered yet; fill first")
-        if _injected(self.transformer) != self._injected:
+        if injected(self.transformer) != self._injected:
             raise RuntimeError("adapters were added or removed since Remembered was made; make it afterwards")
         self._on = True
         try:
@@ -254,7 +255,3 @@ def _fixed(module: nn.Module, device: torch.device) -> bool:
     return all(
         not p.requires_grad and p.device.type == device.type and not isinstance(p, DTensor) for p in module.parameters()
     )
-
-
-def _injected(transformer: nn.Module) -> tuple[str, ...]:
-    return tuple(getattr(transformer, "peft_config", None) or ())

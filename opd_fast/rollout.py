@@ -193,6 +193,12 @@ class _Rollout:
     anchor: tuple[TeacherBank, float] | None
     graphs: Graphs | None
 
+    @functools.cached_property
+    def score(self) -> list[float]:
+        """`score_factors` of each step."""
+        found: list[float] = score_factors(self.table).tolist()
+        return found
+
     @property
     def steps(self) -> int:
         """Steps up to the last that has a loss."""
@@ -320,7 +326,7 @@ class _Rollout:
             kl=_unscaled(step.loss, inputs.scale),
             later=later,
             noise=noise,
-            score=inputs.scale * (float(score_factors(self.table)[j]) / elements),
+            score=inputs.scale * (self.score[j] / elements),
             guidance=inputs.guidance,
         )
         return step._replace(grad_cond=cond, grad_uncond=uncond)

@@ -22,7 +22,7 @@ from opd_fast.lora import find_lora, read_lora
 from opd_fast.models.base import DiffusionModel
 from opd_fast.modulation import Remembered, recalled
 from opd_fast.telemetry import annotate
-from opd_fast.velocity import Conditioning, Velocities, velocities
+from opd_fast.velocity import Conditioning, Velocities, in_rows, velocities
 from opd_fast.weights import Origin, check_weights, load_with_origin
 
 if TYPE_CHECKING:
@@ -207,24 +207,14 @@ class TeacherBank:
         """
         if course.calls:
             return self._ask_grouped(x, sigma, course.calls, graphs, step)
-        outputs, spans = [], []
+        found = []
         for index, rows, condition in course.parts:
             none = rows.start == rows.stop
             with annotate("task"):
-                found = self._ask(index, x[:1] if none else x[rows], sigma, condition, graphs, step)
+                v = self._ask(index, x[:1] if none else x[rows], sigma, condition, graphs, step)
             if not none:
-                outputs.append(found)
-                spans.append(rows)
-        if len(outputs) == 1:
-            return outputs[0]
-        cond = torch.cat([v.cond for v in outputs])
-        if not course.guided:
-            return Velocities(cond, None)
-        uncond = torch.empty_like(cond)
-        for v, rows in zip(outputs, spans, strict=True):
-            if v.uncond is not None:
-                uncond[rows] = v.uncond
-        return Velocities(cond, uncond)
+                found.append((rows, v))
+        return in_rows(found)
 
     def _ask(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,23 @@ class Conditioning:
         if negative is None:
             raise ValueError(f"guidance {guidance} needs the negative prompt's embedding: give RoundBatch.negative")
         return cls(TextEmbeds.cat([text, negative.expand(len(text))]), guided=True)
+
+
+def in_rows(parts: Sequence[tuple[slice, Velocities]]) -> Velocities:
+    """The velocities of a batch from those of its parts, which follow one another: (rows, what is theirs).
+
+    Rows of unguided parts are left unset in `uncond`, which is None where no part is guided.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    cond = torch.cat([v.cond for _, v in parts])
+    if all(v.uncond is None for _, v in parts):
+        return Velocities(cond, None)
+    uncond = torch.empty_like(cond)
+    for rows, v in parts:
+        if v.uncond is not None:
+            uncond[rows] = v.uncond
+    return Velocities(cond, uncond)
 
 
 def velocities(

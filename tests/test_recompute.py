@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,11 +19,8 @@ from tests.test_one_pass import GUIDED, World
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield World(tmp_path_factory.mktemp("recompute"))
-    torch.set_num_threads(threads)
+def world(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("recompute"))
 
 
 def _round(world: World, kind: str, blocks: int, graphs: Graphs | None = None) -> tuple[dict[str, Tensor], int]:
