@@ -41,8 +41,6 @@ class Course:
     """(teacher, its rows, their text); the text of another sample where it has none and is asked all the same."""
     guidance: Tensor
     """(B,) float32: the teacher's guidance of each sample."""
-    guided: bool
-    """Whether any part has a negative branch."""
     calls: tuple[Call, ...] = ()
     """The forwards of `grouped` teachers; none where each is asked by itself."""
 
@@ -179,7 +177,7 @@ class TeacherBank:
         if self._remembering and sigmas is not None:
             with self._autocast:
                 self._fill(sigmas, parts, calls)
-        return Course(tuple(parts), guidance, any(condition.guided for _, _, condition in parts), calls)
+        return Course(tuple(parts), guidance, calls)
 
     def _fill(self, sigmas: Tensor, parts: Sequence[tuple[int, slice, Conditioning]], calls: Sequence[Call]) -> None:
         for i, call in enumerate(calls):

@@ -155,7 +155,7 @@ class Reinforcement(ABC):
     def base_velocities(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
         """The base's, without gradient."""
         guidance = torch.full((len(x),), self.setup.student.guidance, device=x.device)
-        course = Course(((0, slice(0, len(x)), condition),), guidance, condition.guided)
+        course = Course(((0, slice(0, len(x)), condition),), guidance)
         return self._base.velocities(x, sigma, course)
 
     def micro_batches(self, rows: Tensor) -> Iterator[Tensor]:
