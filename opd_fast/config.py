@@ -221,6 +221,10 @@ class RLConfig:
     )
     window_range: int | None = option("grpo: see window; null: half of the steps", None)
     beta: float = option("nft: how far the implied policies lie from the old one; published: 1 or 0.1", 1.0)
+    timestep_fraction: float = option(
+        "nft: share of the sampler's noise levels that an image is trained at, drawn for each; published: all but one",
+        0.99,
+    )
     decay: Literal["early", "late"] = option(
         "nft: how the old policy follows; early: min(0.001 k, 0.5) after k updates; late: at once for 75 updates, then "
         "min(0.0075 (k - 75), 0.999)",
@@ -472,7 +476,7 @@ def _check_reinforcement(config: Config) -> None:
         unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
         unread += ["parallel.offload_teachers"]
         unread += [f"teachers[{i}].{name}" for i in range(len(config.teachers)) for name in ("guidance", "partial")]
-    unread += ["rl.beta", "rl.decay"] if method == "grpo" else []
+    unread += ["rl.beta", "rl.decay", "rl.timestep_fraction"] if method == "grpo" else []
     unread += ["rl.guard", "rl.clip", "rl.window"] if method == "nft" else []
     unread += ["rl.window_range"] if rl.window is None else []
     flat, defaults = flatten(config), {key: default for key, (_, default, _) in leaves().items()}
@@ -512,6 +516,12 @@ def _check_reinforcement(config: Config) -> None:
     if method == "nft":
         if config.student.guidance != 1:
             raise UserError("student.guidance", f"{config.student.guidance} under nft, which has none", "give 1")
+        if not 1 <= s.steps * rl.timestep_fraction <= s.steps:
+            raise UserError(
+                "rl.timestep_fraction",
+                f"{rl.timestep_fraction} of {s.steps} steps trains no step, or more than there are",
+                f"give {1 / s.steps:.3g} to 1",
+            )
         return
     if s.solver in DETERMINISTIC:
         raise UserError("sampler.solver", f"{s.solver} draws nothing that grpo could judge", "use flow_sde")

@@ -21,8 +21,6 @@ from opd_fast.trainers.setup import Setup
 from opd_kernels import philox_normal
 
 NOISE_STREAM, STEP_STREAM = 5, 6
-SHARE_OF_STEPS = 0.99
-"""Of the noise levels that an image is trained at, a random choice: all but one of up to 100, as published."""
 SCALE = 5.0
 """Factor of the policy's loss in the released code: the advantage's clip."""
 
@@ -129,7 +127,7 @@ class NFT(Reinforcement):
         """(B, N) bool: the steps of the grid whose noise levels an image of rollout `epoch` is trained at."""
         steps = self.setup.table.steps
         order = torch.rand(self.images, steps, generator=generator(self.setup.config.train.seed, STEP_STREAM, epoch))
-        return order.argsort(1) < int(steps * SHARE_OF_STEPS)
+        return order.argsort(1) < int(steps * self.rl.timestep_fraction)
 
     def trained_steps(self, epoch: int) -> range:
         return range(self.setup.table.steps)
