@@ -109,7 +109,8 @@ class TeacherConfig:
     share: float = option("how often the weighted schedule takes this task, relative to the other tasks", 1.0)
     eval_prompts: str | None = option("held-out prompts that the reward needs; null: those of bundled/NAME", None)
     reward: str | None = option(
-        "reward that judges this task in evaluations: composition, text, colour or package.module:function; null: none",
+        "reward that judges this task in evaluations: composition, text, colour or package.module:function; under grpo "
+        "and nft it is learnt from, and may be a sum such as 0.8*text + 0.2*colour, whose first judges; null: none",
         None,
     )
 
@@ -176,7 +177,8 @@ class TrainConfig:
     )
     rounds: int = option("optimizer steps", 80)
     samples_per_task: int = option("rollouts of each task in a round", 8)
-    tasks_per_round: int | None = option("tasks that a round takes; null: as many as there are", None)
+    tasks: list[str] | None = option("names of the tasks that are trained; all are judged; null: all", None)
+    tasks_per_round: int | None = option("tasks that a round takes; null: as many as are trained", None)
     task_schedule: Literal["round_robin", "weighted"] = option(
         "how tasks come to their rounds; round_robin: in turn; weighted: at random in proportion to teachers[].share, "
         "so that one may come several times in a round and weighs by how often it comes",
@@ -207,6 +209,9 @@ class RLConfig:
     std: Literal["global", "group"] = option(
         "standard deviation that an advantage is divided by: of all rewards of the task in a rollout, or of the group",
         "global",
+    )
+    statistics: Literal["task", "all"] = option(
+        "whose rewards std global spans; task: those of each task; all: of all together, whatever their scales", "task"
     )
     advantage_clip: float = option("largest size of an advantage", 5.0)
     kl: float | None = option(
@@ -345,6 +350,12 @@ class Config:
         """Whether the run learns from rewards instead of teachers."""
         return self.train.method != "opd"
 
+    @property
+    def trained(self) -> list[int]:
+        """The tasks that are trained, as places in `teachers`."""
+        chosen = self.train.tasks
+        return [i for i, teacher in enumerate(self.teachers) if chosen is None or teacher.name in chosen]
+
     def validate(self) -> None:
         """Raise `UserError` for a value out of range or a combination that cannot work. Looks at no file."""
         for key, value in flatten(self).items():
@@ -479,10 +490,12 @@ def _check_reinforcement(config: Config) -> None:
     unread += ["rl.beta", "rl.decay", "rl.timestep_fraction"] if method == "grpo" else []
     unread += ["rl.guard", "rl.clip", "rl.window"] if method == "nft" else []
     unread += ["rl.window_range"] if rl.window is None else []
+    unread += ["rl.statistics"] if rl.std == "group" else []
     flat, defaults = flatten(config), {key: default for key, (_, default, _) in leaves().items()}
     for key in unread:
         if flat[key] != defaults.get(key, {"guidance": 1.0, "partial": False}.get(key.split(".")[-1])):
-            what = f"train.method {method}" if key != "rl.window_range" else "rl.window null"
+            what = {"rl.window_range": "rl.window null", "rl.statistics": "rl.std group"}.get(key)
+            what = what if what is not None and method != "opd" else f"train.method {method}"
             raise UserError(key, f"is not read under {what}", "leave it out")
     if method == "opd":
         return
@@ -540,7 +553,14 @@ def _check_teachers(config: Config) -> None:
         raise UserError(
             "teachers", "none is given", "list at least one as {name, weights, prompts}, or start from a recipe"
         )
-    most = len(config.teachers)
+    names = [teacher.name for teacher in config.teachers]
+    if config.train.tasks is not None:
+        for name in config.train.tasks:
+            if name not in names:
+                raise UserError("train.tasks", f"{name!r} is no task", did_you_mean(name, names))
+        if not config.train.tasks:
+            raise UserError("train.tasks", "is empty, so that nothing is trained", "name one, or give null")
+    most = len(config.trained)
     if (config.train.tasks_per_round or 1) > most:
         raise UserError(
             "train.tasks_per_round", f"{config.train.tasks_per_round} of {most} tasks", f"give {most} or less, or null"
@@ -669,9 +689,14 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The configuration as YAML; parsing it again gives an equal `Config`."""
+    return dump(to_dict(config))
+
+
+def dump(data: dict[str, Any]) -> str:
+    """Plain data as YAML, numbers written so that YAML 1.1 reads numbers."""
     import yaml
 
-    text: str = yaml.dump(to_dict(config), Dumper=_dumper(), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(data, Dumper=_dumper(), sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -706,14 +731,18 @@ def changed(before: Config, after: Config) -> list[str]:
     return [key for key in {**old, **new} if old.get(key, MISSING) != new.get(key, MISSING)]
 
 
-def refuse_unsafe_changes(before: Config, after: Config) -> None:
-    """Raise unless `after` continues the run that `before` describes (see `RESUMABLE`)."""
+def refuse_unsafe_changes(before: Config, after: Config, *, staged: bool = False) -> None:
+    """Raise unless `after` continues the run that `before` describes (see `RESUMABLE`).
+
+    A stage keeps its rounds as well: the next one may have begun from where they ended.
+    """
+    may_change = [key for key in RESUMABLE if not (staged and key == "train.rounds")]
     for key in changed(before, after):
-        if not key.startswith(RESUMABLE):
+        if not key.startswith(tuple(may_change)):
             raise UserError(
                 key,
                 f"a resumed run keeps its value ({flatten(before).get(key, 'unset')})",
-                "drop the option, or start a new run; " + ", ".join(k.rstrip(".") for k in RESUMABLE) + " may change",
+                "drop the option, or start a new run; " + ", ".join(k.rstrip(".") for k in may_change) + " may change",
             )
 
 

@@ -2,7 +2,8 @@
 
 A rollout draws `train.samples_per_task` images for each task in its turn, `rl.images_per_prompt` of every prompt. The
 task's reward judges them, and an advantage is a reward's distance from its group's mean, over a standard deviation of
-the task's own: tasks have rewards of different sizes. The rollout serves `rl.updates` rounds, a random part of it each.
+the task's own, since tasks have rewards of different sizes (`rl.statistics: all` takes one for all, as many do). The
+rollout serves `rl.updates` rounds, a random part of it each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from opd_fast.errors import UserError
 from opd_fast.models.base import TextEmbeds
 from opd_fast.prompts import Prompt
-from opd_fast.rewards import prompt_groups
+from opd_fast.rewards import prompt_groups, reward_terms
 from opd_fast.rewards.judge import Jury, RewardFailure
 from opd_fast.seeds import noise_keys
 from opd_fast.teachers import Course, TeacherBank
@@ -165,23 +166,40 @@ class Reinforcement(ABC):
         with torch.no_grad():
             latents, needed = self.roll_out(epoch)
             images = self.setup.model.decode(latents)
-        rewards, worth, owners, first = [], [], [], 0
+        rewards, groups, owners, first = [], [], [], 0
         for task, prompts in self.tasks(epoch):
-            reward = self.setup.config.teachers[task].reward
-            assert reward is not None
-            try:
-                mine = self.jury(reward, images[first : first + len(prompts)], prompts)
-            except RewardFailure as failure:
-                key = f"teachers.{self.setup.config.teachers[task].name}.reward"
-                raise UserError(key, str(failure), "mend it, then go on with --resume") from failure
-            rewards.append(mine)
-            groups = prompt_groups(prompts)
-            worth.append(advantages(mine, groups, std=self.rl.std, clip=self.rl.advantage_clip))
+            rewards.append(self._judged(task, images[first : first + len(prompts)], prompts))
+            groups.append(prompt_groups(prompts))
             owners.append(torch.full((len(prompts),), task))
             first += len(prompts)
-        device = latents.device
-        found = {"reward": torch.cat(rewards), "advantage": torch.cat(worth), "task": torch.cat(owners)}
-        return {name: tensor.to(device) for name, tensor in found.items()} | needed
+        found = {"reward": torch.cat(rewards), "task": torch.cat(owners)}
+        found["advantage"] = self._advantages(rewards, groups)
+        return {name: tensor.to(latents.device) for name, tensor in found.items()} | needed
+
+    def _judged(self, task: int, images: Tensor, prompts: list[Prompt]) -> Tensor:
+        """(B,) the task's reward, the weighted sum of its terms."""
+        reward = self.setup.config.teachers[task].reward
+        assert reward is not None
+        try:
+            return torch.stack(
+                [term.factor * self.jury(term.reward, images, prompts) for term in reward_terms(reward)]
+            ).sum(0)
+        except RewardFailure as failure:
+            key = f"teachers.{self.setup.config.teachers[task].name}.reward"
+            raise UserError(key, str(failure), "mend it, then go on with --resume") from failure
+
+    def _advantages(self, rewards: list[Tensor], groups: list[Tensor]) -> Tensor:
+        """(B,) of all tasks; each task has statistics of its own, or they are thrown together."""
+        if self.rl.statistics == "all":
+            counts = [int(own.max()) + 1 for own in groups]
+            before = [sum(counts[:i]) for i in range(len(counts))]
+            groups = [torch.cat([own + start for own, start in zip(groups, before, strict=True)])]
+            rewards = [torch.cat(rewards)]
+        parts = [
+            advantages(mine, own, std=self.rl.std, clip=self.rl.advantage_clip)
+            for mine, own in zip(rewards, groups, strict=True)
+        ]
+        return torch.cat(parts)
 
 
 def generator(*path: int) -> torch.Generator:
