@@ -2,7 +2,7 @@
 
 python -m benchmarks.reinforcement [RUN ...] [--seeds 0,1,2] [--jobs 2] [--runs DIR] [--out FILE]
 
-A RUN is one of `RUNS`; each is `python -m opd_fast.train RECIPE ... --seed N` on one core, `--jobs` of them at a time. One
+A RUN is one of `RUNS`; each is `python -m opd_fast.train RECIPE ... --seed N` on one core, `--jobs` at a time. One
 whose results.json lies in DIR already is not repeated, one that was cut off is resumed. FILE keeps every run, its curve
 of held-out rewards, and each RUN's mean gain with its standard deviation over the seeds.
 """
