@@ -26,6 +26,7 @@ RUNS: dict[str, list[str]] = {
     "teacher-composition": ["teacher-composition"],
     "teacher-text": ["teacher-text"],
     "teacher-colour": ["teacher-colour"],
+    "teacher-colour by Flow-GRPO": ["teacher-colour", "--rl.guard", "false"],
     "teacher-text by Flow-GRPO": ["teacher-text", "--rl.guard", "false"],
     "joint-grpo-guard": ["joint-grpo-guard"],
     "joint-nft": ["joint-nft"],

@@ -499,9 +499,11 @@ def _check_reinforcement(config: Config) -> None:
             raise UserError(key, f"is not read under {what}", "leave it out")
     if method == "opd":
         return
-    if config.parallel.strategy not in ("auto", "single"):
+    if config.parallel.strategy not in ("auto", "single", "ddp"):
         raise UserError(
-            "parallel.strategy", f"{config.parallel.strategy} under {method}, which runs in one process", "give auto"
+            "parallel.strategy",
+            f"{config.parallel.strategy} under {method}, which shards no weights",
+            "give auto or ddp",
         )
     positive = [("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)]
     for key, value in positive:

@@ -14,7 +14,6 @@ from torch import Tensor
 from opd_fast.command import problems
 from opd_fast.config import Config, to_yaml
 from opd_fast.errors import UserError
-from opd_fast.parallel import open_world
 from opd_fast.plan import make_plan
 from opd_fast.telemetry import read_metrics
 from opd_fast.trainers.grpo import GRPO
@@ -22,9 +21,9 @@ from opd_fast.trainers.loop import METHODS, train
 from opd_fast.trainers.nft import NFT, NOISE_STREAM
 from opd_fast.trainers.setup import prepare
 from opd_kernels import philox_normal
+from tests import runs
 from tests.runs import settings, write_world
 
-SMALL: dict[str, Any] = {"train__samples_per_task": 4, "rl__images_per_prompt": 2, "train__rounds": 2}
 REWARD = """
 import torch
 
@@ -52,16 +51,7 @@ def world(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def reinforced(world: Path, method: str, reward: str = "rl_rewards:left", **changes: Any) -> Config:
-    config = settings(world)
-    for task in config.teachers:
-        task.weights, task.reward = "base", reward
-    options = SMALL | ({"sampler__solver": "dpm2"} if method == "nft" else {}) | changes
-    config.train.method = method  # type: ignore[assignment]
-    for key, value in options.items():
-        section, name = key.split("__")
-        setattr(getattr(config, section), name, value)
-    config.validate()
-    return config
+    return runs.reinforced(world, method, reward, **changes)
 
 
 def start(config: Config, run_dir: Path, **options: Any) -> dict[str, Any]:
@@ -154,14 +144,6 @@ def test_a_round_that_is_not_finite_is_left_out(
     start(reinforced(world, method, train__rounds=1, **options), tmp_path / "one")
     for key, value in student(tmp_path / "one").items():
         assert torch.equal(student(tmp_path / "poisoned")[key], value)
-
-
-@pytest.mark.parametrize("method", ["grpo", "nft"])
-def test_several_processes_are_refused(world: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^train\.method: .* 2 processes"), open_world(reinforced(world, method)):
-        pass
 
 
 @pytest.mark.parametrize("method", ["grpo", "nft"])
