@@ -237,7 +237,7 @@ def open_world(config: Config) -> Iterator[World]:
     """
     size = launched()
     strategy = config.parallel.strategy
-    if config.reinforces and (size or 1) > 1:
+    if config.train.method != "opd" and (size or 1) > 1:
         raise UserError(
             "train.method", f"{config.train.method} in {size} processes, which it cannot share", "start one process"
         )
