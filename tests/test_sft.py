@@ -1,7 +1,8 @@
-"""Supervised fine-tuning on the teachers' images: the loss, a round's gradient, what is drawn, kept, learnt and refused."""
+"""Supervised fine-tuning: its loss, a round's gradient, what is drawn, kept, learnt and refused."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +113,16 @@ def test_loss_is_the_definition(dtype: torch.dtype) -> None:
     v, base = (torch.randn(3, 4, 2, 2, generator=generator).to(dtype) for _ in range(2))
     x0, noise = (torch.randn(3, 4, 2, 2, generator=generator) for _ in range(2))
     v.requires_grad_()
-    found = flow_matching_loss(v, x0, noise)
-    assert found.dtype == torch.float32
-    away = squared_gap(v, base)
+    loss = flow_matching_loss(v, x0, noise)
+    assert loss.dtype == torch.float32
+    found, away = loss.tolist(), squared_gap(v.detach(), base).tolist()
     for i in range(3):
-        numbers = [t[i].double().flatten().tolist() for t in (v, noise, x0, base)]
+        numbers = [t[i].detach().double().flatten().tolist() for t in (v, noise, x0, base)]
         terms = [(a - (e - z)) ** 2 for a, e, z, _ in zip(*numbers, strict=True)]
-        assert float(found[i]) == pytest.approx(sum(terms) / 16, rel=1e-5)
+        assert found[i] == pytest.approx(sum(terms) / 16, rel=1e-5)
         terms = [(a - b) ** 2 for a, _, _, b in zip(*numbers, strict=True)]
-        assert float(away[i]) == pytest.approx(sum(terms) / 16, rel=1e-5)
-    found.sum().backward()
+        assert away[i] == pytest.approx(sum(terms) / 16, rel=1e-5)
+    loss.sum().backward()
     assert v.grad is not None
     wanted = (2 * (v.detach().double() - (noise.double() - x0.double())) / 16).to(dtype)
     torch.testing.assert_close(v.grad, wanted)
@@ -138,7 +139,7 @@ def drawn(method: SFT, task: int, prompts: list[str], epoch: int = 0) -> Tensor:
     sigmas = setup.table.sigmas.float()
     for i, prompt in enumerate(prompts):
         x = philox_normal(keys[i : i + 1], setup.shape, INITIAL_NOISE)
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, following in itertools.pairwise(sigmas):
             with torch.no_grad():
                 v = setup.model.velocity(transformer, x, sigma, setup.text.rows([prompt]))
                 if g != 1:
