@@ -468,8 +468,8 @@ def _check_rewards(config: Config) -> None:
             terms = reward_terms(text)
         except ValueError as error:
             raise UserError(key, str(error), "such as 0.8*text + 0.2*colour") from error
-        if len(terms) > 1 and not config.reinforces:
-            raise UserError(key, f"{text} is a sum, which only grpo and nft learn from", "name one reward")
+        if len(terms) > 1 and config.train.method == "opd":
+            raise UserError(key, f"{text} is a sum, and a distillation learns from none", "name one reward")
         for name in (term.reward for term in terms):
             if ":" in name:
                 try:

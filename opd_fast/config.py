@@ -170,9 +170,10 @@ class ObjectiveConfig:
 class TrainConfig:
     """The optimizer and the length of the run. One round is one optimizer step."""
 
-    method: Literal["opd", "grpo", "nft"] = option(
+    method: Literal["opd", "grpo", "nft", "sft"] = option(
         "opd: on-policy distillation; grpo (Flow-GRPO, GRPO-Guard), nft (DiffusionNFT): reinforcement learning, which "
-        "makes teachers: each entry of teachers is a task with its reward, its weights being base",
+        "makes teachers: each entry of teachers is a task with its reward, its weights being base; sft: flow matching "
+        "on images that the teachers draw, a start for opd",
         "opd",
     )
     rounds: int = option("optimizer steps", 80)
@@ -235,6 +236,17 @@ class RLConfig:
         "min(0.0075 (k - 75), 0.999)",
         "early",
     )
+
+
+@dataclass(kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning on the teachers' images, train.method sft (Flow-OPD's cold start)."""
+
+    updates: int = option("optimizer steps, that is rounds, on the images that the teachers draw at once", 1)
+    images_per_prompt: int = option(
+        "images that a teacher draws for each sample; the one that the task's reward likes best is learnt from", 1
+    )
+    base_weight: float = option("factor on mean((v - v_base)^2), which holds on to the base; released: 100", 0.0)
 
 
 @dataclass(kw_only=True)
@@ -339,6 +351,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -348,7 +361,7 @@ class Config:
     @property
     def reinforces(self) -> bool:
         """Whether the run learns from rewards instead of teachers."""
-        return self.train.method != "opd"
+        return self.train.method in ("grpo", "nft")
 
     @property
     def trained(self) -> list[int]:
@@ -371,6 +384,7 @@ class Config:
         _check_objective(self)
         _check_teachers(self)
         _check_reinforcement(self)
+        _check_finetuning(self)
         _check_engine(self)
 
 
@@ -482,8 +496,8 @@ def _check_objective(config: Config) -> None:
 
 def _check_reinforcement(config: Config) -> None:
     rl, method, s = config.rl, config.train.method, config.sampler
-    unread = [f"rl.{f.name}" for f in fields(RLConfig)] if method == "opd" else []
-    if method != "opd":
+    unread = [f"rl.{f.name}" for f in fields(RLConfig)] if not config.reinforces else []
+    if config.reinforces:
         unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
         unread += ["parallel.offload_teachers"]
         unread += [f"teachers[{i}].{name}" for i in range(len(config.teachers)) for name in ("guidance", "partial")]
@@ -495,9 +509,9 @@ def _check_reinforcement(config: Config) -> None:
     for key in unread:
         if flat[key] != defaults.get(key, {"guidance": 1.0, "partial": False}.get(key.split(".")[-1])):
             what = {"rl.window_range": "rl.window null", "rl.statistics": "rl.std group"}.get(key)
-            what = what if what is not None and method != "opd" else f"train.method {method}"
+            what = what if what is not None and config.reinforces else f"train.method {method}"
             raise UserError(key, f"is not read under {what}", "leave it out")
-    if method == "opd":
+    if not config.reinforces:
         return
     if config.parallel.strategy not in ("auto", "single", "ddp"):
         raise UserError(
@@ -548,6 +562,36 @@ def _check_reinforcement(config: Config) -> None:
             raise UserError("rl.window_range", f"{most} of {s.steps} steps", f"give 1 to {s.steps - 1}")
         if not 1 <= rl.window <= most:
             raise UserError("rl.window", f"{rl.window} of the first {most} steps", f"give 1 to {most}")
+
+
+def _check_finetuning(config: Config) -> None:
+    sft, t = config.sft, config.train
+    unread = [f"sft.{f.name}" for f in fields(SFTConfig)]
+    if t.method == "sft":
+        unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
+    flat, known = flatten(config), leaves()
+    for key in unread:
+        if flat[key] != known[key][1]:
+            raise UserError(key, f"is not read under train.method {t.method}", "leave it out")
+    if t.method != "sft":
+        return
+    strategy = config.parallel.strategy
+    if strategy not in ("auto", "single"):
+        raise UserError("parallel.strategy", f"{strategy} under sft, which runs in one process", "give auto")
+    for key, count in (("sft.updates", sft.updates), ("sft.images_per_prompt", sft.images_per_prompt)):
+        if count < 1:
+            raise UserError(key, f"{count} is below 1", "give 1 or more")
+    if sft.base_weight < 0:
+        raise UserError("sft.base_weight", f"{sft.base_weight} is below 0", "give 0 or more")
+    images = t.samples_per_task * (t.tasks_per_round or len(config.trained))
+    if sft.updates > images:
+        raise UserError(
+            "sft.updates", f"{sft.updates} of {images} images, which leaves a round without any", f"give 1 to {images}"
+        )
+    for i in config.trained:
+        if config.teachers[i].reward is None and sft.images_per_prompt > 1:
+            why = f"is missing, which chooses among sft.images_per_prompt = {sft.images_per_prompt}"
+            raise UserError(f"teachers[{i}].reward", why, "name a reward, or draw one image of each prompt")
 
 
 def _check_teachers(config: Config) -> None:

@@ -175,7 +175,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     from opd_fast.prompts import TaskSchedule
     from opd_fast.solvers import solver_table
 
-    if config.reinforces:
+    if config.train.method != "opd":
         raise UserError("train.method", f"{config.train.method} has no plan yet", "start the run without --dry-run")
     resolved = resolve(config)
     devices = devices or int(os.environ.get("WORLD_SIZE", "1"))

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from opd_fast.errors import UserError
 from opd_fast.models.base import TextEmbeds
 from opd_fast.prompts import Prompt
-from opd_fast.rewards import prompt_groups, reward_terms
-from opd_fast.rewards.judge import Jury, RewardFailure
+from opd_fast.rewards import prompt_groups
+from opd_fast.rewards.judge import Jury, judged
 from opd_fast.seeds import noise_keys
 from opd_fast.teachers import Course, TeacherBank
 from opd_fast.trainers.advantages import advantages
@@ -196,27 +195,15 @@ class Reinforcement(ABC):
 
     def _rewards(self, epoch: int, images: Tensor) -> Tensor:
         """(images,) float32 on the CPU, of all processes; each judges what it drew."""
-        mine, first = torch.empty(len(self.mine)), 0
+        mine, first, teachers = torch.empty(len(self.mine)), 0, self.setup.config.teachers
         for task, prompts in self.tasks(epoch):
             here = (self.mine >= first) & (self.mine < first + len(prompts))
             if bool(here.any()):
                 asked = [prompts[i - first] for i in self.mine[here].tolist()]
-                mine[here] = self._judged(task, images[here.to(images.device)], asked)
+                mine[here] = judged(self.jury, teachers[task], images[here.to(images.device)], asked)
             first += len(prompts)
         device = self.setup.model.device  # where NCCL can gather
         return self.setup.world.collect(mine.to(device), self.images).cpu()
-
-    def _judged(self, task: int, images: Tensor, prompts: list[Prompt]) -> Tensor:
-        """(B,) the task's reward, the weighted sum of its terms."""
-        reward = self.setup.config.teachers[task].reward
-        assert reward is not None
-        try:
-            return torch.stack(
-                [term.factor * self.jury(term.reward, images, prompts) for term in reward_terms(reward)]
-            ).sum(0)
-        except RewardFailure as failure:
-            key = f"teachers.{self.setup.config.teachers[task].name}.reward"
-            raise UserError(key, str(failure), "mend it, then go on with --resume") from failure
 
     def _advantages(self, rewards: list[Tensor], groups: list[Tensor]) -> Tensor:
         """(B,) of all tasks; each task has statistics of its own, or they are thrown together."""
