@@ -35,15 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, TOKENS, GUIDANCE = 10, 12, 3.0
 STEP = 5
 COMMON = (
-    "bundled",
-    "--student.rank",
-    "4",
-    "--student.alpha",
-    "8",
-    "--evaluation.every",
-    "0",
-    "--model.text_cache",
-    "off",
+    *("bundled", "--student.rank", "4", "--student.alpha", "8", "--evaluation.every", "0"),
+    *("--model.text_cache", "off", "--train.rounds", "12", "--engine.cache_modulation", "false"),
 )
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
