@@ -33,6 +33,8 @@ from opd_fast.config import (
     to_yaml,
 )
 from opd_fast.errors import UserError, did_you_mean, one_line
+from opd_fast.stages import Stage, split, stages_to_yaml
+from opd_fast.stages import check as check_stages
 
 Hints = dict[str, tuple[Any, Any]]  # key to its type and default
 _OPTION_HINTS: Hints = {"seed": (int, 0), "devices": (int, 8), "gpu_memory": (float, 80.0)}
@@ -44,7 +46,7 @@ class Command:
     """A parsed command line.
 
     Attributes:
-        config: the checked settings.
+        config: the checked settings; of a run in stages, the first's.
         run_dir: where the run writes; not made yet.
         resume: whether `run_dir` holds a run that goes on.
         dry_run: print the plan and stop.
@@ -52,6 +54,7 @@ class Command:
         devices: ranks that a plan is for; None: as many as were started.
         gpu_memory: GiB of each that a plan is for; None: the device's own.
         profile: record some rounds with torch's profiler.
+        stages: of a run that has them.
     """
 
     config: Config
@@ -62,6 +65,16 @@ class Command:
     devices: int | None = None
     gpu_memory: float | None = None
     profile: bool = False
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def configs(self) -> list[Config]:
+        """The settings of every stage."""
+        return [stage.config for stage in self.stages] or [self.config]
+
+    def to_yaml(self) -> str:
+        """What `--resume` reads."""
+        return to_yaml(self.config) if not self.stages else stages_to_yaml(self.stages)
 
 
 def recipes() -> dict[str, Path]:
@@ -117,16 +130,36 @@ def parse(argv: list[str]) -> Command:
     if first.resume is not None:
         return _resumed(parser, argv, first)
     recipe = first.recipe or "bundled"
-    base = read_yaml(_recipe_file(recipe))
-    config = _overlaid(parser, argv, base, source=recipe)
-    config.validate()
+    stages = _read_stages(parser, argv, _recipe_file(recipe), recipe)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = Path(first.run_dir or f"runs/{Path(recipe).stem}-{stamp}").expanduser()
     if first.run_dir is None and not first.dry_run and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise UserError("--run-dir", "not given while torchrun may restart the run", "name one for it to find")
     # After a failure torchrun starts the same command again: it goes on with what the first start began.
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (run_dir / "config.yaml").is_file()
-    return Command(config, run_dir, again, first.dry_run, recipe, first.devices, first.gpu_memory, first.profile)
+    return _command(stages, run_dir, again, recipe, first)
+
+
+def _command(stages: list[Stage], run_dir: Path, resume: bool, recipe: str, first: Any) -> Command:
+    staged = tuple(stages) if stages[0].name else ()
+    plan = (first.dry_run, recipe, first.devices, first.gpu_memory, first.profile)
+    return Command(stages[0].config, run_dir, resume, *plan, staged)
+
+
+def _read_stages(parser: Any, argv: list[str], path: Path, source: str) -> list[Stage]:
+    """The stages of a YAML file, `argv` laid over each of them, checked; one without name where it has none."""
+    found = []
+    for name, base in split(read_yaml(path), source):
+        config = _overlaid(parser, argv, base, source=f"{source}, stage {name}" if name else source)
+        try:
+            config.validate()
+        except UserError as error:
+            if not name:
+                raise
+            raise UserError(f"stage {name}: {error.key}", error.problem, error.remedy) from None
+        found.append(Stage(name, config))
+    check_stages(found)
+    return found
 
 
 def _check_plan_options(first: Any) -> None:
@@ -149,12 +182,11 @@ def _resumed(parser: Any, argv: list[str], first: Any) -> Command:
         raise UserError("--run-dir", "differs from --resume", "drop it: a resumed run writes where it wrote before")
     if not (run_dir / "config.yaml").is_file():
         raise UserError("--resume", f"no config.yaml in {run_dir}", "name the directory of an earlier run")
-    base = read_yaml(run_dir / "config.yaml")
-    before = _overlaid(parser, [], base, source=str(run_dir / "config.yaml"))
-    after = _overlaid(parser, argv, base, source=str(run_dir / "config.yaml"))
-    refuse_unsafe_changes(before, after)
-    after.validate()
-    return Command(after, run_dir, True, first.dry_run, run_dir.name, first.devices, first.gpu_memory, first.profile)
+    path = run_dir / "config.yaml"
+    before, after = (_read_stages(parser, given, path, str(path)) for given in ([], argv))
+    for old, new in zip(before, after, strict=True):
+        refuse_unsafe_changes(old.config, new.config, staged=bool(new.name))
+    return _command(after, run_dir, True, run_dir.name, first)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -429,16 +461,23 @@ def _check_rewards(config: Config) -> None:
     named = [(f"teachers[{i}].reward", t.reward) for i, t in enumerate(config.teachers) if t.reward is not None]
     if not named:
         return
-    from opd_fast.rewards import REWARDS, get_reward  # imports torch, so it comes last
+    from opd_fast.rewards import REWARDS, get_reward, reward_terms  # imports torch, so it comes last
 
-    for key, reward in named:
-        if ":" in reward:
-            try:
-                get_reward(reward)
-            except ValueError as error:
-                raise UserError(key, str(error), "name it as package.module:function") from error
-        elif reward not in REWARDS:
-            raise UserError(key, f"unknown reward {reward!r}", did_you_mean(reward, REWARDS))
+    for key, text in named:
+        try:
+            terms = reward_terms(text)
+        except ValueError as error:
+            raise UserError(key, str(error), "such as 0.8*text + 0.2*colour") from error
+        if len(terms) > 1 and config.train.method == "opd":
+            raise UserError(key, f"{text} is a sum, and a distillation learns from none", "name one reward")
+        for name in (term.reward for term in terms):
+            if ":" in name:
+                try:
+                    get_reward(name)
+                except ValueError as error:
+                    raise UserError(key, str(error), "name it as package.module:function") from error
+            elif name not in REWARDS:
+                raise UserError(key, f"unknown reward {name!r}", did_you_mean(name, REWARDS))
 
 
 @contextlib.contextmanager
@@ -486,7 +525,7 @@ def prepare_run_dir(command: Command, hold: contextlib.ExitStack | None = None) 
         if hold is not None:
             hold.enter_context(locked(run_dir))
         part = run_dir / ".config.yaml.part"
-        part.write_text(to_yaml(command.config), encoding="utf-8")
+        part.write_text(command.to_yaml(), encoding="utf-8")
         os.replace(part, run_dir / "config.yaml")
     except OSError as error:
         raise UserError(

@@ -109,7 +109,8 @@ class TeacherConfig:
     share: float = option("how often the weighted schedule takes this task, relative to the other tasks", 1.0)
     eval_prompts: str | None = option("held-out prompts that the reward needs; null: those of bundled/NAME", None)
     reward: str | None = option(
-        "reward that judges this task in evaluations: composition, text, colour or package.module:function; null: none",
+        "reward that judges this task in evaluations: composition, text, colour or package.module:function; under grpo "
+        "and nft it is learnt from, and may be a sum such as 0.8*text + 0.2*colour, whose first judges; null: none",
         None,
     )
 
@@ -169,14 +170,16 @@ class ObjectiveConfig:
 class TrainConfig:
     """The optimizer and the length of the run. One round is one optimizer step."""
 
-    method: Literal["opd", "grpo", "nft"] = option(
+    method: Literal["opd", "grpo", "nft", "sft"] = option(
         "opd: on-policy distillation; grpo (Flow-GRPO, GRPO-Guard), nft (DiffusionNFT): reinforcement learning, which "
-        "makes teachers: each entry of teachers is a task with its reward, its weights being base",
+        "makes teachers: each entry of teachers is a task with its reward, its weights being base; sft: flow matching "
+        "on images that the teachers draw, a start for opd",
         "opd",
     )
     rounds: int = option("optimizer steps", 80)
     samples_per_task: int = option("rollouts of each task in a round", 8)
-    tasks_per_round: int | None = option("tasks that a round takes; null: as many as there are", None)
+    tasks: list[str] | None = option("names of the tasks that are trained; all are judged; null: all", None)
+    tasks_per_round: int | None = option("tasks that a round takes; null: as many as are trained", None)
     task_schedule: Literal["round_robin", "weighted"] = option(
         "how tasks come to their rounds; round_robin: in turn; weighted: at random in proportion to teachers[].share, "
         "so that one may come several times in a round and weighs by how often it comes",
@@ -208,6 +211,9 @@ class RLConfig:
         "standard deviation that an advantage is divided by: of all rewards of the task in a rollout, or of the group",
         "global",
     )
+    statistics: Literal["task", "all"] = option(
+        "whose rewards std global spans; task: those of each task; all: of all together, whatever their scales", "task"
+    )
     advantage_clip: float = option("largest size of an advantage", 5.0)
     kl: float | None = option(
         "factor on the KL to the base; 0: none; null: 0.04 under grpo, 1e-4 under nft (there of the velocities)", None
@@ -230,6 +236,17 @@ class RLConfig:
         "min(0.0075 (k - 75), 0.999)",
         "early",
     )
+
+
+@dataclass(kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning on the teachers' images, train.method sft (Flow-OPD's cold start)."""
+
+    updates: int = option("optimizer steps, that is rounds, on the images that the teachers draw at once", 1)
+    images_per_prompt: int = option(
+        "images that a teacher draws for each sample; the one that the task's reward likes best is learnt from", 1
+    )
+    base_weight: float = option("factor on mean((v - v_base)^2), which holds on to the base; released: 100", 0.0)
 
 
 @dataclass(kw_only=True)
@@ -334,6 +351,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -343,7 +361,13 @@ class Config:
     @property
     def reinforces(self) -> bool:
         """Whether the run learns from rewards instead of teachers."""
-        return self.train.method != "opd"
+        return self.train.method in ("grpo", "nft")
+
+    @property
+    def trained(self) -> list[int]:
+        """The tasks that are trained, as places in `teachers`."""
+        chosen = self.train.tasks
+        return [i for i, teacher in enumerate(self.teachers) if chosen is None or teacher.name in chosen]
 
     def validate(self) -> None:
         """Raise `UserError` for a value out of range or a combination that cannot work. Looks at no file."""
@@ -360,6 +384,7 @@ class Config:
         _check_objective(self)
         _check_teachers(self)
         _check_reinforcement(self)
+        _check_finetuning(self)
         _check_engine(self)
 
 
@@ -471,24 +496,28 @@ def _check_objective(config: Config) -> None:
 
 def _check_reinforcement(config: Config) -> None:
     rl, method, s = config.rl, config.train.method, config.sampler
-    unread = [f"rl.{f.name}" for f in fields(RLConfig)] if method == "opd" else []
-    if method != "opd":
+    unread = [f"rl.{f.name}" for f in fields(RLConfig)] if not config.reinforces else []
+    if config.reinforces:
         unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
         unread += ["parallel.offload_teachers"]
         unread += [f"teachers[{i}].{name}" for i in range(len(config.teachers)) for name in ("guidance", "partial")]
     unread += ["rl.beta", "rl.decay", "rl.timestep_fraction"] if method == "grpo" else []
     unread += ["rl.guard", "rl.clip", "rl.window"] if method == "nft" else []
     unread += ["rl.window_range"] if rl.window is None else []
+    unread += ["rl.statistics"] if rl.std == "group" else []
     flat, defaults = flatten(config), {key: default for key, (_, default, _) in leaves().items()}
     for key in unread:
         if flat[key] != defaults.get(key, {"guidance": 1.0, "partial": False}.get(key.split(".")[-1])):
-            what = f"train.method {method}" if key != "rl.window_range" else "rl.window null"
+            what = {"rl.window_range": "rl.window null", "rl.statistics": "rl.std group"}.get(key)
+            what = what if what is not None and config.reinforces else f"train.method {method}"
             raise UserError(key, f"is not read under {what}", "leave it out")
-    if method == "opd":
+    if not config.reinforces:
         return
-    if config.parallel.strategy not in ("auto", "single"):
+    if config.parallel.strategy not in ("auto", "single", "ddp"):
         raise UserError(
-            "parallel.strategy", f"{config.parallel.strategy} under {method}, which runs in one process", "give auto"
+            "parallel.strategy",
+            f"{config.parallel.strategy} under {method}, which shards no weights",
+            "give auto or ddp",
         )
     positive = [("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)]
     for key, value in positive:
@@ -535,12 +564,49 @@ def _check_reinforcement(config: Config) -> None:
             raise UserError("rl.window", f"{rl.window} of the first {most} steps", f"give 1 to {most}")
 
 
+def _check_finetuning(config: Config) -> None:
+    sft, t = config.sft, config.train
+    unread = [f"sft.{f.name}" for f in fields(SFTConfig)]
+    if t.method == "sft":
+        unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
+    flat, known = flatten(config), leaves()
+    for key in unread:
+        if flat[key] != known[key][1]:
+            raise UserError(key, f"is not read under train.method {t.method}", "leave it out")
+    if t.method != "sft":
+        return
+    strategy = config.parallel.strategy
+    if strategy not in ("auto", "single"):
+        raise UserError("parallel.strategy", f"{strategy} under sft, which runs in one process", "give auto")
+    for key, count in (("sft.updates", sft.updates), ("sft.images_per_prompt", sft.images_per_prompt)):
+        if count < 1:
+            raise UserError(key, f"{count} is below 1", "give 1 or more")
+    if sft.base_weight < 0:
+        raise UserError("sft.base_weight", f"{sft.base_weight} is below 0", "give 0 or more")
+    images = t.samples_per_task * (t.tasks_per_round or len(config.trained))
+    if sft.updates > images:
+        raise UserError(
+            "sft.updates", f"{sft.updates} of {images} images, which leaves a round without any", f"give 1 to {images}"
+        )
+    for i in config.trained:
+        if config.teachers[i].reward is None and sft.images_per_prompt > 1:
+            why = f"is missing, which chooses among sft.images_per_prompt = {sft.images_per_prompt}"
+            raise UserError(f"teachers[{i}].reward", why, "name a reward, or draw one image of each prompt")
+
+
 def _check_teachers(config: Config) -> None:
     if not config.teachers:
         raise UserError(
             "teachers", "none is given", "list at least one as {name, weights, prompts}, or start from a recipe"
         )
-    most = len(config.teachers)
+    names = [teacher.name for teacher in config.teachers]
+    if config.train.tasks is not None:
+        for name in config.train.tasks:
+            if name not in names:
+                raise UserError("train.tasks", f"{name!r} is no task", did_you_mean(name, names))
+        if not config.train.tasks:
+            raise UserError("train.tasks", "is empty, so that nothing is trained", "name one, or give null")
+    most = len(config.trained)
     if (config.train.tasks_per_round or 1) > most:
         raise UserError(
             "train.tasks_per_round", f"{config.train.tasks_per_round} of {most} tasks", f"give {most} or less, or null"
@@ -669,9 +735,14 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The configuration as YAML; parsing it again gives an equal `Config`."""
+    return dump(to_dict(config))
+
+
+def dump(data: dict[str, Any]) -> str:
+    """Plain data as YAML, numbers written so that YAML 1.1 reads numbers."""
     import yaml
 
-    text: str = yaml.dump(to_dict(config), Dumper=_dumper(), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(data, Dumper=_dumper(), sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -706,14 +777,18 @@ def changed(before: Config, after: Config) -> list[str]:
     return [key for key in {**old, **new} if old.get(key, MISSING) != new.get(key, MISSING)]
 
 
-def refuse_unsafe_changes(before: Config, after: Config) -> None:
-    """Raise unless `after` continues the run that `before` describes (see `RESUMABLE`)."""
+def refuse_unsafe_changes(before: Config, after: Config, *, staged: bool = False) -> None:
+    """Raise unless `after` continues the run that `before` describes (see `RESUMABLE`).
+
+    A stage keeps its rounds as well: the next one may have begun from where they ended.
+    """
+    may_change = [key for key in RESUMABLE if not (staged and key == "train.rounds")]
     for key in changed(before, after):
-        if not key.startswith(RESUMABLE):
+        if not key.startswith(tuple(may_change)):
             raise UserError(
                 key,
                 f"a resumed run keeps its value ({flatten(before).get(key, 'unset')})",
-                "drop the option, or start a new run; " + ", ".join(k.rstrip(".") for k in RESUMABLE) + " may change",
+                "drop the option, or start a new run; " + ", ".join(k.rstrip(".") for k in may_change) + " may change",
             )
 
 

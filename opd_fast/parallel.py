@@ -93,6 +93,14 @@ class World:
         dist.all_reduce(whole)
         return whole
 
+    def mean(self, mine: Tensor) -> Tensor:
+        """The mean over the ranks, the same on each."""
+        if self.size == 1:
+            return mine
+        found = mine.clone()
+        dist.all_reduce(found)
+        return found / self.size
+
     def everyone(self, mine: Sequence[T]) -> list[T]:
         """All ranks' items, which pickle can hold, rank after rank; the same on every rank."""
         if self.size == 1:
@@ -237,10 +245,8 @@ def open_world(config: Config) -> Iterator[World]:
     """
     size = launched()
     strategy = config.parallel.strategy
-    if config.reinforces and (size or 1) > 1:
-        raise UserError(
-            "train.method", f"{config.train.method} in {size} processes, which it cannot share", "start one process"
-        )
+    if config.train.method == "sft" and (size or 1) > 1:
+        raise UserError("train.method", f"sft in {size} processes, which it cannot share", "start one process")
     if size is None:
         if strategy not in ("auto", "single"):
             raise UserError(
@@ -293,6 +299,8 @@ def _strategy(config: Config, size: int) -> Strategy:
         return asked
     if size == 1:
         return "single"
+    if config.reinforces:
+        return "ddp"
     from opd_fast.plan import make_plan
 
     return make_plan(config, size).strategy

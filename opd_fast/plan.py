@@ -175,7 +175,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     from opd_fast.prompts import TaskSchedule
     from opd_fast.solvers import solver_table
 
-    if config.reinforces:
+    if config.train.method != "opd":
         raise UserError("train.method", f"{config.train.method} has no plan yet", "start the run without --dry-run")
     resolved = resolve(config)
     devices = devices or int(os.environ.get("WORLD_SIZE", "1"))
@@ -192,7 +192,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     )
     per_task = config.train.samples_per_task
     shares = [teacher.share for teacher in config.teachers]
-    schedule = TaskSchedule(shares, config.train.tasks_per_round, config.train.task_schedule)
+    schedule = TaskSchedule(shares, config.train.tasks_per_round, config.train.task_schedule, among=config.trained)
     samples = per_task * schedule.per_round
     parameters = sum(p.numel() for p in model.transformer.parameters())
     lora = config.student.kind == "lora"
@@ -435,8 +435,8 @@ def print_plan(plan: Plan, config: Config, run_dir: Path, missing: Iterable[User
 def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     r = plan.resolved
     switches = f"compile {'on' if r.compile else 'off'}, graphs {'on' if r.graphs else 'off'}"
-    tasks = f"{len(config.teachers)} tasks of {config.train.samples_per_task}"
-    if plan.samples < len(config.teachers) * config.train.samples_per_task:
+    tasks = f"{len(config.trained)} tasks of {config.train.samples_per_task}"
+    if plan.samples < len(config.trained) * config.train.samples_per_task:
         tasks = f"{config.train.tasks_per_round} of {tasks}"
     if config.train.task_schedule == "weighted":
         tasks += " (" + ", ".join(f"{name} {turns:.2f}" for name, turns in plan.turns.items()) + " turns on average)"

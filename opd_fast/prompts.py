@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from opd_fast.config import package_file
 
 Split = Literal["train", "test"]
+Number = TypeVar("Number", int, float)
 ASSETS = package_file("assets")
 SUFFIXES = (".jsonl", ".txt", ".csv", ".tsv", ".parquet")
 COLUMNS = ("prompt", "prompts", "caption", "text")
@@ -310,21 +311,32 @@ class TaskSchedule:
         per_round: int | None = None,
         kind: Literal["round_robin", "weighted"] = "round_robin",
         seed: int = 0,
+        among: Sequence[int] | None = None,
     ) -> None:
-        """``shares``: one positive number a task, read by ``weighted`` alone; ``per_round``: None for one place a task.
+        """``shares``: one positive number a task, read by ``weighted`` alone; ``among``: the tasks that come at all,
+        None for every one; ``per_round``: None for one place to each of them.
 
         Raises ValueError for less than one task or place.
         """
+        self._among = list(range(len(shares))) if among is None else sorted(among)
         self.tasks = len(shares)
-        self.per_round = self.tasks if per_round is None else per_round
-        if self.tasks < 1 or self.per_round < 1:
-            raise ValueError(f"no schedule of {self.tasks} tasks with {self.per_round} places a round; give 1 or more")
+        self.per_round = len(self._among) if per_round is None else per_round
+        if not self._among or self.per_round < 1:
+            raise ValueError(
+                f"no schedule of {len(self._among)} tasks with {self.per_round} places a round; give 1 or more"
+            )
         self._kind = kind
         self._key = (seed % 2**64, _SCHEDULE_STREAM)
-        weights = list(shares) if kind == "weighted" else [1.0] * self.tasks
-        self.expected = [self.per_round * weight / math.fsum(weights) for weight in weights]
+        weights = [shares[task] if kind == "weighted" else 1.0 for task in self._among]
+        self._places = [self.per_round * weight / math.fsum(weights) for weight in weights]
+        self.expected = self._spread(self._places)
         """Places of each task in a round, on average."""
-        self._before = [[0] * self.tasks]  # of the weighted schedule: turns taken before each round, as far as asked
+        self._before = [[0] * len(weights)]  # of the weighted schedule: turns taken before each round, as far as asked
+
+    def _spread(self, values: Sequence[Number]) -> list[Number]:
+        """What the tasks that come have, with 0 for the others."""
+        found = dict(zip(self._among, values, strict=True))
+        return [found.get(task, 0) for task in range(self.tasks)]
 
     def round(self, index: int) -> list[tuple[int, range]]:
         """(task, its turns) for each task of round ``index`` (from 0), ascending; a task's turns count from 0 through
@@ -337,22 +349,23 @@ class TaskSchedule:
 
     def turns(self, rounds: int) -> list[int]:
         """How many turns each task has had after ``rounds`` rounds."""
+        count = len(self._among)
         if self._kind == "round_robin":
-            return [(rounds * self.per_round + self.tasks - 1 - task) // self.tasks for task in range(self.tasks)]
+            return self._spread([(rounds * self.per_round + count - 1 - i) // count for i in range(count)])
         while len(self._before) <= rounds:
             drawn = self._draw(len(self._before) - 1)
             self._before.append([had + places for had, places in zip(self._before[-1], drawn, strict=True)])
-        return list(self._before[rounds])
+        return self._spread(self._before[rounds])
 
     def _draw(self, index: int) -> list[int]:
         """Each task's places in a round: the whole numbers that fall into its stretch of a line shifted at random."""
         rng = np.random.default_rng([*self._key, index])
-        order = rng.permutation(self.tasks)
-        ends = np.cumsum(np.asarray(self.expected)[order])
+        order = rng.permutation(len(self._among))
+        ends = np.cumsum(np.asarray(self._places)[order])
         ends[-1] = self.per_round  # whatever rounding has made of it
         ends -= rng.random()
         places = np.diff(np.ceil(ends), prepend=0.0)
-        drawn = [0] * self.tasks
+        drawn = [0] * len(order)
         for task, count in zip(order, places, strict=True):
             drawn[int(task)] = int(count)
         return drawn

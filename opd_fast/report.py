@@ -1,8 +1,8 @@
 """What a run leaves for its reader: results.json, the table, image grids, and one self-contained report.html.
 
 `results` everywhere is the content of results.json:
-`{"rows": {"base": {REWARD: x}, "teacher:NAME": {...}, "student": {...}}, "recovered": {TASK: share or None},
-"rounds": n, "seconds": {"train": s, "total": s}, "seed": n, "commit": ..., "config_hash": ...}`.
+`{"rows": {"base": {REWARD: x}, "teacher:NAME": {...}, "stage:NAME": {...}, "student": {...}}, "recovered":
+{TASK: share or None}, "rounds": n, "seconds": {"train": s, "total": s}, "seed": n, "commit": ..., "config_hash": ...}`.
 """
 
 from __future__ import annotations
@@ -94,8 +94,14 @@ def print_table(results: dict[str, Any], console: Any = None) -> None:
         cells = [_number(means.get(name)) for name in names]
         if recovered:
             cells.append(_share(recovered, row))
-        table.add_row(row.replace("teacher:", "teacher "), *cells, style="bold" if row == "student" else None)
+        table.add_row(_label(row, whole=True), *cells, style="bold" if row == "student" else None)
     console.print(table)
+
+
+def _label(row: str, *, whole: bool = False) -> str:
+    """A row's name in words; `whole`: with "teacher", where nothing beside it says so."""
+    kind, _, name = row.partition(":")
+    return {"teacher": f"teacher {name}" if whole else name, "stage": f"after stage {name}"}.get(kind, row)
 
 
 def _number(value: float | None) -> str:
@@ -214,8 +220,8 @@ def write_report(run_dir: Path, results: dict[str, Any], history: list[dict[str,
     names = reward_names(results)
     table = [
         {
-            "label": row.removeprefix("teacher:"),
-            "kind": "teacher" if row.startswith("teacher:") else row,
+            "label": _label(row),
+            "kind": row.partition(":")[0],
             "cells": [_number(means.get(name)) for name in names],
             "share": _share(results["recovered"], row),
         }

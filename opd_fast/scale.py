@@ -203,7 +203,7 @@ def round_time(
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-RECIPES = ("sd35_mopd", "flux_mopd")
+RECIPES = ("sd35-mopd", "flux-mopd")
 
 
 def build_parser() -> Any:

@@ -23,18 +23,25 @@ def main(argv: list[str]) -> int:
         from opd_fast.plan import make_plan, print_plan
 
         # A plan needs no prompts and no weights: what a run would still miss is told beneath it.
-        plan = make_plan(command.config, command.devices, command.gpu_memory)
-        print_plan(plan, command.config, command.run_dir, problems(command.config))
+        for config in command.configs:
+            plan = make_plan(config, command.devices, command.gpu_memory)
+            print_plan(plan, config, command.run_dir, problems(config))
         return 0
 
-    check_paths(command.config)
+    for config in command.configs:
+        check_paths(config)
     quiet_libraries()
     from opd_fast.parallel import open_world
+    from opd_fast.trainers.cascade import train_stages
     from opd_fast.trainers.loop import train
 
     with open_world(command.config) as world, ExitStack() as hold:
         run_dir = world.on_first(lambda: prepare_run_dir(command, hold))
-        train(command.config, run_dir, resume=command.resume, profile=command.profile, world=world)
+        resume, profile = command.resume, command.profile
+        if command.stages:
+            train_stages(command.stages, run_dir, resume=resume, profile=profile, world=world)
+        else:
+            train(command.config, run_dir, resume=resume, profile=profile, world=world)
     return 0
 
 

@@ -22,10 +22,9 @@ from opd_fast.config import Config
 from opd_fast.parallel import launched, open_world, whole
 from opd_fast.prompts import Prompt
 from opd_fast.telemetry import Silence
-from opd_fast.trainers.loop import Run
-from opd_fast.trainers.opd import OPD
+from opd_fast.trainers.loop import METHODS, Run
 from opd_fast.trainers.setup import prepare
-from tests.runs import PROMPTS, settings
+from tests.runs import PROMPTS, reinforced, settings
 
 ROUNDS = 20
 CASES: dict[str, dict[str, Any]] = {
@@ -53,9 +52,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "full-guided": {"student__kind": "full", "student__guidance": 2.0, "parallel__reshard": "block"},
     "full-half": {"student__kind": "full", "model__dtype": "bfloat16"},
+    # Ten images in groups of two: one process has more of them than another, and groups are torn apart.
+    "grpo": {"train__method": "grpo", "train__samples_per_task": 10, "train__micro_batch": 2, "rl__clip": 0.05},
+    "nft": {"train__method": "nft", "train__samples_per_task": 10, "train__micro_batch": 3},
 }
 """Settings by name."""
-TRAINED = ("lora", "full")
+REINFORCED = ("grpo", "nft")
+TRAINED = ("lora", "full", *REINFORCED)
 """The cases that go on for all rounds."""
 
 
@@ -67,11 +70,16 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
+def strategies(name: str) -> tuple[str, ...]:
+    """Those that a case is held to on every number of processes."""
+    return ("ddp",) if name in REINFORCED else ("ddp", "fsdp2")
+
+
 def cases(size: int | None) -> list[tuple[str, str]]:
     """(case, strategy) that are run on `size` processes, None being a process alone."""
     if size is None:
         return [(name, "one") for name in CASES]
-    pairs = [(name, strategy) for name in TRAINED for strategy in ("ddp", "fsdp2")]
+    pairs = [(name, strategy) for name in TRAINED for strategy in strategies(name)]
     if size == 1:
         return pairs
     pairs += [(name, "fsdp2") for name in ("lora-shared", "lora-returns", "full-queried", "full-guided")]
@@ -92,6 +100,8 @@ def case_settings(folder: Path, changes: dict[str, Any]) -> Config:
     }
     if (anchor := changes.get("objective__anchor")) in PROMPTS:
         changes = changes | {"objective__anchor": str(folder / anchor)}
+    if (method := changes.get("train__method")) in REINFORCED:
+        return reinforced(folder / "run.yaml", method, "colour", **(fixed | changes))
     return settings(folder / "run.yaml", **(fixed | changes))
 
 
@@ -102,7 +112,7 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
         if world.first:
             directory.mkdir(parents=True, exist_ok=True)
         if not resume:
-            OPD(setup).accumulate(0, torch.amp.GradScaler("cpu", enabled=False))
+            METHODS[config.train.method](setup).accumulate(0, torch.amp.GradScaler("cpu", enabled=False))
             named = setup.student.named_parameters()
             found = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
             if world.first:
@@ -160,12 +170,24 @@ def work(folder: Path, out: Path, size: int | None) -> None:
     saved = out.parent / "saved"
     if size == 4:
         case(case_settings(folder, CASES["full"] | {"parallel__strategy": "fsdp2"}), saved, rounds=ROUNDS // 2)
+        # One update of a rollout is made: the other is to come.
+        for name in REINFORCED:
+            case(
+                case_settings(folder, CASES[name] | STRATEGIES["ddp"]),
+                saved.parent / f"saved-{name}",
+                rounds=ROUNDS - 3,
+            )
     elif size in (None, 2):
         again = out / "resumed"
         if os.environ.get("RANK", "0") == "0":
             shutil.copytree(saved, again)
         parallel = {} if size is None else {"parallel__strategy": "ddp"}
         case(case_settings(folder, CASES["full"] | parallel), again, rounds=ROUNDS, resume=True)
+        for name in REINFORCED:
+            again = out / f"resumed-{name}"
+            if os.environ.get("RANK", "0") == "0":
+                shutil.copytree(out.parent / f"saved-{name}", again)
+            case(case_settings(folder, CASES[name] | parallel), again, rounds=ROUNDS, resume=True)
 
 
 if __name__ == "__main__":

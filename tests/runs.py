@@ -64,3 +64,16 @@ def settings(path: Path, **changes: Any) -> Config:
         setattr(getattr(config, section), name, value)
     config.validate()
     return config
+
+
+def reinforced(path: Path, method: str, reward: str, **changes: Any) -> Config:
+    """The same settings for a method of reinforcement learning: every task with `reward`, groups of two images."""
+    config = read_config(path)
+    for task in config.teachers:
+        task.weights, task.reward = "base", reward
+    options = {"train__samples_per_task": 4, "rl__images_per_prompt": 2, "train__rounds": 2, "train__method": method}
+    for key, value in (options | ({"sampler__solver": "dpm2"} if method == "nft" else {}) | changes).items():
+        section, name = key.split("__")
+        setattr(getattr(config, section), name, value)
+    config.validate()
+    return config

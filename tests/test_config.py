@@ -71,7 +71,7 @@ def test_every_setting_is_explained() -> None:
         assert len(help) > 3, key
 
 
-@pytest.mark.parametrize("name", ["bundled", "sd35_mopd", "sd35_single_teacher", "flux_mopd"])
+@pytest.mark.parametrize("name", ["bundled", "sd35-mopd", "sd35-single-teacher", "flux-mopd"])
 def test_recipes_parse(name: str) -> None:
     command = parse([name])
     assert command.recipe == name
@@ -88,12 +88,12 @@ def test_the_default_recipe_is_bundled() -> None:
 
 def test_published_settings() -> None:
     """Guided student, unguided GenEval teacher, ODE, 72 samples a step."""
-    config = parse(["sd35_mopd"]).config
+    config = parse(["sd35-mopd"]).config
     assert config.student.guidance == 4.5
     assert [t.guidance for t in config.teachers] == [1.0, 4.5, 4.5]
     assert (config.sampler.solver, config.sampler.steps, config.train.lr) == ("ode", 10, 3e-4)
     assert config.train.samples_per_task * len(config.teachers) == 72
-    single = parse(["sd35_single_teacher"]).config
+    single = parse(["sd35-single-teacher"]).config
     assert {k.split("[")[0] for k in changed(config, single)} == {"teachers"}
 
 

@@ -29,7 +29,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     run_dir = tmp_path / "runs" / "x"
     run_dir.mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(to_yaml(parse(["sd35_mopd", "--dry-run"]).config))
+    (run_dir / "config.yaml").write_text(to_yaml(parse(["sd35-mopd", "--dry-run"]).config))
     return tmp_path
 
 

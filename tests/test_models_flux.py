@@ -451,7 +451,7 @@ def test_a_lora_of_another_width(folder: Path, tmp_path: Path, placement: Any) -
 
 
 def test_recipe() -> None:
-    config = read_config(package_file("recipes", "flux_mopd.yaml"))
+    config = read_config(package_file("recipes", "flux-mopd.yaml"))
     assert (config.model.path, config.model.resolution, config.model.dtype) == (DEV, 512, "bfloat16")
     assert {config.student.guidance, *(teacher.guidance for teacher in config.teachers)} == {3.5}
     assert (config.student.rank, config.student.alpha, config.engine.placement) == (32, 64, "shared")

@@ -24,7 +24,7 @@ from opd_fast.config import Config, from_dict, to_yaml
 from opd_fast.errors import UserError, main_guard
 from opd_fast.parallel import World, open_world
 from opd_fast.trainers.loop import train
-from tests.parallel_cases import TRAINED, cases
+from tests.parallel_cases import REINFORCED, TRAINED, cases, strategies
 from tests.runs import settings, write_world
 
 pytestmark = pytest.mark.slow
@@ -94,8 +94,7 @@ def test_gradient_of_one_process(out: Path, size: int, strategy: str, name: str)
     assert all(gradient.dtype == torch.float32 for gradient in found.values())
 
 
-@pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("name", "strategy"), [(name, each) for name in TRAINED for each in strategies(name)])
 @pytest.mark.parametrize("size", SIZES)
 def test_student_of_one_process(out: Path, size: int, strategy: str, name: str) -> None:
     expected = student(out / "alone" / f"{name}-one")
@@ -109,6 +108,13 @@ def test_a_sharded_save_goes_on_elsewhere(out: Path, where: str) -> None:
     """Ten rounds under fsdp2 on four processes, ten more under ddp on two or on one alone."""
     expected = student(out / "alone" / "full-one")
     assert relative(student(out / where / "resumed"), expected) <= 1e-4
+
+
+@pytest.mark.parametrize("name", REINFORCED)
+@pytest.mark.parametrize("where", ["2", "alone"])
+def test_a_rollout_in_hand_goes_on_elsewhere(out: Path, where: str, name: str) -> None:
+    """Seventeen rounds on four processes, one of two updates of the last rollout made; the rest on two or on one."""
+    assert relative(student(out / where / f"resumed-{name}"), student(out / "alone" / f"{name}-one")) <= 1e-4
 
 
 def test_a_reward_that_fails_on_one_rank_costs_its_values_alone(out: Path) -> None:

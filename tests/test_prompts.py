@@ -402,6 +402,18 @@ def test_weighted_rounds_are_in_proportion(per_round: Any) -> None:
     assert [other.round(r) for r in range(20)] != [schedule.round(r) for r in range(20)]
 
 
+@pytest.mark.parametrize("kind", ["round_robin", "weighted"])
+def test_tasks_that_are_left_out_have_no_turns(kind: Any) -> None:
+    """The others come as if they were all there is."""
+    some = TaskSchedule([1.0, 3.0, 0.5, 2.0], 1, kind, seed=4, among=[3, 1])
+    alone = TaskSchedule([3.0, 2.0], 1, kind, seed=4)
+    assert some.expected == [0, alone.expected[0], 0, alone.expected[1]]
+    for r in range(30):
+        assert some.round(r) == [((1, 3)[task], turns) for task, turns in alone.round(r)]
+    with pytest.raises(ValueError, match="no schedule of 0 tasks"):
+        TaskSchedule([1.0], among=[])
+
+
 def test_equal_shares_for_every_task_is_the_plain_round() -> None:
     plain, weighted = TaskSchedule([1.0] * 3), TaskSchedule([0.1] * 3, None, "weighted", seed=3)
     assert [weighted.round(r) for r in range(100)] == [plain.round(r) for r in range(100)]

@@ -22,9 +22,9 @@ RECIPES = Path(__file__).resolve().parents[1] / "opd_fast" / "recipes"
 @pytest.mark.parametrize(
     ("recipe", "parameters", "modules", "trained"),
     [
-        ("sd35_mopd", 2_243_171_520, 191, 18_776_064),
-        ("sd35_single_teacher", 2_243_171_520, 191, 18_776_064),
-        ("flux_mopd", 11_901_408_320, None, None),
+        ("sd35-mopd", 2_243_171_520, 191, 18_776_064),
+        ("sd35-single-teacher", 2_243_171_520, 191, 18_776_064),
+        ("flux-mopd", 11_901_408_320, None, None),
     ],
 )
 def test_full_size_plans_need_no_weights(
@@ -48,7 +48,7 @@ def test_full_size_plans_need_no_weights(
 
 def test_the_recipe_states_the_published_values() -> None:
     """DiffusionOPD's released `mopd` configuration, value by value."""
-    config = read_config(RECIPES / "sd35_mopd.yaml")
+    config = read_config(RECIPES / "sd35-mopd.yaml")
     assert (config.student.rank, config.student.alpha, config.student.guidance) == (32, 64, 4.5)
     assert {t.name: t.guidance for t in config.teachers} == {"geneval": 1.0, "ocr": 4.5, "aesthetic": 4.5}
     assert (config.sampler.solver, config.sampler.steps, config.sampler.train_last) == ("ode", 10, False)

@@ -14,7 +14,6 @@ from torch import Tensor
 from opd_fast.command import problems
 from opd_fast.config import Config, to_yaml
 from opd_fast.errors import UserError
-from opd_fast.parallel import open_world
 from opd_fast.plan import make_plan
 from opd_fast.telemetry import read_metrics
 from opd_fast.trainers.grpo import GRPO
@@ -22,9 +21,9 @@ from opd_fast.trainers.loop import METHODS, train
 from opd_fast.trainers.nft import NFT, NOISE_STREAM
 from opd_fast.trainers.setup import prepare
 from opd_kernels import philox_normal
+from tests import runs
 from tests.runs import settings, write_world
 
-SMALL: dict[str, Any] = {"train__samples_per_task": 4, "rl__images_per_prompt": 2, "train__rounds": 2}
 REWARD = """
 import torch
 
@@ -52,16 +51,7 @@ def world(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def reinforced(world: Path, method: str, reward: str = "rl_rewards:left", **changes: Any) -> Config:
-    config = settings(world)
-    for task in config.teachers:
-        task.weights, task.reward = "base", reward
-    options = SMALL | ({"sampler__solver": "dpm2"} if method == "nft" else {}) | changes
-    config.train.method = method  # type: ignore[assignment]
-    for key, value in options.items():
-        section, name = key.split("__")
-        setattr(getattr(config, section), name, value)
-    config.validate()
-    return config
+    return runs.reinforced(world, method, reward, **changes)
 
 
 def start(config: Config, run_dir: Path, **options: Any) -> dict[str, Any]:
@@ -154,14 +144,6 @@ def test_a_round_that_is_not_finite_is_left_out(
     start(reinforced(world, method, train__rounds=1, **options), tmp_path / "one")
     for key, value in student(tmp_path / "one").items():
         assert torch.equal(student(tmp_path / "poisoned")[key], value)
-
-
-@pytest.mark.parametrize("method", ["grpo", "nft"])
-def test_several_processes_are_refused(world: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^train\.method: .* 2 processes"), open_world(reinforced(world, method)):
-        pass
 
 
 @pytest.mark.parametrize("method", ["grpo", "nft"])
@@ -361,3 +343,70 @@ def test_gradient_of_an_nft_update(world: Path) -> None:
         total = total + loss.sum() / len(rows)
     (total / 3).backward()  # three of the four levels of each image
     assert_close(found, gradient(method))
+
+
+# --- several rewards --------------------------------------------------------------------------------------------------
+
+
+def test_a_sum_of_rewards_is_their_weighted_sum(world: Path) -> None:
+    """Raw scores added up, as multi-reward GRPO does."""
+    drawn = {}
+    for reward in ("rl_rewards:left", "colour", "0.5*rl_rewards:left + 3*colour"):
+        method = NFT(prepare(reinforced(world, "nft", reward), say=lambda text: None))
+        drawn[reward] = method._draw(0)["reward"]
+    left, colour, both = drawn.values()
+    torch.testing.assert_close(both, 0.5 * left + 3 * colour)
+    assert float(colour.std()) > 0
+
+
+@pytest.mark.parametrize("statistics", ["task", "all"])
+def test_statistics_are_a_tasks_own_or_those_of_all(world: Path, statistics: str) -> None:
+    """With one standard deviation for all, the task with the larger rewards has the larger advantages."""
+    config = reinforced(world, "nft", rl__statistics=statistics, train__samples_per_task=6, rl__images_per_prompt=3)
+    config.teachers[0].reward = "100*rl_rewards:left"
+    drawn = NFT(prepare(config, say=lambda text: None))._draw(0)
+    reward, task, advantage = drawn["reward"].double(), drawn["task"], drawn["advantage"].double()
+    gap = (reward.view(-1, 3) - reward.view(-1, 3).mean(1, keepdim=True)).flatten()
+    own = torch.stack([reward[task == i].std(correction=0) for i in (0, 1)])[task]
+    spread = own if statistics == "task" else reward.std(correction=0)
+    torch.testing.assert_close(advantage, gap / (spread + 1e-4), rtol=1e-4, atol=1e-6)
+    sizes = [float(advantage[task == i].abs().mean()) for i in (0, 1)]
+    assert (sizes[0] > 20 * sizes[1]) == (statistics == "all")
+
+
+def test_a_sum_is_judged_by_its_first(world: Path, tmp_path: Path) -> None:
+    results = start(reinforced(world, "nft", "colour + 0.1*rl_rewards:left", evaluation__every=2), tmp_path / "run")
+    assert set(results["rows"]["student"]) == {"colour"}
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("0.5*", "is no sum"),
+        ("half*colour", "is no sum"),
+        ("colour + colurful", "unknown reward 'colurful'"),
+        ("colour + rl_rewards:right", "cannot be imported"),
+        ("nan*colour", "is no sum"),
+    ],
+)
+def test_mistakes_in_sums_are_named(world: Path, reward: str, message: str) -> None:
+    found = [str(error) for error in problems(reinforced(world, "nft", reward))]
+    assert len(found) == 1
+    assert found[0].startswith("teachers[0].reward")
+    assert message in found[0]
+
+
+def test_distillation_takes_no_sum(world: Path) -> None:
+    config = settings(world)
+    config.teachers[0].reward = "text + colour"
+    assert ["is a sum" in str(error) for error in problems(config)] == [True]
+
+
+def test_tasks_that_are_left_out_draw_nothing(world: Path, tmp_path: Path) -> None:
+    config = reinforced(world, "grpo", train__tasks=["plain"], evaluation__every=2)
+    config.teachers[0].reward = "text"
+    results = start(config, tmp_path / "run")
+    assert set(results["rows"]["student"]) == {"text", "rl_rewards:left"}
+    rounds = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert all("reward/plain" in line and "reward/words" not in line for line in rounds)
+    assert sum(line["images"] for line in rounds) == 4

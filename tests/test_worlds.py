@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from opd_fast.lora import read_lora
+from opd_fast.models.base import ASSETS
 from opd_fast.prompts import Prompt, load_prompts
 from opd_fast.rewards import REWARDS, colour, composition, get_reward, text
 from opd_fast.worlds import build, shapes
@@ -134,3 +140,27 @@ def test_unknown_reward_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'composition'"):
         get_reward("compositon")
     assert all(callable(get_reward(name)) for name in REWARDS)
+
+
+def test_a_teacher_is_what_its_recipe_ends_with(tmp_path: Path) -> None:
+    """In PEFT's layout, loadable, with seed, seconds and curve beside it."""
+    options = ("--train.rounds", "2", "--train.samples_per_task", "12", "--evaluation.prompts", "4")
+    options += ("--evaluation.every", "1", "--logging.tensorboard", "false")
+    out = tmp_path / "bundle"
+    shutil.copytree(ASSETS / "pipeline", out / "pipeline")
+    recipe = build.Recipe(seed=3, teacher_options=options)
+    build.make_teacher(recipe, out, tmp_path / "work", "colour")
+    folder = out / "teachers" / "colour"
+    assert {path.name for path in folder.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "training.json"),
+    }
+    lora = read_lora(folder)
+    assert sum(bool(b.any()) for _, b in lora.tensors.values()) > len(lora.tensors) // 2
+    assert str(tmp_path) not in (folder / "adapter_config.json").read_text()
+    told = json.loads((folder / "training.json").read_text())
+    assert (told["recipe"], told["seed"], told["rounds"]) == ("teacher-colour", 3, 2)
+    assert [point["round"] for point in told["curve"]] == [0, 1, 2]
+    assert told["curve"][-1]["rewards"]["colour"] == told["rows"]["student"]
+    before = (tmp_path / "work" / "teacher-colour" / "metrics.jsonl").stat().st_mtime_ns
+    build.make_teacher(recipe, out, tmp_path / "work", "colour")  # there already
+    assert (tmp_path / "work" / "teacher-colour" / "metrics.jsonl").stat().st_mtime_ns == before

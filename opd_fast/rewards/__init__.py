@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,6 +43,32 @@ def get_reward(name: str) -> Reward:
     close = difflib.get_close_matches(name, REWARDS, 1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(f"unknown reward {name!r}: {hint}known are {', '.join(REWARDS)}, and package.module:function")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A summand of a task's reward."""
+
+    factor: float
+    reward: str
+
+
+def reward_terms(text: str) -> list[Term]:
+    """The summands of `REWARD` or of a weighted sum, `0.8*text + 0.2*colour`, in order.
+
+    Raises ValueError for what reads as neither.
+    """
+    terms = []
+    for part in text.split("+"):
+        factor, star, name = part.strip().rpartition("*")
+        try:
+            value = float(factor) if star else 1.0
+        except ValueError:
+            value = math.nan
+        if not name.strip() or not math.isfinite(value):
+            raise ValueError(f"reward {text!r} is no sum: write NAME, or FACTOR*NAME + FACTOR*NAME")
+        terms.append(Term(value, name.strip()))
+    return terms
 
 
 def _imported(path: str) -> Reward:

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opd_fast.errors import one_line
+from opd_fast.config import TeacherConfig
+from opd_fast.errors import UserError, one_line
 from opd_fast.prompts import Prompt
-from opd_fast.rewards import Reward, get_reward
+from opd_fast.rewards import Reward, get_reward, reward_terms
 
 Kind = Literal["raised", "timed out", "wrong shape", "not finite"]
 
@@ -92,6 +93,18 @@ class Jury:
                 self.messages.append(str(failure))
             self.failures[reward, failure.kind] += int(failure.values.isnan().sum())
             return failure.values
+
+
+def judged(jury: Jury, task: TeacherConfig, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """(B,) float32 on the CPU: a task's reward, the weighted sum of its terms, for a run that learns from it.
+
+    Raises UserError that names the task where one fails.
+    """
+    assert task.reward is not None
+    try:
+        return torch.stack([t.factor * jury(t.reward, images, prompts) for t in reward_terms(task.reward)]).sum(0)
+    except RewardFailure as failure:
+        raise UserError(f"teachers.{task.name}.reward", str(failure), "mend it, then go on with --resume") from failure
 
 
 class _Call:

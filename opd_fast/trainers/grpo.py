@@ -101,7 +101,7 @@ class GRPO(Reinforcement):
         kept: dict[str, list[Tensor]] = {"x": [], "sample": [], "mean": []}
         latents = []
         with torch.no_grad(), setup.student.at_rest():
-            for part in self.micro_batches(torch.arange(len(keys))):
+            for part in self.micro_batches(self.mine):
                 condition, mine = self.condition(epoch, part), keys[part.to(keys.device)]
                 guidance = torch.full((len(part),), setup.student.guidance, device=keys.device)
                 x = philox_normal(mine, setup.shape, INITIAL_NOISE)
@@ -133,7 +133,7 @@ class GRPO(Reinforcement):
                 guidance = torch.full((len(part),), setup.student.guidance, device=rows.device)
                 advantage = drawn["advantage"][part]
                 for i, j in enumerate(steps):
-                    x, sample, mean = (drawn[name][part, i] for name in ("x", "sample", "mean"))
+                    x, sample, mean = (drawn[name][self.places(part), i] for name in ("x", "sample", "mean"))
                     sigma = self.drawing[j, -1]
                     v = setup.student.velocities(setup.model, x, sigma, condition)
                     out = log_prob(x, sample, v.cond, v.uncond, guidance, self.drawing, j, mean_old=mean)
@@ -158,5 +158,5 @@ class GRPO(Reinforcement):
                         if self.rl.guard:
                             change = guard_log_ratio(change, out.drift, float(setup.table.std[j]))
                         beyond = (change.exp() - 1).abs() > self.clip
-                        counts["clipped"] += beyond.sum() / (len(rows) * len(steps))
+                        counts["clipped"] += (share * beyond).sum() / len(steps)
         return losses, counts

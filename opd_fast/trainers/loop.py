@@ -30,17 +30,24 @@ from opd_fast.trainers.grpo import GRPO
 from opd_fast.trainers.nft import NFT
 from opd_fast.trainers.opd import OPD
 from opd_fast.trainers.setup import ANCHOR, Setup, prepare
+from opd_fast.trainers.sft import SFT
 
-METHODS: dict[str, Any] = {"opd": OPD, "grpo": GRPO, "nft": NFT}
+METHODS: dict[str, Any] = {"opd": OPD, "grpo": GRPO, "nft": NFT, "sft": SFT}
 GRID_COLUMNS = 8
 
 
 def train(
-    config: Config, run_dir: Path, *, resume: bool = False, profile: bool = False, world: World | None = None
+    config: Config,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+    world: World | None = None,
+    within: Path | None = None,
 ) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`, or on from its newest checkpoint; returns the content of results.json.
 
-    `profile` records some rounds of rank 0 (`opd_fast.profiler`).
+    `profile` records some rounds of rank 0 (`opd_fast.profiler`); `within` is the run that this one is a stage of.
     Every process of `world` calls it alike. Ctrl-C or SIGTERM ends it after the round in hand, everything learnt saved.
     Raises ValueError for what cannot run.
     """
@@ -59,7 +66,7 @@ def train(
     telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.first else Silence()
     with telemetry, RoundProfiler(run_dir, say=telemetry.message) if profile and world.first else nullcontext() as p:
         run.go(telemetry, p.round if p is not None else nullcontext)
-    return run.finish()
+    return run.finish(within or run_dir)
 
 
 def _say(text: str) -> None:
@@ -281,8 +288,8 @@ class Run:
     def _total_seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
-    def finish(self) -> dict[str, Any]:
-        """results.json, the table and the report; an interrupted run only says how to go on."""
+    def finish(self, resume: Path) -> dict[str, Any]:
+        """results.json, the table and the report; an interrupted run only says that `resume` goes on."""
         results = new_results(self.config)
         results["rows"] = self.rows
         results["rounds"] = self.rounds
@@ -290,7 +297,7 @@ class Run:
         if not self.world.first:
             return results
         if self.interrupted:
-            print(f"stopped after round {self.rounds}; go on with --resume {self.run_dir}", flush=True)
+            print(f"stopped after round {self.rounds}; go on with --resume {resume}", flush=True)
             return results
         for row in ("base", "student"):
             self.rows.setdefault(row, {})  # a run without rewards has no numbers to show

@@ -10,6 +10,7 @@ At x_t = (1 - t) x0 + t eps, fresh noise on a drawn image, x0_hat of v+ is pulle
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -114,7 +115,7 @@ class NFT(Reinforcement):
             decay = old_policy_decay(self.rl.decay, epoch * self.rl.updates)
             move_old_policy(self.old, [p.detach() for p in setup.student.parameters()], decay)
         with setup.student.holding(self.old) as transformer:
-            for part in self.micro_batches(torch.arange(len(keys))):
+            for part in self.micro_batches(self.mine):
                 mine = keys[part.to(keys.device)]
                 text = self.text(epoch, part)
                 latents.append(
@@ -140,30 +141,35 @@ class NFT(Reinforcement):
         count = int(levels[0].sum())
         sigmas = setup.table.sigmas[:-1].float().to(rows.device)
         keys = self.keys(epoch, NOISE_STREAM)
-        points = []
-        """(step, rows, shares, old policy's velocity)"""
+        points: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
+        """(step, rows, shares, old policy's velocity or None where it is the student's own)"""
 
         def noised(j: int, part: Tensor) -> Tensor:
-            return torch.lerp(drawn["x0"][part], philox_normal(keys[part], setup.shape, j), sigmas[j])
+            return torch.lerp(drawn["x0"][self.places(part)], philox_normal(keys[part], setup.shape, j), sigmas[j])
 
-        with torch.no_grad(), setup.student.holding(self.old):
+        def velocity(j: int, part: Tensor) -> Tensor:
+            return setup.student.velocities(setup.model, noised(j, part), sigmas[j], self.condition(epoch, part)).cond
+
+        moved = any(not torch.equal(old, p) for old, p in zip(self.old, setup.student.parameters(), strict=True))
+        with torch.no_grad(), setup.student.holding(self.old) if moved else nullcontext():
             for part, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
                 for j in range(setup.table.steps):
                     here = levels[part.cpu(), j].to(part.device)
                     if bool(here.any()):
                         some = part[here]
-                        x, condition = noised(j, some), self.condition(epoch, some)
-                        old = setup.student.velocities(setup.model, x, sigmas[j], condition).cond
-                        points.append((j, some, share[here], old))
+                        points.append((j, some, share[here], velocity(j, some) if moved else None))
         losses = torch.zeros(setup.table.steps, self.images, device=rows.device)
         change = torch.zeros((), device=rows.device)
         with setup.student.at_rest():
-            for j, part, share, old in points:
-                x, condition = noised(j, part), self.condition(epoch, part)
-                base = self.base_velocities(x, sigmas[j], condition).cond if self.kl > 0 else None
-                v = setup.student.velocities(setup.model, x, sigmas[j], condition).cond
+            for j, part, share, before in points:
+                x = noised(j, part)
+                base = self.base_velocities(x, sigmas[j], self.condition(epoch, part)).cond if self.kl > 0 else None
+                v = velocity(j, part)
+                old = v.detach() if before is None else before
                 r = optimality(drawn["advantage"][part], self.rl.advantage_clip)
-                loss = nft_loss(v, old, base, x, sigmas[j], drawn["x0"][part], r, beta=self.rl.beta, kl_weight=self.kl)
+                loss = nft_loss(
+                    v, old, base, x, sigmas[j], drawn["x0"][self.places(part)], r, beta=self.rl.beta, kl_weight=self.kl
+                )
                 weighed = (share * loss).float() / count
                 scaler.scale(weighed.sum()).backward()
                 losses[j, part] = weighed.detach()

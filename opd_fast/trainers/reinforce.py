@@ -2,7 +2,8 @@
 
 A rollout draws `train.samples_per_task` images for each task in its turn, `rl.images_per_prompt` of every prompt. The
 task's reward judges them, and an advantage is a reward's distance from its group's mean, over a standard deviation of
-the task's own: tasks have rewards of different sizes. The rollout serves `rl.updates` rounds, a random part of it each.
+the task's own, since tasks have rewards of different sizes (`rl.statistics: all` takes one for all, as many do). The
+rollout serves `rl.updates` rounds, a random part of it each.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from opd_fast.errors import UserError
 from opd_fast.models.base import TextEmbeds
 from opd_fast.prompts import Prompt
 from opd_fast.rewards import prompt_groups
-from opd_fast.rewards.judge import Jury, RewardFailure
+from opd_fast.rewards.judge import Jury, judged
 from opd_fast.seeds import noise_keys
 from opd_fast.teachers import Course, TeacherBank
 from opd_fast.trainers.advantages import advantages
@@ -26,6 +26,8 @@ from opd_fast.velocity import Conditioning, Velocities
 
 ROLLOUT_STREAM, ORDER_STREAM = 1, 3
 """Set apart what is drawn from one seed."""
+EVERYWHERE = ("reward", "advantage", "task")
+"""What every process knows of all images."""
 
 
 class Reinforcement(ABC):
@@ -36,13 +38,18 @@ class Reinforcement(ABC):
         config = setup.config
         self.rl = config.rl
         self.images = config.train.samples_per_task * setup.schedule.per_round
+        """Of a rollout, on all devices."""
+        mine, own = setup.world.rows(self.images)
+        self.mine = torch.tensor(mine[:own], dtype=torch.int64)
+        """Which of them this process draws and learns from."""
         self.samples = self.images / self.rl.updates
         """Images that a round learns from."""
         self.kl = self.rl.kl if self.rl.kl is not None else self.published_kl
         self.jury = Jury("raise", config.evaluation.reward_timeout)
         self._base = TeacherBank.of_base(setup.model, config.student.guidance)
         self._drawn: dict[str, Tensor] = {}
-        """The rollout in hand: every tensor's first dimension is its images."""
+        """The rollout in hand: of all images reward, advantage and task, (images,); of this process's own, in the order
+        of `mine`, what `roll_out` found."""
         self._counts: dict[str, Tensor] = {}
         """What the last round has for its metrics beside the loss, each 0-dim."""
 
@@ -50,15 +57,16 @@ class Reinforcement(ABC):
 
     @abstractmethod
     def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The final latents (B, C, H, W) of rollout `epoch`, and what learning needs of it."""
+        """The final latents (own images, C, H, W) of rollout `epoch`, and what learning needs of it."""
 
     @abstractmethod
     def learn(
         self, epoch: int, rows: Tensor, shares: Tensor, scaler: torch.amp.GradScaler
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the gradient of the loss of `rows` (n,), weighed by `shares` (n,), sum 1.
+        """Add the gradient of the loss of `rows` (n,), some of `mine`, weighed by `shares` (n,).
 
-        Returns the weighed losses (steps, B) float32, 0 for images that are not in `rows`, and counts for the metrics.
+        Returns the weighed losses (steps, images) float32, 0 for images that are not in `rows`, and counts for the
+        metrics, weighed alike.
         """
 
     @abstractmethod
@@ -82,13 +90,17 @@ class Reinforcement(ABC):
             self._drawn = self._draw(epoch)
         drawn = self._drawn
         order = torch.randperm(self.images, generator=generator(self.setup.config.train.seed, ORDER_STREAM, epoch))
-        order = order.to(drawn["advantage"].device)
+        device, world = drawn["advantage"].device, self.setup.world
+        order = order.to(device)
         rows = order[self.chosen(drawn)[order]][part :: self.rl.updates]
-        weights = torch.tensor([teacher.weight for teacher in self.setup.config.teachers], device=rows.device)
-        shares = weights[drawn["task"][rows]]
-        losses, self._counts = torch.zeros(1, self.images, device=rows.device), {}
+        weights = torch.tensor([teacher.weight for teacher in self.setup.config.teachers], device=device)
+        shares = weights[drawn["task"]] / weights[drawn["task"][rows]].sum() * world.size  # gradients are averaged
+        own = rows[rows % world.size == world.rank]
+        losses, self._counts = torch.zeros(len(self.trained_steps(epoch)), self.images, device=device), {}
         if len(rows):
-            losses, self._counts = self.learn(epoch, rows, shares / shares.sum(), scaler)
+            losses, counts = self.learn(epoch, own, shares[own], scaler)
+            self._counts = {name: world.mean(value) for name, value in counts.items()}
+        self.setup.student.average_gradients()
         for parameter in self.setup.student.parameters():
             if parameter.grad is None:  # nothing to learn from: a step of zero, which a gradient scaler can judge
                 parameter.grad = torch.zeros_like(parameter)
@@ -98,7 +110,7 @@ class Reinforcement(ABC):
             self._counts[f"reward/{name}"] = drawn["reward"][drawn["task"] == task].mean()
         if part == self.rl.updates - 1:
             self._drawn = {}
-        return losses
+        return world.mean(losses)
 
     def fault(self, index: int, losses: Tensor) -> str | None:
         """Where a round's losses first cease to be finite, in words; None where all are."""
@@ -116,14 +128,18 @@ class Reinforcement(ABC):
         return {"loss": float(losses.sum())} | {name: float(value) for name, value in self._counts.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """The rollout in hand, where a checkpoint falls between two of its updates."""
-        return {f"drawn.{name}": tensor for name, tensor in self._drawn.items()}
+        """The rollout in hand, whole, where a checkpoint falls between two of its updates."""
+        collect = self.setup.world.collect
+        return {
+            f"drawn.{name}": tensor if name in EVERYWHERE else collect(tensor, self.images)
+            for name, tensor in self._drawn.items()
+        }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        prefix = "drawn."
-        device = self.setup.model.device
-        self._drawn = {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
+        """Take over what `state` gave, on however many processes."""
+        prefix, device = "drawn.", self.setup.model.device
+        drawn = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self._drawn = {k: (v if k in EVERYWHERE else v[self.mine]).to(device) for k, v in drawn.items()}
 
     # --- the methods' side -------------------------------------------------------------------------------------------
 
@@ -135,6 +151,10 @@ class Reinforcement(ABC):
             prompts = [setup.prompts[task][i] for i in indices for _ in range(self.rl.images_per_prompt)]
             found.append((task, prompts))
         return found
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Where images of this process lie among `mine`."""
+        return rows // self.setup.world.size
 
     def keys(self, epoch: int, stream: int = ROLLOUT_STREAM) -> Tensor:
         """(B,) int64 noise keys of the rollout's images."""
@@ -159,29 +179,44 @@ class Reinforcement(ABC):
         return self._base.velocities(x, sigma, course)
 
     def micro_batches(self, rows: Tensor) -> Iterator[Tensor]:
-        yield from rows.split(self.setup.config.train.micro_batch or max(1, len(rows)))
+        if len(rows):  # a process may have none
+            yield from rows.split(self.setup.config.train.micro_batch or len(rows))
 
     def _draw(self, epoch: int) -> dict[str, Tensor]:
         with torch.no_grad():
             latents, needed = self.roll_out(epoch)
             images = self.setup.model.decode(latents)
-        rewards, worth, owners, first = [], [], [], 0
+        rewards = self._rewards(epoch, images)
+        groups = [prompt_groups(prompts) for _, prompts in self.tasks(epoch)]
+        owners = [torch.full((len(prompts),), task) for task, prompts in self.tasks(epoch)]
+        found = {"reward": rewards, "task": torch.cat(owners)}
+        found["advantage"] = self._advantages(list(rewards.split([len(own) for own in groups])), groups)
+        return {name: tensor.to(latents.device) for name, tensor in found.items()} | needed
+
+    def _rewards(self, epoch: int, images: Tensor) -> Tensor:
+        """(images,) float32 on the CPU, of all processes; each judges what it drew."""
+        mine, first, teachers = torch.empty(len(self.mine)), 0, self.setup.config.teachers
         for task, prompts in self.tasks(epoch):
-            reward = self.setup.config.teachers[task].reward
-            assert reward is not None
-            try:
-                mine = self.jury(reward, images[first : first + len(prompts)], prompts)
-            except RewardFailure as failure:
-                key = f"teachers.{self.setup.config.teachers[task].name}.reward"
-                raise UserError(key, str(failure), "mend it, then go on with --resume") from failure
-            rewards.append(mine)
-            groups = prompt_groups(prompts)
-            worth.append(advantages(mine, groups, std=self.rl.std, clip=self.rl.advantage_clip))
-            owners.append(torch.full((len(prompts),), task))
+            here = (self.mine >= first) & (self.mine < first + len(prompts))
+            if bool(here.any()):
+                asked = [prompts[i - first] for i in self.mine[here].tolist()]
+                mine[here] = judged(self.jury, teachers[task], images[here.to(images.device)], asked)
             first += len(prompts)
-        device = latents.device
-        found = {"reward": torch.cat(rewards), "advantage": torch.cat(worth), "task": torch.cat(owners)}
-        return {name: tensor.to(device) for name, tensor in found.items()} | needed
+        device = self.setup.model.device  # where NCCL can gather
+        return self.setup.world.collect(mine.to(device), self.images).cpu()
+
+    def _advantages(self, rewards: list[Tensor], groups: list[Tensor]) -> Tensor:
+        """(B,) of all tasks; each task has statistics of its own, or they are thrown together."""
+        if self.rl.statistics == "all":
+            counts = [int(own.max()) + 1 for own in groups]
+            before = [sum(counts[:i]) for i in range(len(counts))]
+            groups = [torch.cat([own + start for own, start in zip(groups, before, strict=True)])]
+            rewards = [torch.cat(rewards)]
+        parts = [
+            advantages(mine, own, std=self.rl.std, clip=self.rl.advantage_clip)
+            for mine, own in zip(rewards, groups, strict=True)
+        ]
+        return torch.cat(parts)
 
 
 def generator(*path: int) -> torch.Generator:

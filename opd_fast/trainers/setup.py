@@ -18,7 +18,7 @@ from opd_fast.models.base import DiffusionModel
 from opd_fast.parallel import World
 from opd_fast.plan import check_guidance, lora_modules, make_plan, resolve
 from opd_fast.prompts import Prompt, PromptSource, TaskSchedule, load_prompts
-from opd_fast.rewards import REPORTED
+from opd_fast.rewards import REPORTED, reward_terms
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.start import MERGED
@@ -83,7 +83,7 @@ def prepare(
     prompts = [load_prompts(teacher.prompts) for teacher in config.teachers]
     sources = [PromptSource(len(p), train.seed, stream) for stream, p in enumerate(prompts)]
     shares = [teacher.share for teacher in config.teachers]
-    schedule = TaskSchedule(shares, train.tasks_per_round, train.task_schedule, train.seed)
+    schedule = TaskSchedule(shares, train.tasks_per_round, train.task_schedule, train.seed, config.trained)
     tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config)) is not None]
 
     torch.backends.cuda.matmul.allow_tf32 = resolved.tf32
@@ -176,7 +176,7 @@ def prepare(
 def forwards(config: Config, model: DiffusionModel, world: World) -> Forwards:
     """The sizes of this process's forwards in a round."""
     train = config.train
-    tasks = train.tasks_per_round or len(config.teachers)
+    tasks = train.tasks_per_round or len(config.trained)
     samples = -(-tasks * train.samples_per_task // world.size)
     at_once = min(train.micro_batch or samples, samples)
     branches = 2 if model.guidance_kind == "cfg" else 1
@@ -192,7 +192,7 @@ def blocks_to_recompute(config: Config, device: torch.device, devices: int) -> i
     """engine.recompute, or what a GPU's memory demands."""
     if config.engine.recompute is not None:
         return config.engine.recompute
-    if device.type != "cuda" or config.reinforces:
+    if device.type != "cuda" or config.train.method != "opd":
         return 0
     return make_plan(config, devices).load.recomputed
 
@@ -247,4 +247,5 @@ def evaluation_task(teacher: TeacherConfig, config: Config) -> EvalTask | None:
     prompts = load_prompts(source, split="test")
     # A short file is gone through several times, with other noise each time.
     repeated = [prompts[i % len(prompts)] for i in range(config.evaluation.prompts)]
-    return EvalTask(teacher.name, repeated, [teacher.reward, *REPORTED.get(teacher.reward, ())])
+    first = reward_terms(teacher.reward)[0].reward
+    return EvalTask(teacher.name, repeated, [first, *REPORTED.get(first, ())])

@@ -8,8 +8,8 @@ Stages, each leaving its result in the output folder, so that a later one can be
    Half of the scenes are ideal ones (`shapes.scene`): with little else left open, a caption's words are learnt sooner.
 4. `base`: the generalist weakened as web data weaken a model: some more steps with part of the captions swapped, and no
    ideal scene.
-5. `teachers`: one LoRA a task on the frozen base. `make_teacher` is the seam: any other way to train a teacher goes
-   there.
+5. `teachers`: one LoRA a task on the frozen base, by reinforcement learning: the recipes `teacher-composition`
+   (DiffusionNFT), `teacher-text` and `teacher-colour` (GRPO-Guard).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import argparse
 import itertools
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,12 +53,9 @@ class Recipe:
     base_steps: int = 1000
     swapped_captions: float = 0.35
     """Share of composition and text captions swapped for another of the same task in the `base` stage."""
-    teacher_steps: dict[str, int] = field(
-        default_factory=lambda: {"composition": 400, "text": 250, "colour": 120}, hash=False
-    )
-    teacher_pool: int = 12_000
-    teacher_rank: int = 16
     batch: int = 32
+    teacher_options: tuple[str, ...] = ()
+    """Of the teachers' command lines, to try the stage in less time."""
 
 
 def log(text: str) -> None:
@@ -428,51 +426,40 @@ def train_generator(recipe: Recipe, out: Path, work: Path, *, stage: str) -> Non
         save_pipeline(model, tokenizer, out)
 
 
-def make_teacher(recipe: Recipe, out: Path, task: str) -> None:
-    """The LoRA of one task: the base fine-tuned by flow matching on its task's data, ideal scenes under true captions.
+def make_teacher(recipe: Recipe, out: Path, work: Path, task: str) -> None:
+    """The LoRA of one task: what its recipe's run ends with. One that was cut off goes on."""
+    from opd_fast.command import parse, prepare_run_dir
+    from opd_fast.trainers.loop import train
 
-    The published method makes its teachers by reinforcement learning; whatever replaces this writes the same folder.
-    """
-    from diffusers import SD3Transformer2DModel
-    from peft import LoraConfig
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+    run_dir = work / f"teacher-{task}"
+    if not (run_dir / "results.json").is_file():
+        options = [f"teacher-{task}", "--model.path", str(out / "pipeline"), "--seed", str(recipe.seed)]
+        options += recipe.teacher_options
+        begun = (run_dir / "config.yaml").is_file()
+        command = parse(["--resume", str(run_dir)] if begun else [*options, "--run-dir", str(run_dir)])
+        train(command.config, prepare_run_dir(command), resume=begun)
+    keep_teacher(run_dir, out / "teachers" / task)
 
-    from opd_fast.lora import save_lora
-    from opd_fast.models import SD3
 
-    folder = out / "pipeline"
-    torch.manual_seed(recipe.seed + 10 + shapes.TASKS.index(task))
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    encoders = [
-        CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=torch.float32)
-        for name in ("text_encoder", "text_encoder_2")
+def keep_teacher(run_dir: Path, folder: Path) -> None:
+    """Put a finished run's student into `folder` in PEFT's layout, with its settings and a `training.json` that tells
+    seed, seconds, rewards on held-out prompts, and their curve."""
+    from opd_fast.telemetry import read_metrics
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(run_dir / "student" / name, folder / name)
+    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter["base_model_name_or_path"] = "bundled"
+    (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
+    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    curve = [
+        {"round": line["round"], "seconds": line["time"], "rewards": line["evaluation"]}
+        for line in read_metrics(run_dir / "metrics.jsonl")
+        if "evaluation" in line
     ]
-    transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
-    model = TextToVelocity(encoders, transformer).requires_grad_(False)
-    targets = SD3.lora_targets["attention"]
-    alpha = 2 * recipe.teacher_rank
-    transformer.add_adapter(
-        LoraConfig(r=recipe.teacher_rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
-    )
-    average = Average(transformer, 0.99)
-    pools = {task: encode_pool(load_vae(out), task, recipe.teacher_pool, recipe.seed + 3, ideal=True)}
-    flow_matching(
-        model,
-        [p for p in transformer.parameters() if p.requires_grad],
-        batches(pools, {task: 1.0}, tokenizer, recipe.batch),
-        steps=recipe.teacher_steps[task],
-        lr=1e-3,
-        name=f"teacher {task}",
-        on_step=average.update,
-    )
-    halves: dict[str, dict[str, Tensor]] = {}
-    for name, value in average.shadow.items():
-        module, _, rest = name.partition(".lora_")
-        if rest:
-            halves.setdefault(module, {})[rest[0]] = value
-    tensors = {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
-    save_lora(out / "teachers" / task, tensors, rank=recipe.teacher_rank, alpha=alpha, base_model="bundled")
-    (out / "teachers" / task / "pytorch_lora_weights.safetensors").unlink()  # PEFT's layout alone is bundled
+    told = {"recipe": f"teacher-{folder.name}", **results, "curve": curve}
+    (folder / "training.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def save_pipeline(model: TextToVelocity, tokenizer: Any, out: Path) -> None:
@@ -513,7 +500,7 @@ def main() -> None:
             train_generator(recipe, arguments.out, arguments.work, stage=stage)
         else:
             for task in shapes.TASKS:
-                make_teacher(recipe, arguments.out, task)
+                make_teacher(recipe, arguments.out, arguments.work, task)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""A run in stages: each trains in a folder of its own, from the student that the one before it left."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from opd_fast.checkpoint import replace_folder
+from opd_fast.config import Config, to_yaml
+from opd_fast.parallel import World
+from opd_fast.report import new_results, newest_grids, print_table, write_report, write_results
+from opd_fast.stages import Stage, stages_hash
+from opd_fast.telemetry import read_metrics
+from opd_fast.trainers.loop import train
+
+
+def train_stages(
+    stages: Sequence[Stage],
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Run the stages one after the other, or on from where they stood; returns the content of results.json.
+
+    It has the base's rewards, the teachers', those after each stage (rows `stage:NAME`) and the last student's, and the
+    rounds and seconds of all together. An interrupted run returns what its stage did.
+    """
+    world = world or World()
+    done: list[dict[str, Any]] = []
+    folders = [run_dir / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]
+    for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
+        config = stage.config if number == 0 else starting_from(stage.config, folders[number - 1] / "student")
+        results = world.on_first(partial(_finished, folder)) if resume else None
+        if results is None:
+            if world.first:
+                print(f"stage {number + 1} of {len(stages)}: {stage.name}", flush=True)
+            again = world.on_first(partial(_begin, folder, config))
+            results = train(config, folder, resume=again, profile=profile, world=world, within=run_dir)
+        if results["rounds"] < config.train.rounds:
+            return results
+        done.append(results)
+    return _finish(stages, folders, done, run_dir, world)
+
+
+def starting_from(config: Config, student: Path) -> Config:
+    """The settings with another start."""
+    config = copy.deepcopy(config)
+    config.student.start = str(student)
+    return config
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The results of a stage that ran to its end."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _begin(folder: Path, config: Config) -> bool:
+    """Make a stage's folder; whether one was there."""
+    again = (folder / "config.yaml").is_file()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return again
+
+
+def _finish(
+    stages: Sequence[Stage], folders: Sequence[Path], done: Sequence[dict[str, Any]], run_dir: Path, world: World
+) -> dict[str, Any]:
+    results = new_results(stages[-1].config) | {"config_hash": stages_hash(stages)}
+    rows = {"base": done[0]["rows"]["base"]}
+    for found in done:
+        rows |= {name: means for name, means in found["rows"].items() if name.startswith("teacher:")}
+    rows |= {f"stage:{stage.name}": found["rows"]["student"] for stage, found in zip(stages, done, strict=True)}
+    results["rows"] = rows | {"student": done[-1]["rows"]["student"]}
+    results["recovered"] = done[-1]["recovered"]
+    results["rounds"] = sum(found["rounds"] for found in done)
+    results["seconds"] = {key: round(sum(found["seconds"][key] for found in done), 2) for key in ("train", "total")}
+    if not world.first:
+        return results
+    last = folders[-1] / "student"
+    replace_folder(run_dir / "student", lambda part: shutil.copytree(last, part, dirs_exist_ok=True))  # type: ignore[arg-type]
+    (run_dir / "samples").mkdir(exist_ok=True)
+    for path in newest_grids(folders[-1]).values():
+        shutil.copy(path, run_dir / "samples")
+    write_results(run_dir, results)
+    print_table(results)
+    write_report(run_dir, results, history(folders, done))
+    print(f"student: {run_dir / 'student'}   report: {run_dir / 'report.html'}", flush=True)
+    return results
+
+
+def history(folders: Sequence[Path], done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of all stages' metrics.jsonl, rounds and seconds counted through."""
+    lines: list[dict[str, Any]] = []
+    rounds, seconds = 0, 0.0
+    for folder, results in zip(folders, done, strict=True):
+        for line in read_metrics(folder / "metrics.jsonl"):
+            lines.append(line | {"round": rounds + line["round"], "time": seconds + line["time"]})
+        rounds, seconds = rounds + results["rounds"], seconds + results["seconds"]["total"]
+    return lines
