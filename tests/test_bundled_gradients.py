@@ -30,7 +30,7 @@ from opd_fast.trainers.setup import Setup, prepare
 from opd_fast.velocity import Conditioning, Velocities
 from opd_kernels import log_prob_reference, philox_normal
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 STEPS, TOKENS, GUIDANCE = 10, 12, 3.0
 STEP = 5
@@ -182,11 +182,12 @@ def state(taught: Setup) -> State:
 
 
 def within_standard_error(draws: Tensor, mean: Tensor) -> None:
-    """Every coordinate, along the draws' principal axes, within 5 standard errors, and their squares average 1."""
-    _, sizes, axes = torch.linalg.svd(draws - draws.mean(0), full_matrices=False)
-    keep = sizes > 1e-4 * sizes[0]  # of a Jacobian in float32
-    z = (axes[keep] @ (draws.mean(0) - mean)) / (sizes[keep] / len(draws))
-    assert int(keep.sum()) > 30
+    """Every coordinate within 5 standard errors, and their squares average 1. The coordinates are the Jacobian's own
+    axes, along which white noise stays independent."""
+    error = draws.std(0) / len(draws) ** 0.5
+    keep = error > 1e-4 * error.max()  # of a Jacobian in float32
+    z = ((draws.mean(0) - mean) / error)[keep]
+    assert len(z) > 30
     assert float(z.abs().max()) < 5
     assert abs(float(z.square().mean()) - 1) < 5 * (2 / len(z)) ** 0.5
 
@@ -328,8 +329,10 @@ def test_rounds_draw_their_queries_evenly(taught: Setup, law: str, queries: int)
     """Over many rounds' numbers each step's factor averages 1, within 5 standard errors."""
     method = queried(taught, law, queries)
     factors = torch.stack([method.weights(index)[:-1] / method.weight[:-1] for index in range(2000)])
+    often = method.law * queries > 0.01  # a step that is drawn once in a thousand rounds needs more of them
+    assert int(often.sum()) >= 6
     error = factors.std(0) / len(factors) ** 0.5
-    assert bool(((factors.mean(0) - 1).abs() <= 5 * error + 1e-12).all())
+    assert bool(((factors.mean(0) - 1).abs() <= 5 * error + 1e-12)[often].all())
 
 
 # --- GRPO -------------------------------------------------------------------------------------------------------------
