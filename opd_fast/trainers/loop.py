@@ -65,7 +65,11 @@ def train(
     rounds, begun = config.train.rounds, run.rounds
     telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.first else Silence()
     with telemetry, RoundProfiler(run_dir, say=telemetry.message) if profile and world.first else nullcontext() as p:
-        run.go(telemetry, p.round if p is not None else nullcontext)
+        try:
+            run.go(telemetry, p.round if p is not None else nullcontext)
+        except UserError:
+            checkpoints.wait()  # what is being written shall be there for --resume
+            raise
     return run.finish(within or run_dir)
 
 
