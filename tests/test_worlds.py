@@ -161,6 +161,7 @@ def test_a_teacher_is_what_its_recipe_ends_with(tmp_path: Path) -> None:
     assert (told["recipe"], told["seed"], told["rounds"]) == ("teacher-colour", 3, 2)
     assert [point["round"] for point in told["curve"]] == [0, 1, 2]
     assert told["curve"][-1]["rewards"]["colour"] == told["rows"]["student"]
+    assert len(told["training_rewards"]) == 2
     before = (tmp_path / "work" / "teacher-colour" / "metrics.jsonl").stat().st_mtime_ns
     build.make_teacher(recipe, out, tmp_path / "work", "colour")  # there already
     assert (tmp_path / "work" / "teacher-colour" / "metrics.jsonl").stat().st_mtime_ns == before

@@ -443,7 +443,7 @@ def make_teacher(recipe: Recipe, out: Path, work: Path, task: str) -> None:
 
 def keep_teacher(run_dir: Path, folder: Path) -> None:
     """Put a finished run's student into `folder` in PEFT's layout, with its settings and a `training.json` that tells
-    seed, seconds, rewards on held-out prompts, and their curve."""
+    seed, seconds, rewards on held-out prompts and their curve, and each round's mean reward in training."""
     from opd_fast.telemetry import read_metrics
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -458,7 +458,8 @@ def keep_teacher(run_dir: Path, folder: Path) -> None:
         for line in read_metrics(run_dir / "metrics.jsonl")
         if "evaluation" in line
     ]
-    told = {"recipe": f"teacher-{folder.name}", **results, "curve": curve}
+    drawn = [line[f"reward/{folder.name}"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
+    told = {"recipe": f"teacher-{folder.name}", **results, "curve": curve, "training_rewards": drawn}
     (folder / "training.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
