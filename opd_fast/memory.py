@@ -15,6 +15,8 @@ masters cut into s shards:
     optimizer          8 T          AdamW's two moments; full: / s
     average            4 T          full: / s
     activations        of one student forward of at most micro_batch samples: see `activations`
+    rollout            what reinforcement learning keeps of the images in hand
+    old policy         4 T          DiffusionNFT: the weights that draw
 
 ZeRO (arXiv 1910.02054, section 3) counts the same things. The base, the masters and what follows them are cut into
 s = world shards under fsdp2 and s = the ranks of a group under hsdp; s = 1 otherwise.
@@ -69,6 +71,11 @@ class Load:
     blocks: int = 1
     boundary: int = 0
     """Bytes of one sample at the entrance of a block, both branches."""
+    drawn: int = 0
+    """Samples of a rollout that is kept to learn from, on all devices."""
+    kept: int = 0
+    """Bytes of each of them."""
+    old_policy: bool = False
     recomputed: int = 0
     """Blocks of the student that keep their inputs alone and are computed again in the backward."""
 
@@ -116,6 +123,8 @@ def memory(load: Load, strategy: Strategy, world: int = 1, shard_size: int = 8) 
         "optimizer": 2 * _cut(trained, of_masters),
         "average": _cut(trained, of_masters),
         "activations": activations(load) * load.forward_samples(world),
+        **({"rollout": load.kept * math.ceil(load.drawn / world)} if load.drawn else {}),
+        **({"old policy": trained} if load.old_policy else {}),
     }
 
 

@@ -299,8 +299,6 @@ def _strategy(config: Config, size: int) -> Strategy:
         return asked
     if size == 1:
         return "single"
-    if config.reinforces:
-        return "ddp"
     from opd_fast.plan import make_plan
 
     return make_plan(config, size).strategy

@@ -98,9 +98,11 @@ class Plan:
     resolved: Resolved
     devices: int
     samples: int
-    """Of a round, on all devices."""
+    """Of a round, on all devices; of methods that learn from one rollout several times, of the rollout."""
+    updates: int
+    """Rounds that a rollout serves."""
     student_rows: int
-    """Of a step, on all devices."""
+    """Of a step that is learnt from, on all devices."""
     teacher_rows: dict[str, int]
     """When the teacher's task has a turn."""
     turns: dict[str, float]
@@ -110,9 +112,8 @@ class Plan:
     trained_steps: int
     asked_steps: float
     """Trained steps that a round has a loss at, on average: fewer where steps are queried."""
-    rehearsals: int
-    """Rollouts without gradient before the one that trains."""
-    anchor_rows: int
+    round_rows: dict[str, int]
+    """Transformer rows of a round, by what they are for."""
     latent: tuple[int, int, int]
     image_tokens: int
     text_tokens: int
@@ -138,18 +139,6 @@ class Plan:
     evaluation_rows: int
 
     @property
-    def round_rows(self) -> dict[str, int]:
-        """Transformer rows of a round: student forward, student backward, teacher forward, anchor forward. Queries end
-        a rollout at the last queried step, which is not taken off the student's forwards."""
-        teachers = sum(rows * self.turns[name] for name, rows in self.teacher_rows.items())
-        rows = {
-            "student forward": self.student_rows * self.trained_steps * (1 + self.rehearsals),
-            "student backward": round(self.student_rows * self.asked_steps),
-            "teacher forward": round(teachers * self.asked_steps * (1 + self.rehearsals)),
-        }
-        return rows | ({"anchor forward": round(self.anchor_rows * self.asked_steps)} if self.anchor_rows else {})
-
-    @property
     def bytes(self) -> dict[str, int]:
         """Of the fullest device at a round's peak, by purpose (`opd_fast.memory`)."""
         return memory(self.load, self.strategy, self.devices, self.shard_size)
@@ -171,12 +160,10 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         ValueError: the model's folder is missing or damaged, or does not fit the settings.
     """
     from opd_fast.models import outline_model
-    from opd_fast.objectives import query_law, step_weights
+    from opd_fast.objectives import step_weights
     from opd_fast.prompts import TaskSchedule
     from opd_fast.solvers import solver_table
 
-    if config.train.method != "opd":
-        raise UserError("train.method", f"{config.train.method} has no plan yet", "start the run without --dry-run")
     resolved = resolve(config)
     devices = devices or int(os.environ.get("WORLD_SIZE", "1"))
     gpu_memory = gpu_memory or _own_memory(resolved.device)
@@ -202,10 +189,15 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     # A teacher that is not on this machine counts as large as the student's LoRA, or as 1 % of full weights.
     o = config.objective
     anchors = [] if o.anchor is None or o.anchor == "base" else [o.anchor]
-    frozen = [teacher.weights for teacher in config.teachers] + anchors
+    frozen = [teacher.weights for teacher in config.teachers if not config.reinforces] + anchors
     adapters = sum(_adapter_values(weights) or adapter or parameters // 100 for weights in frozen)
     row, traced = _row_cost(model, config, layers if lora else None)
-    trained_steps = s.steps if s.train_last else s.steps - 1
+    trained_steps = _trained_steps(config)
+    updates = {"opd": 1, "sft": config.sft.updates}.get(config.train.method, config.rl.updates)
+    own_branches = _branches(config.student.guidance if config.train.method != "sft" else 1.0, branches)
+    latent = model.latent_shape(settings.resolution)
+    # States, next states and means of the trained steps, or the last latent alone; float32.
+    kept = 4 * math.prod(latent) * (3 * trained_steps if config.train.method == "grpo" else 1)
     load = Load(
         kind=config.student.kind,
         parameters=parameters,
@@ -219,13 +211,16 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         placement=config.engine.placement,
         offload=config.parallel.offload_teachers,
         reshard=config.parallel.reshard,
-        samples=samples,
+        samples=-(-samples // updates),
         micro_batch=config.train.micro_batch,
-        activation=row.saved * _branches(config.student.guidance, branches),
+        activation=row.saved * own_branches,
         steps=trained_steps,
         tasks=schedule.per_round,
         blocks=len(blocks),
-        boundary=_boundary(model, settings.resolution) * _branches(config.student.guidance, branches),
+        boundary=_boundary(model, settings.resolution) * own_branches,
+        drawn=0 if config.train.method == "opd" else samples,
+        kept=kept,
+        old_policy=config.train.method == "nft",
         recomputed=min(config.engine.recompute or 0, len(blocks)),
     )
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
@@ -236,27 +231,33 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         load = replace(load, recomputed=again)
         reason = f"{_strategy(config, load, devices, ranks_per_node, gpu_memory)[2]}, as {again} blocks recompute"
     evaluations, evaluation_rows = _evaluation(config, branches)
-    asked = float(trained_steps)
-    if o.queries is not None:  # a step is drawn at all with this probability, systematic sampling's
-        law = query_law(trained_steps, o.query_law, o.query_alpha, o.query_beta)
-        asked = float((law * o.queries).clamp(max=1).sum())
+    teacher_rows = {
+        t.name: per_task * _branches(t.guidance, branches) for t in config.teachers if not config.reinforces
+    }
+    turns = {t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)}
+    asked = _asked_steps(config, trained_steps)
+    rows = (
+        _rows_of_distillation(config, samples * own_branches, trained_steps, asked, teacher_rows, turns)
+        if config.train.method == "opd"
+        else _rows_of_learning(config, samples * own_branches, trained_steps, updates, teacher_rows, turns)
+    )
     return Plan(
         resolved=resolved,
         devices=devices,
         samples=samples,
-        student_rows=samples * _branches(config.student.guidance, branches),
-        teacher_rows={t.name: per_task * _branches(t.guidance, branches) for t in config.teachers},
-        turns={t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)},
+        updates=updates,
+        student_rows=load.samples * own_branches,
+        teacher_rows=teacher_rows,
+        turns=turns,
         forwards_per_step=load.forwards_per_step(devices),
         trained_steps=trained_steps,
         asked_steps=asked,
-        rehearsals=int(o.kind == "ppo" and o.reward_gradient == "return_to_go"),
-        anchor_rows=0 if o.anchor is None else samples * _branches(config.student.guidance, branches),
-        latent=model.latent_shape(settings.resolution),
+        round_rows=rows,
+        latent=latent,
         image_tokens=model.image_tokens(settings.resolution),
         text_tokens=model.text_tokens,
         table=table,
-        weight=step_weights(table, config.objective.kind).tolist(),
+        weight=step_weights(table, config.objective.kind).tolist() if config.train.method == "opd" else [],
         parameters=parameters,
         trainable=load.trainable,
         blocks=len(blocks),
@@ -274,6 +275,64 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     )
 
 
+def _trained_steps(config: Config) -> int:
+    """Solver steps, or noise levels, at which a sample is learnt from."""
+    s, rl = config.sampler, config.rl
+    return {
+        "opd": s.steps if s.train_last else s.steps - 1,
+        "grpo": s.steps - 1 if rl.window is None else rl.window,
+        "nft": int(s.steps * rl.timestep_fraction),
+        "sft": 1,
+    }[config.train.method]
+
+
+def _asked_steps(config: Config, trained_steps: int) -> float:
+    from opd_fast.objectives import query_law
+
+    o = config.objective
+    if o.queries is None:
+        return float(trained_steps)
+    # A step is drawn at all with this probability, systematic sampling's.
+    law = query_law(trained_steps, o.query_law, o.query_alpha, o.query_beta)
+    return float((law * o.queries).clamp(max=1).sum())
+
+
+def _rows_of_distillation(
+    config: Config, rows: int, steps: int, asked: float, teacher_rows: dict[str, int], turns: dict[str, float]
+) -> dict[str, int]:
+    """Of a round, from the student's `rows` of a step. Queries end a rollout at the last queried step, which is not
+    taken off the student's forwards."""
+    o = config.objective
+    rollouts = 2 if o.kind == "ppo" and o.reward_gradient == "return_to_go" else 1  # one without gradient before
+    teachers = sum(rows * turns[name] for name, rows in teacher_rows.items())
+    found = {
+        "student forward": rows * steps * rollouts,
+        "student backward": round(rows * asked),
+        "teacher forward": round(teachers * asked * rollouts),
+    }
+    return found | ({"anchor forward": round(rows * asked)} if o.anchor is not None else {})
+
+
+def _rows_of_learning(
+    config: Config, rows: int, steps: int, updates: int, teacher_rows: dict[str, int], turns: dict[str, float]
+) -> dict[str, int]:
+    """Of a round, from the `rows` of a step of a whole rollout, which serves `updates` rounds; GRPO from no more:
+    images of groups without variance are left out."""
+    method, drawn = config.train.method, config.sampler.steps / updates
+    if method == "sft":
+        teachers = sum(rows * turns[name] for name, rows in teacher_rows.items()) * config.sft.images_per_prompt
+        found = {"teacher rollout": round(teachers * drawn)}
+    else:
+        found = {"rollout": round(rows * drawn)}
+    learnt = round(rows * steps / updates)
+    found |= {"student forward": learnt, "student backward": learnt}
+    published = {"grpo": 0.04, "nft": 1e-4}.get(method, 0.0)  # as the trainers have it
+    if method == "nft":
+        found["old policy forward"] = learnt
+    to_base = config.sft.base_weight if method == "sft" else published if config.rl.kl is None else config.rl.kl
+    return found | ({"base forward": learnt} if to_base > 0 else {})
+
+
 def _strategy(
     config: Config, load: Load, devices: int, ranks_per_node: int, gpu_memory: float
 ) -> tuple[Strategy, int, str]:
@@ -287,6 +346,9 @@ def _strategy(
     if wanted == "single" and devices > 1:
         raise UserError("parallel.strategy", f"single on {devices} devices", "give auto, ddp, fsdp2 or hsdp")
     chosen, reason = choose_strategy(load, devices, gpu_memory * GIB, shard_size)
+    if config.train.method != "opd" and chosen not in ("single", "ddp"):
+        need = sum(memory(load, "ddp", devices, shard_size).values()) / GIB
+        return "ddp", shard_size, f"{config.train.method} shards no weights, but {need:.1f} GiB do not fit"
     if wanted == "auto":
         return chosen, shard_size, reason
     why = "as parallel.strategy says"
@@ -395,7 +457,7 @@ def _evaluation(config: Config, branches: int) -> tuple[int, int]:
         return 0, 0
     student = len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end
     guidance = config.student.guidance if e.guidance is None else e.guidance
-    models = student + 1 + len(config.teachers)
+    models = student + 1 + (0 if config.reinforces else len(config.teachers))
     return student, models * tasks * e.prompts * e.steps * _branches(guidance, branches)
 
 
@@ -417,15 +479,16 @@ def print_plan(plan: Plan, config: Config, run_dir: Path, missing: Iterable[User
     for name, value in _facts(plan, config, run_dir):
         facts.add_row(f"[dim]{name}", value)
     console.print(facts)
-    console.rule(f"solver {plan.table.solver}, eta {plan.table.eta:g}, {config.objective.variance}", align="left")
-    rows = Table(box=None, header_style="dim")
-    for name in ("step", "sigma", "a", "b", "h", "std", "weight", "trained"):
-        rows.add_column(name, justify="right", no_wrap=True)
     t = plan.table
+    variance = f", {config.objective.variance}" if plan.weight else ""
+    console.rule(f"solver {t.solver}, eta {t.eta:g}{variance}", align="left")
+    rows = Table(box=None, header_style="dim")
+    for name in ("step", "sigma", "a", "b", "h", "std", *(("weight", "trained") if plan.weight else ())):
+        rows.add_column(name, justify="right", no_wrap=True)
     for j in range(t.steps):
         numbers = [float(column[j]) + 0.0 for column in (t.sigmas, t.a, t.b, t.h, t.std)]
-        trained = "yes" if j < plan.trained_steps else "no"
-        rows.add_row(str(j), *(f"{number:.5f}" for number in numbers), f"{plan.weight[j]:.3e}", trained)
+        trained = (f"{plan.weight[j]:.3e}", "yes" if j < plan.trained_steps else "no") if plan.weight else ()
+        rows.add_row(str(j), *(f"{number:.5f}" for number in numbers), *trained)
     console.print(rows)
     if lines := [str(error) for error in missing]:
         console.rule("missing before it can run", align="left")
@@ -454,21 +517,26 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     evaluation = "off"
     if plan.evaluations:
         evaluation = f"{plan.evaluations} times; {plan.evaluation_rows:,} forward rows with base and teachers"
+    distils = config.train.method == "opd"
+    rounds = f"{config.train.rounds} of {plan.samples} samples: {tasks}"
+    if not distils:
+        each = "" if plan.updates == 1 else f", which serves {plan.updates} rounds"
+        rounds = f"{config.train.rounds} of {config.train.method}; a rollout has {plan.samples} images: {tasks}{each}"
+    steps = f"{plan.table.steps}, of which {plan.trained_steps} are run and trained"
+    if not distils:
+        steps = f"{plan.table.steps}; an image is learnt from at {plan.trained_steps}"
     return [
         ("run directory", str(run_dir)),
         ("device", f"{r.device}, {str(r.dtype).removeprefix('torch.')}{', TF32' if r.tf32 else ''}, {switches}"),
-        (
-            "rounds",
-            f"{config.train.rounds} of {plan.samples} samples: {tasks}",
-        ),
-        ("solver steps", f"{plan.table.steps}, of which {plan.trained_steps} are run and trained"),
+        ("rounds", rounds),
+        ("solver steps", steps),
         (
             "student batch",
             f"({plan.student_rows},{c},{h},{w})"
             + (f" on {plan.devices} devices, each" if many else "")
             + f" in {plan.forwards_per_step} forward(s) a step",
         ),
-        ("teacher batch", f"{teachers} a step"),
+        *((("teacher batch", f"{teachers} a step"),) if teachers else ()),
         ("rows of a round", f"{work}  (a guided sample is two rows)"),
         ("rows of the run", f"{total:,}"),
         ("tokens of a row", f"{plan.image_tokens} image + {plan.text_tokens} text"),

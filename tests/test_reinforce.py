@@ -203,7 +203,7 @@ REFUSED = [
     ("grpo", {"objective__kind": "l2"}, "objective.kind"),
     ("grpo", {"sampler__train_last": True}, "sampler.train_last"),
     ("grpo", {"student__start": "merged"}, "student.start"),
-    ("grpo", {"parallel__strategy": "ddp"}, "parallel.strategy"),
+    ("grpo", {"parallel__strategy": "fsdp2"}, "parallel.strategy"),
     ("nft", {"parallel__offload_teachers": True}, "parallel.offload_teachers"),
     ("nft", {"rl__guard": True}, "rl.guard"),
     ("nft", {"rl__clip": 1e-3}, "rl.clip"),
@@ -232,11 +232,33 @@ def test_tasks_need_a_reward_and_no_teacher(world: Path) -> None:
         config.validate()
 
 
-def test_nothing_is_missing_and_no_plan_is_made_up(world: Path) -> None:
-    config = reinforced(world, "grpo")
+def test_its_plan_counts_its_rows(world: Path) -> None:
+    """Two tasks of four images, four steps, two rounds of a rollout; guided rows count twice."""
+    config = reinforced(world, "grpo", student__guidance=2.0)
     assert list(problems(config)) == []
-    with pytest.raises(UserError, match=r"train\.method: grpo has no plan"):
-        make_plan(config)
+    plan = make_plan(config)
+    assert (plan.samples, plan.updates, plan.trained_steps, plan.teacher_rows) == (8, 2, 3, {})
+    assert plan.round_rows == {
+        "rollout": 2 * 8 * 4 // 2,
+        **dict.fromkeys(("student forward", "student backward", "base forward"), 2 * 8 * 3 // 2),
+    }
+    assert plan.bytes["teachers"] == 0
+    c, h, w = plan.latent
+    assert plan.bytes["rollout"] == 8 * 3 * 3 * c * h * w * 4
+    window = make_plan(reinforced(world, "grpo", rl__window=1, rl__kl=0.0))
+    assert window.round_rows == {"rollout": 16, "student forward": 4, "student backward": 4}
+    nft = make_plan(reinforced(world, "nft", rl__updates=1, rl__timestep_fraction=0.5), devices=2)
+    assert nft.round_rows["old policy forward"] == nft.round_rows["base forward"] == 8 * 2
+    assert nft.bytes["old policy"] == 4 * nft.trainable
+    assert nft.bytes["rollout"] == 4 * c * h * w * 4  # of half the images their last latents
+    assert nft.strategy == "ddp"
+
+
+def test_sharding_is_not_offered(world: Path) -> None:
+    config = reinforced(world, "nft")
+    plan = make_plan(config, devices=2, gpu_memory=1e-4)
+    assert plan.strategy == "ddp"
+    assert "nft shards no weights" in plan.reason
 
 
 # --- a round's gradient against the loss written out ------------------------------------------------------------------

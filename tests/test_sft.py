@@ -383,12 +383,15 @@ def test_its_settings_are_read_under_it_alone(world: Path) -> None:
         config.validate()
 
 
-def test_teachers_are_looked_for_and_no_plan_is_made_up(world: Path) -> None:
+def test_teachers_are_looked_for_and_its_plan_counts_its_rows(world: Path) -> None:
     config = finetuned(world)
     assert not config.reinforces
     assert list(problems(config)) == []
-    with pytest.raises(UserError, match=r"train\.method: sft has no plan"):
-        make_plan(config)
+    plan = make_plan(config)
+    images, drawn = plan.samples, sum(plan.teacher_rows.values())  # one teacher is guided
+    assert plan.round_rows["teacher rollout"] == drawn * config.sampler.steps
+    assert plan.round_rows["student forward"] == images
+    assert plan.bytes["teachers"] > 0
     config.teachers[0].weights = "./nowhere"
     assert [error.key for error in problems(config)] == ["teachers[0].weights"]
 

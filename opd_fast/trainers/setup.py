@@ -192,7 +192,7 @@ def blocks_to_recompute(config: Config, device: torch.device, devices: int) -> i
     """engine.recompute, or what a GPU's memory demands."""
     if config.engine.recompute is not None:
         return config.engine.recompute
-    if device.type != "cuda" or config.train.method != "opd":
+    if device.type != "cuda":
         return 0
     return make_plan(config, devices).load.recomputed
 
