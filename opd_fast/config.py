@@ -364,6 +364,14 @@ class Config:
         return self.train.method in ("grpo", "nft")
 
     @property
+    def base_weight(self) -> float:
+        """Factor on what holds a student that learns from rewards or images to the base; 0: nothing does."""
+        if self.train.method == "sft":
+            return self.sft.base_weight
+        published = {"grpo": 0.04, "nft": 1e-4}.get(self.train.method, 0.0)
+        return published if self.rl.kl is None else self.rl.kl
+
+    @property
     def trained(self) -> list[int]:
         """The tasks that are trained, as places in `teachers`."""
         chosen = self.train.tasks
@@ -576,8 +584,8 @@ def _check_finetuning(config: Config) -> None:
     if t.method != "sft":
         return
     strategy = config.parallel.strategy
-    if strategy not in ("auto", "single"):
-        raise UserError("parallel.strategy", f"{strategy} under sft, which runs in one process", "give auto")
+    if strategy not in ("auto", "single", "ddp"):
+        raise UserError("parallel.strategy", f"{strategy} under sft, which shards no weights", "give auto or ddp")
     for key, count in (("sft.updates", sft.updates), ("sft.images_per_prompt", sft.images_per_prompt)):
         if count < 1:
             raise UserError(key, f"{count} is below 1", "give 1 or more")

@@ -245,8 +245,6 @@ def open_world(config: Config) -> Iterator[World]:
     """
     size = launched()
     strategy = config.parallel.strategy
-    if config.train.method == "sft" and (size or 1) > 1:
-        raise UserError("train.method", f"sft in {size} processes, which it cannot share", "start one process")
     if size is None:
         if strategy not in ("auto", "single"):
             raise UserError(

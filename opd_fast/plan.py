@@ -326,11 +326,9 @@ def _rows_of_learning(
         found = {"rollout": round(rows * drawn)}
     learnt = round(rows * steps / updates)
     found |= {"student forward": learnt, "student backward": learnt}
-    published = {"grpo": 0.04, "nft": 1e-4}.get(method, 0.0)  # as the trainers have it
     if method == "nft":
         found["old policy forward"] = learnt
-    to_base = config.sft.base_weight if method == "sft" else published if config.rl.kl is None else config.rl.kl
-    return found | ({"base forward": learnt} if to_base > 0 else {})
+    return found | ({"base forward": learnt} if config.base_weight > 0 else {})
 
 
 def _strategy(

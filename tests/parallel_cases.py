@@ -55,10 +55,20 @@ CASES: dict[str, dict[str, Any]] = {
     # Ten images in groups of two: one process has more of them than another, and groups are torn apart.
     "grpo": {"train__method": "grpo", "train__samples_per_task": 10, "train__micro_batch": 2, "rl__clip": 0.05},
     "nft": {"train__method": "nft", "train__samples_per_task": 10, "train__micro_batch": 3},
+    "sft": {
+        "train__method": "sft",
+        "train__samples_per_task": 5,
+        "train__micro_batch": 3,
+        "sft__updates": 2,
+        "sft__images_per_prompt": 2,
+        "sft__base_weight": 0.5,
+    },
 }
 """Settings by name."""
 REINFORCED = ("grpo", "nft")
-TRAINED = ("lora", "full", *REINFORCED)
+REPLICATED = (*REINFORCED, "sft")
+"""The cases whose rounds share what was drawn, and which shard nothing."""
+TRAINED = ("lora", "full", *REPLICATED)
 """The cases that go on for all rounds."""
 
 
@@ -72,7 +82,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 def strategies(name: str) -> tuple[str, ...]:
     """Those that a case is held to on every number of processes."""
-    return ("ddp",) if name in REINFORCED else ("ddp", "fsdp2")
+    return ("ddp",) if name in REPLICATED else ("ddp", "fsdp2")
 
 
 def cases(size: int | None) -> list[tuple[str, str]]:
@@ -171,7 +181,7 @@ def work(folder: Path, out: Path, size: int | None) -> None:
     if size == 4:
         case(case_settings(folder, CASES["full"] | {"parallel__strategy": "fsdp2"}), saved, rounds=ROUNDS // 2)
         # One update of a rollout is made: the other is to come.
-        for name in REINFORCED:
+        for name in REPLICATED:
             case(
                 case_settings(folder, CASES[name] | STRATEGIES["ddp"]),
                 saved.parent / f"saved-{name}",
@@ -183,7 +193,7 @@ def work(folder: Path, out: Path, size: int | None) -> None:
             shutil.copytree(saved, again)
         parallel = {} if size is None else {"parallel__strategy": "ddp"}
         case(case_settings(folder, CASES["full"] | parallel), again, rounds=ROUNDS, resume=True)
-        for name in REINFORCED:
+        for name in REPLICATED:
             again = out / f"resumed-{name}"
             if os.environ.get("RANK", "0") == "0":
                 shutil.copytree(out.parent / f"saved-{name}", again)

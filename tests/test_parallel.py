@@ -24,7 +24,7 @@ from opd_fast.config import Config, from_dict, to_yaml
 from opd_fast.errors import UserError, main_guard
 from opd_fast.parallel import World, open_world
 from opd_fast.trainers.loop import train
-from tests.parallel_cases import REINFORCED, TRAINED, cases, strategies
+from tests.parallel_cases import REPLICATED, TRAINED, cases, strategies
 from tests.runs import settings, write_world
 
 pytestmark = pytest.mark.slow
@@ -110,7 +110,7 @@ def test_a_sharded_save_goes_on_elsewhere(out: Path, where: str) -> None:
     assert relative(student(out / where / "resumed"), expected) <= 1e-4
 
 
-@pytest.mark.parametrize("name", REINFORCED)
+@pytest.mark.parametrize("name", REPLICATED)
 @pytest.mark.parametrize("where", ["2", "alone"])
 def test_a_rollout_in_hand_goes_on_elsewhere(out: Path, where: str, name: str) -> None:
     """Seventeen rounds on four processes, one of two updates of the last rollout made; the rest on two or on one."""

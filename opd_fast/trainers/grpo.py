@@ -63,8 +63,6 @@ class GRPO(Reinforcement):
     last, or those of a window whose place is drawn for each rollout, the other steps being ODE steps (Flow-GRPO-Fast).
     """
 
-    published_kl = 0.04
-
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         device = setup.model.device

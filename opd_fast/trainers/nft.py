@@ -100,8 +100,6 @@ def move_old_policy(old: list[Tensor], new: list[Tensor], decay: float) -> None:
 class NFT(Reinforcement):
     """The method `nft` of the training loop. The old policy draws, without guidance; published with solver dpm2."""
 
-    published_kl = 1e-4
-
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.old = [p.detach().clone() for p in setup.student.parameters()]

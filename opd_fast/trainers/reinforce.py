@@ -44,7 +44,7 @@ class Reinforcement(ABC):
         """Which of them this process draws and learns from."""
         self.samples = self.images / self.rl.updates
         """Images that a round learns from."""
-        self.kl = self.rl.kl if self.rl.kl is not None else self.published_kl
+        self.kl = config.base_weight
         self.jury = Jury("raise", config.evaluation.reward_timeout)
         self._base = TeacherBank.of_base(setup.model, config.student.guidance)
         self._drawn: dict[str, Tensor] = {}
@@ -52,8 +52,6 @@ class Reinforcement(ABC):
         of `mine`, what `roll_out` found."""
         self._counts: dict[str, Tensor] = {}
         """What the last round has for its metrics beside the loss, each 0-dim."""
-
-    published_kl: float
 
     @abstractmethod
     def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -52,14 +52,18 @@ class SFT:
         config = setup.config
         self.sft = config.sft
         self.images = config.train.samples_per_task * setup.schedule.per_round
-        """Images that are learnt from until the teachers draw again."""
+        """Images that are learnt from until the teachers draw again, on all devices."""
+        mine, own = setup.world.rows(self.images)
+        self.mine = torch.tensor(mine[:own], dtype=torch.int64)
+        """Which of them this process draws and learns from."""
         self.samples = self.images / self.sft.updates
         """Images that a round learns from, on average."""
         self.guidance = setup.student.guidance if setup.model.guidance_kind == "embedded" else 1.0
         self.jury = Jury("raise", config.evaluation.reward_timeout)
         self._base = TeacherBank.of_base(setup.model, self.guidance)
         self._drawn: dict[str, Tensor] = {}
-        """The images in hand: x0 (B, C, H, W) float32 and, where a reward chose them, reward (B,) float32."""
+        """This process's images in hand, in the order of `mine`: x0 (own, C, H, W) float32 and, where a reward chose
+        them, reward (own,) float32."""
         self._counts: dict[str, Tensor] = {}
         """What the last round has for its metrics beside the loss, each 0-dim."""
 
@@ -76,18 +80,21 @@ class SFT:
         if part == 0:
             self._drawn = self._draw(epoch)
         order = torch.randperm(self.images, generator=generator(config.train.seed, ORDER_STREAM, epoch))
-        rows = order[part :: self.sft.updates]
-        owners = self.owners(epoch)
-        weights = torch.tensor([config.teachers[owners[row]].weight for row in rows.tolist()])
-        losses, self._counts = self.learn(epoch, rows, weights / weights.sum(), scaler)
+        rows, world = order[part :: self.sft.updates], self.setup.world
+        owners = torch.tensor(self.owners(epoch))
+        weights = torch.tensor([teacher.weight for teacher in config.teachers])[owners]
+        shares = weights / weights[rows].sum() * world.size  # gradients are averaged
+        own = rows[rows % world.size == world.rank]
+        losses, counts = self.learn(epoch, own, shares[own], scaler)
+        self.setup.student.average_gradients()
+        self._counts = {name: world.mean(value) for name, value in counts.items()}
         if "reward" in self._drawn:
-            of = torch.tensor(owners)
-            for task in of.unique().tolist():
-                mean = self._drawn["reward"].cpu()[of == task].mean()
-                self._counts[f"reward/{config.teachers[task].name}"] = mean
+            rewards = world.collect(self._drawn["reward"], self.images).cpu()
+            for task in owners.unique().tolist():
+                self._counts[f"reward/{config.teachers[task].name}"] = rewards[owners == task].mean()
         if part == self.sft.updates - 1:
             self._drawn = {}
-        return losses
+        return world.mean(losses)
 
     def fault(self, index: int, losses: Tensor) -> str | None:
         """Of which task a round's loss is not finite, in words; None where all are."""
@@ -107,12 +114,12 @@ class SFT:
         return found | {name: float(value) for name, value in self._counts.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """The images in hand, where a checkpoint falls between two of their updates."""
-        return dict(self._drawn)
+        """The images in hand, whole, where a checkpoint falls between two of their updates."""
+        return {name: self.setup.world.collect(tensor, self.images) for name, tensor in self._drawn.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        self._drawn = {name: tensor.to(self.setup.model.device) for name, tensor in tensors.items()}
+        """Take over what `state` gave, on however many processes."""
+        self._drawn = {name: tensor[self.mine].to(self.setup.model.device) for name, tensor in tensors.items()}
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -137,18 +144,23 @@ class SFT:
 
     def _draw(self, epoch: int) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {}
+        first = 0
         for task, prompts in self.tasks(epoch):
-            for name, tensor in self._draw_task(epoch, task, prompts).items():
-                found.setdefault(name, []).append(tensor)
+            here = self.mine[(self.mine >= first) & (self.mine < first + len(prompts))] - first
+            if len(here):
+                for name, tensor in self._draw_task(epoch, task, prompts, here).items():
+                    found.setdefault(name, []).append(tensor)
+            first += len(prompts)
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     @torch.no_grad()
-    def _draw_task(self, epoch: int, task: int, prompts: list[Prompt]) -> dict[str, Tensor]:
-        """What a task has for `_drawn`: one image of each prompt, the best of those that its teacher draws."""
+    def _draw_task(self, epoch: int, task: int, prompts: list[Prompt], here: Tensor) -> dict[str, Tensor]:
+        """What a task has for `_drawn`: of each prompt in `here` the best image that its teacher draws."""
         setup, several = self.setup, self.sft.images_per_prompt
         train, model = setup.config.train, setup.model
-        every = [prompt for prompt in prompts for _ in range(several)]
-        keys = noise_keys(train.seed, ROLLOUT_STREAM, epoch, task, samples=len(every)).to(model.device)
+        every = [prompts[i] for i in here.tolist() for _ in range(several)]
+        keys = noise_keys(train.seed, ROLLOUT_STREAM, epoch, task, samples=len(prompts) * several)
+        keys = keys.view(-1, several)[here].flatten().to(model.device)
         at_once = train.micro_batch or train.samples_per_task
         latents = []
         with setup.teachers.active(task) as transformer:
@@ -172,7 +184,7 @@ class SFT:
         images = torch.cat([model.decode(part) for part in latents])
         rewards = judged(self.jury, setup.config.teachers[task], images, every)
         best, of_prompt = rewards.view(-1, several).max(1)
-        rows = of_prompt + several * torch.arange(len(prompts))
+        rows = of_prompt + several * torch.arange(len(here))
         return {"x0": x0[rows.to(x0.device)], "reward": best.to(x0.device)}
 
     # --- learning ----------------------------------------------------------------------------------------------------
@@ -180,7 +192,8 @@ class SFT:
     def learn(
         self, epoch: int, rows: Tensor, shares: Tensor, scaler: torch.amp.GradScaler
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the gradient of the loss of the images `rows` (n,), weighed by `shares` (n,), sum 1; both on the CPU.
+        """Add the gradient of the loss of the images `rows` (n,), some of `mine`, weighed by `shares` (n,); both on the
+        CPU.
 
         Returns the weighed losses (1, images) float32, 0 for images that are not in `rows`, and counts for the metrics.
         """
@@ -189,11 +202,13 @@ class SFT:
         prompts = [prompt.text for _, prompts in self.tasks(epoch) for prompt in prompts]
         keys = self.keys(epoch)
         losses, gap = torch.zeros(1, self.images, device=device), torch.zeros((), device=device)
-        at_once = setup.config.train.micro_batch or len(rows)
+        at_once = setup.config.train.micro_batch or max(1, len(rows))
         with setup.student.at_rest():
             for part, share in zip(rows.split(at_once), shares.to(device).split(at_once), strict=True):
+                if not len(part):  # a process may have none
+                    continue
                 mine = part.to(device)
-                x0, noise = self._drawn["x0"][mine], philox_normal(keys[mine], setup.shape, NOISE)
+                x0, noise = self._drawn["x0"][mine // setup.world.size], philox_normal(keys[mine], setup.shape, NOISE)
                 t = philox_normal(keys[mine], (1, 1, 1), LEVEL).sigmoid()
                 x, level = torch.lerp(x0, noise, t), t.flatten()
                 text = setup.text.rows([prompts[i] for i in part.tolist()])
