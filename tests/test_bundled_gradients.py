@@ -36,7 +36,8 @@ STEPS, TOKENS, GUIDANCE = 10, 12, 3.0
 STEP = 5
 COMMON = (
     *("bundled", "--student.rank", "4", "--student.alpha", "8", "--evaluation.every", "0"),
-    *(
+    *("--sampler.solver", "flow_sde", "--model.text_cache", "off", "--train.rounds", "12"),
+    *("--engine.cache_modulation", "false"),
         "--sampler.solver",
         "flow_sde",
         "--model.text_cache",
