@@ -38,15 +38,6 @@ COMMON = (
     *("bundled", "--student.rank", "4", "--student.alpha", "8", "--evaluation.every", "0"),
     *("--sampler.solver", "flow_sde", "--model.text_cache", "off", "--train.rounds", "12"),
     *("--engine.cache_modulation", "false"),
-        "--sampler.solver",
-        "flow_sde",
-        "--model.text_cache",
-        "off",
-        "--train.rounds",
-        "12",
-        "--engine.cache_modulation",
-        "false",
-    ),
 )
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
