@@ -4,7 +4,8 @@ python -m benchmarks.reinforcement [RUN ...] [--seeds 0,1,2] [--jobs 2] [--runs 
 
 A RUN is one of `RUNS`; each is `python -m opd_fast.train RECIPE ... --seed N` on one core, `--jobs` at a time. One
 whose results.json lies in DIR already is not repeated, one that was cut off is resumed. FILE keeps every run, its curve
-of held-out rewards, and each RUN's mean gain with its standard deviation over the seeds.
+of held-out rewards, and each RUN's mean gain with its standard deviation over the seeds; the table in
+docs/reinforcement.md is written from it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_fast.telemetry import read_metrics
+from opd_fast.trainers import cascade
 
 RUNS: dict[str, list[str]] = {
     "teacher-composition": ["teacher-composition"],
@@ -62,15 +64,21 @@ def told(name: str, seed: int, run_dir: Path) -> dict[str, Any]:
         "gain": {reward: student[reward] - base[reward] for reward in base},
         "curve": [
             {"round": line["round"], **{k: v for means in line["evaluation"].values() for k, v in means.items()}}
-            for line in read_metrics(run_dir / "metrics.jsonl")
+            for line in history(run_dir)
             if "evaluation" in line
-        ]
-        if (run_dir / "metrics.jsonl").is_file()
-        else [],
+        ],
         **{key: results[key] for key in ("rounds", "seconds", "commit", "config_hash")},
     }
     stages = {row.removeprefix("stage:"): means for row, means in results["rows"].items() if row.startswith("stage:")}
     return found | ({"stages": stages} if stages else {})
+
+
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, of all stages where there are some."""
+    if (run_dir / "metrics.jsonl").is_file():
+        return read_metrics(run_dir / "metrics.jsonl")
+    folders = sorted(path.parent for path in run_dir.glob("*/metrics.jsonl"))
+    return cascade.history(folders, [json.loads((folder / "results.json").read_text()) for folder in folders])
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -93,6 +101,28 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row for each run and reward, over the seeds."""
+    lines = ["| run | reward | base | after | gain, spread over seeds | minutes |", "|---|---|---|---|---|---|"]
+    for name, found in summary(runs).items():
+        mine = [run for run in runs if run["run"] == name]
+        for reward, gain in found["gain"].items():
+            base, after = (statistics.mean(run[row][reward] for run in mine) for row in ("base", "student"))
+            spread = "one seed" if gain["deviation"] is None else f"± {gain['deviation']:.3f}, {len(mine)} seeds"
+            cells = (f"`{name}`", reward.replace("_", " "), f"{base:.3f}", f"{after:.3f}")
+            lines.append(f"| {' | '.join(cells)} | {gain['mean']:+.3f} ({spread}) | {found['minutes']:.0f} |")
+    return "\n".join(lines)
+
+
+def put_table(page: Path, text: str) -> None:
+    """Write `text` between the page's marks."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- gains: begin -->\n")
+    _, end, after = rest.partition("\n<!-- gains: end -->")
+    if not begin or not end:
+        raise ValueError(f"{page} has no marks <!-- gains: begin --> and <!-- gains: end -->")
+    page.write_text(before + begin + text + end + after, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="RUN", help=f"of {', '.join(RUNS)}; all of them when none is given")
@@ -100,6 +130,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/reinforcement"))
     parser.add_argument("--out", type=Path, default=Path("docs/reinforcement.json"))
+    parser.add_argument("--page", type=Path, default=Path("docs/reinforcement.md"))
     arguments = parser.parse_args()
     names = arguments.names or list(RUNS)
     if unknown := [name for name in names if name not in RUNS]:
@@ -113,6 +144,7 @@ def main() -> None:
     runs.sort(key=lambda run: (list(RUNS).index(run["run"]), run["seed"]))
     text = json.dumps({"summary": summary(runs), "runs": runs}, indent=2)
     arguments.out.write_text(text + "\n", encoding="utf-8")
+    put_table(arguments.page, table(runs))
     for name, found in summary(runs).items():
         for reward, gain in found["gain"].items():
             spread = "" if gain["deviation"] is None else f" +- {gain['deviation']:.3f}"
