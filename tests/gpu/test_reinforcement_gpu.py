@@ -1,0 +1,72 @@
+"""Learning from rewards, or from the teachers' images, on a CUDA device: the CPU's rounds, and half precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_fast.config import Config
+from opd_fast.telemetry import read_metrics
+from opd_fast.trainers.loop import METHODS, train
+from opd_fast.trainers.setup import prepare
+from tests.runs import reinforced, settings, write_world
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CASES: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "guard": {"rl__guard": True, "rl__kl": 0.0, "student__guidance": 2.0, "train__micro_batch": 3},
+    "fast": {"sampler__solver": "cps", "rl__window": 2, "rl__window_range": 3},
+    "nft": {"rl__kl": 0.1},
+    "sft": {"sft__images_per_prompt": 2, "sft__base_weight": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def configured(world: Path, case: str, **changes: Any) -> Config:
+    changes = {"model__dtype": "float32", **CASES[case], **changes}
+    if case == "sft":
+        config = settings(world, train__method="sft", **changes)
+        for teacher in config.teachers:
+            teacher.reward = "colour"
+        return config
+    return reinforced(world, "nft" if case == "nft" else "grpo", "colour", **changes)
+
+
+def gradient(config: Config) -> dict[str, Tensor]:
+    setup = prepare(config, lambda text: None)
+    METHODS[config.train.method](setup).accumulate(0, torch.amp.GradScaler(setup.model.device.type, enabled=False))
+    return {name: p.grad.double().cpu() for name, p in setup.student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_is_the_cpu_s(world: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise is keyed, so that both draw the same images, judge them alike and learn alike."""
+    config = configured(world, case)
+    found = gradient(config)
+    monkeypatch.setattr("opd_fast.plan.pick_device", lambda: torch.device("cpu"))
+    expected = gradient(config)
+    assert found.keys() == expected.keys()
+    error = sum(float((found[name] - value).square().sum()) for name, value in expected.items())
+    size = sum(float(value.square().sum()) for value in expected.values())
+    assert 0 < error < 4e-4 * size
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_in_bfloat16(world: Path, case: str, tmp_path: Path) -> None:
+    config = configured(world, case, model__dtype="bfloat16", train__rounds=3)
+    results = train(config, tmp_path)
+    assert results["rounds"] == 3
+    losses = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert len(losses) == 3
+    assert all(line["gradient_norm"] >= 0 and "skipped" not in line for line in losses)
+    if case in ("grpo", "guard", "fast"):
+        assert losses[0]["clipped"] == 0  # the policy that drew is the one that is asked
