@@ -130,7 +130,7 @@ def parse(argv: list[str]) -> Command:
     if first.resume is not None:
         return _resumed(parser, argv, first)
     recipe = first.recipe or "bundled"
-    stages = _read_stages(parser, argv, _recipe_file(recipe), recipe)
+    stages = _checked(_read_stages(parser, argv, _recipe_file(recipe), recipe))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = Path(first.run_dir or f"runs/{Path(recipe).stem}-{stamp}").expanduser()
     if first.run_dir is None and not first.dry_run and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
@@ -147,19 +147,24 @@ def _command(stages: list[Stage], run_dir: Path, resume: bool, recipe: str, firs
 
 
 def _read_stages(parser: Any, argv: list[str], path: Path, source: str) -> list[Stage]:
-    """The stages of a YAML file, `argv` laid over each of them, checked; one without name where it has none."""
-    found = []
-    for name, base in split(read_yaml(path), source):
-        config = _overlaid(parser, argv, base, source=f"{source}, stage {name}" if name else source)
+    """The stages of a YAML file, `argv` laid over each of them; one without name where it has none."""
+    return [
+        Stage(name, _overlaid(parser, argv, base, source=f"{source}, stage {name}" if name else source))
+        for name, base in split(read_yaml(path), source)
+    ]
+
+
+def _checked(stages: list[Stage]) -> list[Stage]:
+    """The same, their settings validated."""
+    for stage in stages:
         try:
-            config.validate()
+            stage.config.validate()
         except UserError as error:
-            if not name:
+            if not stage.name:
                 raise
-            raise UserError(f"stage {name}: {error.key}", error.problem, error.remedy) from None
-        found.append(Stage(name, config))
-    check_stages(found)
-    return found
+            raise UserError(f"stage {stage.name}: {error.key}", error.problem, error.remedy) from None
+    check_stages(stages)
+    return stages
 
 
 def _check_plan_options(first: Any) -> None:
@@ -186,7 +191,7 @@ def _resumed(parser: Any, argv: list[str], first: Any) -> Command:
     before, after = (_read_stages(parser, given, path, str(path)) for given in ([], argv))
     for old, new in zip(before, after, strict=True):
         refuse_unsafe_changes(old.config, new.config, staged=bool(new.name))
-    return _command(after, run_dir, True, run_dir.name, first)
+    return _command(_checked(after), run_dir, True, run_dir.name, first)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

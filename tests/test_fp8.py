@@ -399,15 +399,19 @@ def test_bundled_layers(world: Bundled) -> None:
 
 def test_bundled_velocities_and_losses(world: Bundled) -> None:
     """The teachers' velocities move by 3 % at most; the round's loss by 3 %, being the square of a gap a few times as
-    large. The gate holds a single step to 1 %, and stops this small a batch of so small a model."""
+    large. The gate stops where a single step moves by more than it is told to allow."""
     found, exact = world.found, world.exact
     errors = [relative(f, e) for f, e in zip(found.velocities, exact.velocities, strict=True)]
     assert min(errors) > 0.005
     assert max(errors) < 0.035
     assert abs(float(found.losses.sum() / exact.losses.sum()) - 1) < 0.03
+    moved = (found.losses.double().sum(1) / exact.losses.double().sum(1) - 1).abs()
+    moved = moved[moved.isfinite()]  # the last step is not trained
+    most = float(moved.max())
+    assert 0.0005 < most < 0.05
     with pytest.raises(UserError, match=r"engine\.precision: fp8 moves the loss of step"):
-        check_gate(exact.losses, found.losses)
-    assert "step losses move by" in check_gate(exact.losses, found.losses, limit=0.08)
+        check_gate(exact.losses, found.losses, limit=0.9 * most)
+    assert "step losses move by" in check_gate(exact.losses, found.losses, limit=1.1 * most)
 
 
 def test_bundled_one_pass_says_the_same(world: Bundled) -> None:
