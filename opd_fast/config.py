@@ -521,12 +521,7 @@ def _check_reinforcement(config: Config) -> None:
             raise UserError(key, f"is not read under {what}", "leave it out")
     if not config.reinforces:
         return
-    if config.parallel.strategy not in ("auto", "single", "ddp"):
-        raise UserError(
-            "parallel.strategy",
-            f"{config.parallel.strategy} under {method}, which shards no weights",
-            "give auto or ddp",
-        )
+    _check_replicated(config)
     positive = [("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)]
     for key, value in positive:
         if value is not None and value <= 0:
@@ -572,6 +567,13 @@ def _check_reinforcement(config: Config) -> None:
             raise UserError("rl.window", f"{rl.window} of the first {most} steps", f"give 1 to {most}")
 
 
+def _check_replicated(config: Config) -> None:
+    """Raise for a strategy that shards weights."""
+    strategy, method = config.parallel.strategy, config.train.method
+    if strategy not in ("auto", "single", "ddp"):
+        raise UserError("parallel.strategy", f"{strategy} under {method}, which shards no weights", "give auto or ddp")
+
+
 def _check_finetuning(config: Config) -> None:
     sft, t = config.sft, config.train
     unread = [f"sft.{f.name}" for f in fields(SFTConfig)]
@@ -583,9 +585,7 @@ def _check_finetuning(config: Config) -> None:
             raise UserError(key, f"is not read under train.method {t.method}", "leave it out")
     if t.method != "sft":
         return
-    strategy = config.parallel.strategy
-    if strategy not in ("auto", "single", "ddp"):
-        raise UserError("parallel.strategy", f"{strategy} under sft, which shards no weights", "give auto or ddp")
+    _check_replicated(config)
     for key, count in (("sft.updates", sft.updates), ("sft.images_per_prompt", sft.images_per_prompt)):
         if count < 1:
             raise UserError(key, f"{count} is below 1", "give 1 or more")

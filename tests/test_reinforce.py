@@ -22,7 +22,7 @@ from opd_fast.trainers.nft import NFT, NOISE_STREAM
 from opd_fast.trainers.setup import prepare
 from opd_kernels import philox_normal
 from tests import runs
-from tests.runs import settings, write_world
+from tests.runs import settings
 
 REWARD = """
 import torch
@@ -38,16 +38,11 @@ def gone(images, prompts):
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
 @pytest.fixture
-def world(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def world(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "rl_rewards.py").write_text(REWARD)
     monkeypatch.syspath_prepend(tmp_path)
-    return folder
+    return small_world
 
 
 def reinforced(world: Path, method: str, reward: str = "rl_rewards:left", **changes: Any) -> Config:

@@ -18,13 +18,13 @@ from opd_fast.plan import make_plan
 from opd_fast.rollout import sample
 from opd_fast.seeds import noise_keys
 from opd_fast.telemetry import read_metrics
+from opd_fast.trainers.images import ROLLOUT_STREAM
 from opd_fast.trainers.loop import METHODS, make_optimizer, train
-from opd_fast.trainers.reinforce import ROLLOUT_STREAM
 from opd_fast.trainers.setup import prepare
 from opd_fast.trainers.sft import LEVEL, NOISE, NOISE_STREAM, SFT, flow_matching_loss, squared_gap
 from opd_kernels import philox_normal
 from opd_kernels.philox import INITIAL_NOISE
-from tests.runs import settings, write_world
+from tests.runs import settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,16 +39,11 @@ def gone(images, prompts):
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
-
-
 @pytest.fixture
-def world(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def world(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "sft_rewards.py").write_text(REWARD)
     monkeypatch.syspath_prepend(tmp_path)
-    return folder
+    return small_world
 
 
 def finetuned(world: Path, reward: str | None = "sft_rewards:bright", **changes: Any) -> Config:

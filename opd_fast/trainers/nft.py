@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from opd_fast.rollout import sample
-from opd_fast.trainers.reinforce import Reinforcement, generator
+from opd_fast.trainers.images import generator
+from opd_fast.trainers.reinforce import Reinforcement
 from opd_fast.trainers.setup import Setup
 from opd_kernels import philox_normal
 

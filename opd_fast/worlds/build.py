@@ -453,12 +453,13 @@ def keep_teacher(run_dir: Path, folder: Path) -> None:
     adapter["base_model_name_or_path"] = "bundled"
     (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
     results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    lines = read_metrics(run_dir / "metrics.jsonl")
     curve = [
         {"round": line["round"], "seconds": line["time"], "rewards": line["evaluation"]}
-        for line in read_metrics(run_dir / "metrics.jsonl")
+        for line in lines
         if "evaluation" in line
     ]
-    drawn = [line[f"reward/{folder.name}"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
+    drawn = [line[f"reward/{folder.name}"] for line in lines if "loss" in line]
     told = {"recipe": f"teacher-{folder.name}", **results, "curve": curve, "training_rewards": drawn}
     (folder / "training.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
