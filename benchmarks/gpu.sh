@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in under nine minutes: tests, suite, ladder, the step kernel's counters.
+# Everything that wants a GPU, in under nine minutes: tests, suite, ladder, ddp's cost, the step kernel's counters.
 #
 #   benchmarks/gpu.sh          on a machine with a GPU
 #   benchmarks/gpu.sh --cpu    the same parts on small shapes without one, to try this script
@@ -83,16 +83,17 @@ part() { # NAME SECONDS COMMAND...: SIGINT at the end of its time lets Python wr
 }
 
 told() { # NAME: the line of its log that says most
-    grep -hE '^(=+ )?[0-9]+ (passed|failed|skipped|error)|^No kernels|^==ERROR==|^profile.sh:|^interrupted' \
+    grep -hE '^(=+ )?[0-9]+ (passed|failed|skipped|error)|^No kernels|^==ERROR==|^profile.sh:|^ddp at|^interrupted' \
         "$LOGS/$1.log" | tail -1 | tr -d = | cut -c1-70
 }
 
 pytest=("$PYTHON" -m pytest -p no:cacheprovider -q)
 if [ $mode = gpu ]; then
     # Not all of tests/: what else they import may be missing on such a machine.
-    part tests 100 "${pytest[@]}" -m gpu --continue-on-collection-errors tests/gpu tests/test_embeddings.py
-    part ladder 210 "$PYTHON" -m benchmarks.ladder --seconds 8 --save-results "$ladder"
-    part suite 190 "${pytest[@]}" benchmarks --benchmark-only --within 130 --save-results "$suite"
+    part tests 95 "${pytest[@]}" -m gpu --continue-on-collection-errors tests/gpu tests/test_embeddings.py
+    part ladder 200 "$PYTHON" -m benchmarks.ladder --seconds 8 --save-results "$ladder"
+    part suite 180 "${pytest[@]}" benchmarks --benchmark-only --within 120 --save-results "$suite"
+    part ddp 45 "$PYTHON" -m benchmarks.world_of_one --pairs 60 --out "$LOGS/world-of-one.json"
     part ncu 60 env OUT="$OUT/profile" benchmarks/profile.sh ncu
 else
     part tests 100 "${pytest[@]}" -m gpu tests/gpu
@@ -100,6 +101,7 @@ else
         --rungs one-pass,teachers-grouped,teachers-merged,student-merged,graphs,fp8
     part suite 200 "${pytest[@]}" benchmarks --benchmark-only -k "tiny and flow_sde" --pairs 1 \
         --save-results "$suite"
+    part ddp 100 "$PYTHON" -m benchmarks.world_of_one --pairs 6 --out "$LOGS/world-of-one.json"
     summary+=("ncu      skipped                       needs a GPU")
 fi
 
