@@ -9,7 +9,7 @@ on the held-out prompts and noise of `evaluation`. Judging, loading and text enc
     published           the loop of `benchmarks/reference.py` with the published settings (`PUBLISHED`)
     published, tuned    the same loop with the recipe's settings: what is left between it and the engine is speed
 
-A side is judged every ten rounds, later whenever its rounds have grown by a tenth, and has arrived at the first of
+A side is judged every five rounds, later whenever its rounds have grown by a tenth, and has arrived at the first of
 these judgements where no task has recovered less than the share. A published side stops there, or when its budget of
 seconds is spent. SETTINGs are those of `python -m opd_fast.train`; the published side takes them where `PUBLISHED` says
 nothing. FILE takes the figures; the curves are drawn beside it.
@@ -47,9 +47,11 @@ from opd_fast.trainers.setup import prepare
 
 SIDES = ("published, tuned", "published")
 """Beside the engine."""
+EVERY = 5
 PUBLISHED = [
     *("--train.samples_per_task", "3", "--train.lr", "3e-4", "--train.schedule", "constant", "--train.clip", "1.0"),
-    *("--train.weight_decay", "1e-4", "--train.ema", "0.9", "--sampler.solver", "ode", "--objective.steps", "mean"),
+    *("--train.weight_decay", "1e-4", "--train.ema", "0.9", "--sampler.solver", "ode", "--sampler.steps", "10"),
+    *("--objective.kind", "kl", "--objective.steps", "mean"),
     *("--train.rounds", "4000"),  # it knows no end; so many rounds' prompts are encoded
 ]
 """The released `mopd` configuration: what a device of its eight takes (3 prompts of each task), no weights of tasks."""
@@ -86,9 +88,9 @@ class Goal:
 
 
 def judgements(rounds: int) -> Iterator[int]:
-    """After which rounds a student is judged, `rounds` at last: every ten, later at steps of a tenth."""
+    """After which rounds a student is judged, `rounds` at last: every five, later at steps of a tenth."""
     at = 0
-    while (at := max(at + 10, at * 11 // 10)) < rounds:
+    while (at := max(at + EVERY, at * 11 // 10)) < rounds:
         yield at
     yield rounds
 
@@ -150,6 +152,10 @@ class PublishedRun:
             solver=config.sampler.solver,
             steps=config.sampler.steps,
             eta=config.sampler.eta,
+            objective=config.objective.kind,
+            variance=config.objective.variance,
+            reduction=config.objective.reduction,
+            train_last=config.sampler.train_last,
             autocast=round_dtype(model.device) if model.device.type == "cuda" else None,
         )
         t = config.train
@@ -303,9 +309,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file, a picture beside it")
     options, settings = parser.parse_known_args(argv)
     common = ["bundled", "--seed", str(options.seed), "--checkpoint.every", "0", *settings]
-    recipe = parse([*common, "--evaluation.every", "10"]).config
+    recipe = parse([*common, "--evaluation.every", str(EVERY)]).config
     tuned = parse(common).config
     published = parse([*common, *PUBLISHED]).config
+    if tuned.objective.kind == "ppo":
+        parser.error("the published loop has no objective ppo")
     published = replace(published, teachers=[replace(teacher, weight=1.0) for teacher in published.teachers])
 
     quiet_libraries()

@@ -21,9 +21,9 @@ def judged(round: int, text: float) -> Judged:
     return Judged(round, seconds=2.0 * round, rewards={"text": text, "colour": 0.0})
 
 
-def test_a_student_is_judged_every_ten_rounds_then_every_tenth() -> None:
-    assert list(judgements(35)) == [10, 20, 30, 35]
-    assert list(judgements(20)) == [10, 20]
+def test_a_student_is_judged_every_five_rounds_then_every_tenth() -> None:
+    assert list(judgements(18)) == [5, 10, 15, 18]
+    assert list(judgements(10)) == [5, 10]
     later = [at for at in judgements(2000) if at > 200]
     assert all(1.08 < after / before <= 1.1 for before, after in itertools.pairwise(later[:-1]))
     assert later[-1] == 2000
