@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_fast.command import parse
-from opd_fast.config import to_dict
+from opd_fast.settings import to_dict
 
 OFF = {
     "placement": "shared",

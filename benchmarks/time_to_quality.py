@@ -35,11 +35,12 @@ from torch import nn
 from benchmarks.environment import default_device, environment, round_dtype, synchronize
 from benchmarks.reference import AdapterPolicy, Reference, adapters_on
 from opd_fast.command import parse
-from opd_fast.config import Config, to_dict
+from opd_fast.config import Config
 from opd_fast.evaluate import evaluate
 from opd_fast.models import load_model
 from opd_fast.models.base import ASSETS
 from opd_fast.report import gain_recovered
+from opd_fast.settings import to_dict
 from opd_fast.telemetry import quiet_libraries, read_metrics
 from opd_fast.trainers.loop import learning_rate, train
 from opd_fast.trainers.opd import OPD

@@ -19,10 +19,10 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from opd_fast.config import (
-    Config,
+from opd_fast.config import Config
+from opd_fast.errors import UserError, did_you_mean, one_line
+from opd_fast.settings import (
     check_known,
-    check_text,
     describe,
     from_dict,
     leaves,
@@ -32,9 +32,9 @@ from opd_fast.config import (
     teacher_leaves,
     to_yaml,
 )
-from opd_fast.errors import UserError, did_you_mean, one_line
 from opd_fast.stages import Stage, split, stages_to_yaml
 from opd_fast.stages import check as check_stages
+from opd_fast.validation import check_text, validate
 
 Hints = dict[str, tuple[Any, Any]]  # key to its type and default
 _OPTION_HINTS: Hints = {"seed": (int, 0), "devices": (int, 8), "gpu_memory": (float, 80.0)}
@@ -158,7 +158,7 @@ def _checked(stages: list[Stage]) -> list[Stage]:
     """The same, their settings validated."""
     for stage in stages:
         try:
-            stage.config.validate()
+            validate(stage.config)
         except UserError as error:
             if not stage.name:
                 raise
@@ -214,7 +214,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def read_config(path: Path) -> Config:
     """The settings in a YAML file laid over the defaults, checked and validated."""
     config = _overlaid(build_parser(), [], read_yaml(path), source=str(path))
-    config.validate()
+    validate(config)
     return config
 
 

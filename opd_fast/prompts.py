@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from opd_fast.config import package_file
+from opd_fast.settings import package_file
 
 Split = Literal["train", "test"]
 Number = TypeVar("Number", int, float)

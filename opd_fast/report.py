@@ -286,7 +286,7 @@ def _inline(png: bytes) -> str:
 
 def new_results(config: Config) -> dict[str, Any]:
     """A results.json with what is known before the run: seed, commit, settings. The rest is empty."""
-    from opd_fast.config import config_hash
+    from opd_fast.settings import config_hash
 
     return {
         "rows": {},

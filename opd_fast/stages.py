@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd_fast.config import Config, config_hash, dump, to_dict
+from opd_fast.config import Config
 from opd_fast.errors import UserError
+from opd_fast.settings import config_hash, dump, to_dict
 
 SHARED = ("model", "parallel", "student")
 """Sections that all stages have in common, but for `student.start` of the first."""

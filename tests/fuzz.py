@@ -37,12 +37,12 @@ from safetensors.torch import load_file, save_file
 
 from opd_fast.checkpoint import Checkpoints
 from opd_fast.command import SWITCHES, parse, problems
-from opd_fast.config import flatten, leaves, sections, teacher_leaves
 from opd_fast.errors import UserError, is_ours
 from opd_fast.lora import match, read_lora, save_lora
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.plan import make_plan
+from opd_fast.settings import flatten, leaves, sections, teacher_leaves
 from opd_fast.weights import load_with_origin
 from tests.runs import random_lora
 from tests.tiny import save_tiny

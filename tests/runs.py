@@ -10,6 +10,7 @@ import torch
 from opd_fast.command import read_config
 from opd_fast.config import Config
 from opd_fast.lora import save_lora
+from opd_fast.validation import validate
 from tests.tiny import save_tiny, tiny_transformer
 
 PROMPTS = {
@@ -62,7 +63,7 @@ def settings(path: Path, **changes: Any) -> Config:
     for key, value in changes.items():
         section, name = key.split("__")
         setattr(getattr(config, section), name, value)
-    config.validate()
+    validate(config)
     return config
 
 
@@ -75,5 +76,5 @@ def reinforced(path: Path, method: str, reward: str, **changes: Any) -> Config:
     for key, value in (options | ({"sampler__solver": "dpm2"} if method == "nft" else {}) | changes).items():
         section, name = key.split("__")
         setattr(getattr(config, section), name, value)
-    config.validate()
+    validate(config)
     return config

@@ -27,6 +27,7 @@ from opd_fast.trainers.grpo import GRPO, guard_log_ratio
 from opd_fast.trainers.nft import NFT, NOISE_STREAM
 from opd_fast.trainers.opd import OPD
 from opd_fast.trainers.setup import Setup, prepare
+from opd_fast.validation import validate
 from opd_fast.velocity import Conditioning, Velocities
 from opd_kernels import log_prob_reference, philox_normal
 
@@ -73,7 +74,7 @@ def varied(setup: Setup, **changes: Any) -> Setup:
     for key, value in changes.items():
         section, name = key.split("__")
         setattr(getattr(config, section), name, value)
-    config.validate()
+    validate(config)
     setup.student.guidance = config.student.guidance
     table = solver_table(config.sampler.solver, setup.table.sigmas, config.sampler.eta)
     return dataclasses.replace(setup, config=config, table=table)

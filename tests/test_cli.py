@@ -181,7 +181,7 @@ def test_a_run_that_never_began_may_be_started_again(world: Path, monkeypatch: p
 
 
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    from opd_fast.config import leaves
+    from opd_fast.settings import leaves
 
     with pytest.raises(SystemExit) as ended:
         train.main(["--help"])

@@ -10,20 +10,10 @@ import pytest
 import yaml
 
 from opd_fast.command import Command, looks_like_hub_id, parse, read_config, recipes
-from opd_fast.config import (
-    Config,
-    Solver,
-    TeacherConfig,
-    changed,
-    config_hash,
-    flatten,
-    from_dict,
-    leaves,
-    teacher_leaves,
-    to_dict,
-    to_yaml,
-)
+from opd_fast.config import Config, Solver, TeacherConfig
 from opd_fast.errors import UserError
+from opd_fast.settings import changed, config_hash, flatten, from_dict, leaves, teacher_leaves, to_dict, to_yaml
+from opd_fast.validation import validate
 
 TEACHER = {"name": "a", "weights": "org/a", "prompts": "a.txt"}
 
@@ -181,7 +171,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("sections", "key", "remedy"), BAD, ids=[f"{key}-{i}" for i, (_, key, _) in enumerate(BAD)])
 def test_impossible_values_are_refused(sections: dict[str, Any], key: str, remedy: str) -> None:
     with pytest.raises(UserError) as caught:
-        made(**sections).validate()
+        validate(made(**sections))
     assert caught.value.key == key
     assert remedy in caught.value.remedy
 
@@ -202,7 +192,7 @@ def test_impossible_values_are_refused(sections: dict[str, Any], key: str, remed
     ],
 )
 def test_possible_combinations_pass(sections: dict[str, Any]) -> None:
-    made(**sections).validate()
+    validate(made(**sections))
 
 
 def test_an_absent_logger_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +200,9 @@ def test_an_absent_logger_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"logging\.wandb: .*pip install"):
-        made(logging={"wandb": True, "tensorboard": False}).validate()
+        validate(made(logging={"wandb": True, "tensorboard": False}))
     with pytest.raises(UserError, match=r"logging\.tensorboard: .*false"):
-        made().validate()
+        validate(made())
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
@@ -260,7 +250,7 @@ def test_resume_needs_a_run(tmp_path: Path) -> None:
 
 
 def test_every_resumable_key_exists() -> None:
-    from opd_fast.config import RESUMABLE
+    from opd_fast.settings import RESUMABLE
 
     for prefix in RESUMABLE:
         assert any(key.startswith(prefix) for key in leaves())

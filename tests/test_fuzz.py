@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from opd_fast import train
 from opd_fast.command import parse
-from opd_fast.config import leaves
 from opd_fast.errors import UserError
 from opd_fast.lora import match, read_lora
+from opd_fast.settings import leaves
 from opd_fast.weights import load_with_origin
 from tests import fuzz
 

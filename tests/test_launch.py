@@ -12,7 +12,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from opd_fast.command import Command, parse
-from opd_fast.config import to_yaml
+from opd_fast.settings import to_yaml
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COMMANDS = [

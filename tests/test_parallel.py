@@ -20,10 +20,12 @@ from torch import Tensor
 
 from opd_fast.checkpoint import Checkpoints
 from opd_fast.command import parse
-from opd_fast.config import Config, from_dict, to_yaml
+from opd_fast.config import Config
 from opd_fast.errors import UserError, main_guard
 from opd_fast.parallel import World, open_world
+from opd_fast.settings import from_dict, to_yaml
 from opd_fast.trainers.loop import train
+from opd_fast.validation import validate
 from tests.parallel_cases import REPLICATED, TRAINED, cases, strategies
 from tests.runs import settings, write_world
 
@@ -141,7 +143,7 @@ def test_every_sample_has_one_owner() -> None:
 def made(**parallel: Any) -> Config:
     config = from_dict({"parallel": parallel})
     config.teachers = parse([]).config.teachers
-    config.validate()
+    validate(config)
     return config
 
 

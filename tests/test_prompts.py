@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from opd_fast.command import parse, problems, read_config
-from opd_fast.config import Config, from_dict
+from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.plan import make_plan
 from opd_fast.prompts import (
@@ -31,10 +31,12 @@ from opd_fast.prompts import (
     write_lines,
 )
 from opd_fast.rollout import one_pass
+from opd_fast.settings import from_dict
 from opd_fast.telemetry import Telemetry, read_metrics
 from opd_fast.trainers.loop import train
 from opd_fast.trainers.opd import OPD
 from opd_fast.trainers.setup import Setup, prepare
+from opd_fast.validation import validate
 from tests.runs import settings, write_world
 
 GENEVAL = [
@@ -438,7 +440,7 @@ def test_schedules_that_cannot_be() -> None:
 )
 def test_impossible_schedules_are_refused(config: Config, key: str, remedy: str) -> None:
     with pytest.raises(UserError) as caught:
-        config.validate()
+        validate(config)
     assert caught.value.key == key
     assert remedy in caught.value.remedy
 
@@ -447,7 +449,7 @@ def test_schedules_from_the_command_line() -> None:
     options = ["--train.tasks_per_round", "2", "--train.task_schedule", "weighted"]
     config = parse(["bundled", *options]).config
     assert (config.train.tasks_per_round, config.train.task_schedule) == (2, "weighted")
-    made(2, shares=[1, 2.0], train={"task_schedule": "weighted"}).validate()
+    validate(made(2, shares=[1, 2.0], train={"task_schedule": "weighted"}))
     with pytest.raises(UserError, match="did you mean weighted"):
         parse(["bundled", "--train.task_schedule", "weigted"])
 
@@ -536,7 +538,7 @@ def test_a_resumed_weighted_run_equals_one_that_never_stopped(
         world, evaluation__every=0, train__rounds=5, train__tasks_per_round=1, train__task_schedule="weighted"
     )
     config.teachers[1].share = 2.5
-    config.validate()
+    validate(config)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for run_dir in (whole, stopped):
         run_dir.mkdir()

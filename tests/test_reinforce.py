@@ -12,14 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd_fast.command import problems
-from opd_fast.config import Config, to_yaml
+from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.plan import make_plan
+from opd_fast.settings import to_yaml
 from opd_fast.telemetry import read_metrics
 from opd_fast.trainers.grpo import GRPO
 from opd_fast.trainers.loop import METHODS, train
 from opd_fast.trainers.nft import NFT, NOISE_STREAM
 from opd_fast.trainers.setup import prepare
+from opd_fast.validation import validate
 from opd_kernels import philox_normal
 from tests import runs
 from tests.runs import settings
@@ -219,12 +221,12 @@ def test_tasks_need_a_reward_and_no_teacher(world: Path) -> None:
         config = reinforced(world, "grpo")
         setattr(config.teachers[1], name, value)
         with pytest.raises(UserError) as caught:
-            config.validate()
+            validate(config)
         assert caught.value.key == f"teachers[1].{name}"
     config = settings(world)
     config.rl.updates = 3
     with pytest.raises(UserError, match=r"rl\.updates: is not read under train\.method opd"):
-        config.validate()
+        validate(config)
 
 
 def test_its_plan_counts_its_rows(world: Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from opd_fast.config import from_dict, to_yaml
 from opd_fast.curves import reward_series, step_series
 from opd_fast.report import (
     gain_recovered,
@@ -28,6 +27,7 @@ from opd_fast.report import (
     write_report,
     write_results,
 )
+from opd_fast.settings import from_dict, to_yaml
 
 CONFIG = from_dict({"teachers": [{"name": "text", "weights": "org/x", "prompts": "p.txt"}], "train": {"seed": 5}})
 

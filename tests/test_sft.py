@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd_fast.command import parse, problems
-from opd_fast.config import Config, to_yaml
+from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.plan import make_plan
 from opd_fast.rollout import sample
 from opd_fast.seeds import noise_keys
+from opd_fast.settings import to_yaml
 from opd_fast.telemetry import read_metrics
 from opd_fast.trainers.images import ROLLOUT_STREAM
 from opd_fast.trainers.loop import METHODS, make_optimizer, train
 from opd_fast.trainers.setup import prepare
 from opd_fast.trainers.sft import LEVEL, NOISE, NOISE_STREAM, SFT, flow_matching_loss, squared_gap
+from opd_fast.validation import validate
 from opd_kernels import philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 from tests.runs import settings
@@ -56,7 +58,7 @@ def finetuned(world: Path, reward: str | None = "sft_rewards:bright", **changes:
     for key, value in (options | changes).items():
         section, name = key.split("__")
         setattr(getattr(config, section), name, value)
-    config.validate()
+    validate(config)
     return config
 
 
@@ -374,7 +376,7 @@ def test_its_settings_are_read_under_it_alone(world: Path) -> None:
     config = settings(world)
     config.sft.base_weight = 1.0
     with pytest.raises(UserError, match=r"^sft\.base_weight: is not read under train\.method opd"):
-        config.validate()
+        validate(config)
 
 
 def test_teachers_are_looked_for_and_its_plan_counts_its_rows(world: Path) -> None:

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from opd_fast.checkpoint import Checkpoints
-from opd_fast.config import Config, to_yaml
+from opd_fast.config import Config
+from opd_fast.settings import to_yaml
 from opd_fast.telemetry import Telemetry, read_metrics
 from opd_fast.trainers import loop
 from opd_fast.trainers.loop import learning_rate, train

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from opd_fast.checkpoint import replace_folder
-from opd_fast.config import Config, to_yaml
+from opd_fast.config import Config
 from opd_fast.parallel import World
 from opd_fast.report import new_results, newest_grids, print_table, write_report, write_results
+from opd_fast.settings import to_yaml
 from opd_fast.stages import Stage, stages_hash
 from opd_fast.telemetry import read_metrics
 from opd_fast.trainers.loop import train
