@@ -3,9 +3,10 @@
     python -m benchmarks.weak_scaling [--worlds 1,2] [--rounds 8] [--out FILE]
 
 Every process has one thread, so two cores carry two processes and no more. The prediction (`opd_fast.communication`)
-takes the compute time of one process from the measurement and bandwidth and latency of the links from all-reduces timed in the same processes: it is
-the model of communication that is put to the test, and what two processes take from each other besides (caches, the
-memory's bandwidth, waiting for the slower) is not in it. `docs/weak-scaling.json` is what `--out` wrote.
+takes the compute time of one process from the measurement, and bandwidth and latency of the links from all-reduces
+timed in the same processes: it is the model of communication that is put to the test, and what two processes take from
+each other besides (caches, the memory's bandwidth, waiting for the slower) is not in it. `docs/weak-scaling.json` is
+what `--out` wrote.
 """
 
 from __future__ import annotations
