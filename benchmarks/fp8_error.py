@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment
+from opd_fast.batch import RoundBatch
 from opd_fast.command import parse
 from opd_fast.fp8 import Float8MergedLayers, layer_errors, outliers, quantize_frozen
-from opd_fast.rollout import RoundBatch
 from opd_fast.student import ADAPTER
 from opd_fast.teachers import TeacherBank
 from opd_fast.trainers.opd import OPD

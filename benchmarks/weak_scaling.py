@@ -1,11 +1,12 @@
-"""Rounds of the bundled model on 1, 2, ... processes, samples growing with them, beside what `opd_fast.scale` predicts:
+"""Rounds of the bundled model on 1, 2, ... processes, samples growing with them, beside what is predicted:
 
     python -m benchmarks.weak_scaling [--worlds 1,2] [--rounds 8] [--out FILE]
 
-Every process has one thread, so two cores carry two processes and no more. The prediction takes the compute time of one
-process from the measurement and bandwidth and latency of the links from all-reduces timed in the same processes: it is
-the model of communication that is put to the test, and what two processes take from each other besides (caches, the
-memory's bandwidth, waiting for the slower) is not in it. `docs/weak-scaling.json` is what `--out` wrote.
+Every process has one thread, so two cores carry two processes and no more. The prediction (`opd_fast.communication`)
+takes the compute time of one process from the measurement, and bandwidth and latency of the links from all-reduces
+timed in the same processes: it is the model of communication that is put to the test, and what two processes take from
+each other besides (caches, the memory's bandwidth, waiting for the slower) is not in it. `docs/weak-scaling.json` is
+what `--out` wrote.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ import torch.distributed as dist
 
 from benchmarks.environment import environment
 from opd_fast.command import parse
+from opd_fast.communication import Network, collectives, seconds
 from opd_fast.config import Config
 from opd_fast.parallel import World, open_world
 from opd_fast.plan import make_plan
-from opd_fast.scale import Network, collectives, seconds
 from opd_fast.trainers.opd import OPD
 from opd_fast.trainers.setup import prepare
 

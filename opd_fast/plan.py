@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opd_fast.communication import collectives, sent
 from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.memory import GIB, RESERVE, Load, Strategy, choose_strategy, memory, recomputation
-from opd_fast.scale import collectives, sent
 from opd_fast.settings import config_hash, to_yaml
 
 if TYPE_CHECKING:

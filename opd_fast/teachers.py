@@ -26,7 +26,7 @@ from opd_fast.velocity import Conditioning, Velocities, in_rows, velocities
 from opd_fast.weights import Origin, check_weights, load_with_origin
 
 if TYPE_CHECKING:
-    from opd_fast.rollout import RoundBatch
+    from opd_fast.batch import RoundBatch
 
 
 BASE = "base"

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_fast.batch import RoundBatch
 from opd_fast.command import parse
 from opd_fast.models.base import TextEmbeds
 from opd_fast.objectives import Surrogate, step_queries
 from opd_fast.prompts import Prompt
-from opd_fast.rollout import RoundBatch, losses_at
+from opd_fast.rollout import losses_at
 from opd_fast.solvers import solver_table
 from opd_fast.trainers import grpo, opd
 from opd_fast.trainers.grpo import GRPO, guard_log_ratio

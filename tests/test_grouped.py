@@ -13,12 +13,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from opd_fast.adapters import use_adapter
+from opd_fast.batch import RoundBatch
 from opd_fast.config import StudentConfig
 from opd_fast.errors import UserError
 from opd_fast.grouped import GroupedAdapters, Span, describe, grouped_velocities, joined
 from opd_fast.models.base import DiffusionModel
 from opd_fast.objectives import step_weights
-from opd_fast.rollout import RoundBatch, one_pass
+from opd_fast.rollout import one_pass
 from opd_fast.solvers import solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import BASE, Course, Teacher, TeacherBank

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from benchmarks.models import copy_parameters, gradients, relative_error, write_random_lora
 from benchmarks.reference import AdapterPolicy, Batch, Reference, adapters_on
+from opd_fast.batch import RoundBatch
 from opd_fast.command import read_config
 from opd_fast.config import StudentConfig, TeacherConfig
 from opd_fast.models import TextEmbeds, load_model, outline_model
 from opd_fast.models.flux import Flux, pack
 from opd_fast.objectives import step_weights
 from opd_fast.plan import lora_modules
-from opd_fast.rollout import RoundBatch, one_pass, sample
+from opd_fast.rollout import one_pass, sample
 from opd_fast.settings import package_file
 from opd_fast.solvers import solver_table
 from opd_fast.student import Student

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import NANO, gradients, random_model, random_text, relative_error, write_random_lora
+from opd_fast.batch import RoundBatch
 from opd_fast.config import StudentConfig, TeacherConfig
 from opd_fast.models.sd3 import SD3
 from opd_fast.objectives import Surrogate, query_law, score_factors, step_queries, step_weights
-from opd_fast.rollout import RoundBatch, one_pass
+from opd_fast.rollout import one_pass
 from opd_fast.solvers import SolverTable, sd3_sigmas, solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank

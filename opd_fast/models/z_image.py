@@ -15,7 +15,6 @@ from opd_fast.models.padded import PaddedTextModel
 
 _ATTENTION = ["attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"]
 _FEED_FORWARD = ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
-MULTIPLE = 32  # the transformer fills a prompt's tokens, and an image's, up to a multiple of it with learned ones
 _AXES_LENS = (1024, 512, 512)  # the transformer's default
 
 
@@ -56,6 +55,8 @@ class ZImage(PaddedTextModel):
 
     @classmethod
     def _most_tokens(cls, folder: Path, transformer: Mapping[str, Any]) -> int:
+        from opd_fast.models.z_image_transformer import MULTIPLE
+
         # Text sits at positions 1, 2, ... of the first axis, the image one further.
         positions = transformer.get("axes_lens", _AXES_LENS)[0]
         return int((positions - 2) // MULTIPLE * MULTIPLE)

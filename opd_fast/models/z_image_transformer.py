@@ -16,7 +16,8 @@ from diffusers import ZImageTransformer2DModel as Published
 from torch import Tensor, nn
 
 from opd_fast.models.latents import PATCH
-from opd_fast.models.z_image import MULTIPLE
+
+MULTIPLE = 32  # the transformer fills a prompt's tokens, and an image's, up to a multiple of it with learned ones
 
 
 class ZImageTransformer2DModel(Published):

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd_fast.batch import RoundBatch
 from opd_fast.config import Config
 from opd_fast.embeddings import EmbeddingCache
 from opd_fast.fp8 import check_gate, supported
 from opd_fast.models.base import DiffusionModel
 from opd_fast.objectives import step_weights
 from opd_fast.prompts import Prompt
-from opd_fast.rollout import RoundBatch, losses_at
+from opd_fast.rollout import losses_at
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable
 from opd_fast.student import Student

@@ -14,8 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opd_fast.batch import RoundBatch
 from opd_fast.objectives import Surrogate, query_law, step_queries, step_weights
-from opd_fast.rollout import RoundBatch, one_pass
+from opd_fast.rollout import one_pass
 from opd_fast.seeds import noise_keys
 from opd_fast.trainers.setup import Setup
 from opd_fast.transfer import send

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import NANO, gradients, random_model, random_text, relative_error, write_random_lora
+from opd_fast.batch import RoundBatch
 from opd_fast.config import StudentConfig, TeacherConfig
 from opd_fast.engine import compile_blocks
 from opd_fast.graphs import CudaBackend, Graphs
 from opd_fast.objectives import Surrogate, step_weights
-from opd_fast.rollout import RoundBatch, one_pass
+from opd_fast.rollout import one_pass
 from opd_fast.solvers import solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
