@@ -91,9 +91,9 @@ pytest=("$PYTHON" -m pytest -p no:cacheprovider -q)
 if [ $mode = gpu ]; then
     # Not all of tests/: what else they import may be missing on such a machine.
     part tests 95 "${pytest[@]}" -m gpu --continue-on-collection-errors tests/gpu tests/test_embeddings.py
-    part ladder 200 "$PYTHON" -m benchmarks.ladder --seconds 8 --save-results "$ladder"
-    part suite 180 "${pytest[@]}" benchmarks --benchmark-only --within 120 --save-results "$suite"
-    part ddp 45 "$PYTHON" -m benchmarks.world_of_one --pairs 60 --out "$LOGS/world-of-one.json"
+    part ddp 60 "$PYTHON" -m benchmarks.world_of_one --pairs 60 --engine.compile off --out "$LOGS/world-of-one.json"
+    part ladder 190 "$PYTHON" -m benchmarks.ladder --seconds 8 --save-results "$ladder"
+    part suite 165 "${pytest[@]}" benchmarks --benchmark-only --within 110 --save-results "$suite"
     part ncu 60 env OUT="$OUT/profile" benchmarks/profile.sh ncu
 else
     part tests 100 "${pytest[@]}" -m gpu tests/gpu

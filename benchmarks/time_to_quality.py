@@ -22,7 +22,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from benchmarks.environment import default_device, environment, round_dtype, syn
 from benchmarks.reference import AdapterPolicy, Reference, adapters_on
 from opd_fast.command import parse
 from opd_fast.config import Config
+from opd_fast.errors import main_guard
 from opd_fast.evaluate import evaluate
 from opd_fast.models import load_model
 from opd_fast.models.base import ASSETS
@@ -233,7 +234,7 @@ def _copy(values: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
     torch._foreach_copy_(list(into), list(values))
 
 
-def run_published(run: PublishedRun, goal: Goal, budget: float, say: Callable[[str], None]) -> list[Judged]:
+def run_published(run: PublishedRun, goal: Goal, budget: float) -> list[Judged]:
     """Train until the goal is reached, the rounds are at their end or `budget` seconds are spent."""
     curve: list[Judged] = []
     for at in judgements(run.config.train.rounds):
@@ -241,7 +242,7 @@ def run_published(run: PublishedRun, goal: Goal, budget: float, say: Callable[[s
             run.round()
         curve.append(run.judge())
         shares = ", ".join(f"{name} {share:.0%}" for name, share in goal.recovered(curve[-1]).items())
-        say(f"round {run.rounds}, {run.seconds:.0f} s: {shares}")
+        print(f"round {run.rounds}, {run.seconds:.0f} s: {shares}", flush=True)
         if goal.reached(curve[-1]) or run.seconds >= budget:
             break
     return curve
@@ -295,7 +296,8 @@ def draw(sides: dict[str, dict[str, Any]], share: float, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(argv: Sequence[str]) -> int:
+@main_guard
+def main(argv: list[str]) -> int:
     """Train, compare, write."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.time_to_quality",
@@ -318,25 +320,19 @@ def main(argv: Sequence[str]) -> int:
     published = replace(published, teachers=[replace(teacher, weight=1.0) for teacher in published.teachers])
 
     quiet_libraries()
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-
+    command = " ".join(["python -m benchmarks.time_to_quality", *argv])
+    measured_on = environment(default_device(), command)
     sides: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         goal, curve = run_engine(recipe, (options.runs or Path(temporary)) / f"engine-{options.seed}", options.share)
-    sides["engine"] = told(curve, goal)
-    for name, config in (("published, tuned", tuned), ("published", published)):
-        if name in options.sides:
-            say(f"{name}:")
-            run = PublishedRun(config, published_average=config is published)
-            sides[name] = told(run_published(run, goal, options.budget, say), goal)
-    for line in lines(sides):
-        say(line)
-    if options.out is not None:
-        command = " ".join(["python -m benchmarks.time_to_quality", *argv])
+
+    def keep(name: str, curve: Sequence[Judged]) -> None:
+        """Take in a side's outcome; an interrupted comparison leaves the sides before."""
+        sides[name] = told(curve, goal)
+        if options.out is None:
+            return
         content = {
-            "environment": environment(default_device(), command),
+            "environment": measured_on,
             "share": options.share,
             "base": goal.base,
             "teachers": goal.teachers,
@@ -345,6 +341,14 @@ def main(argv: Sequence[str]) -> int:
         }
         options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         draw(sides, options.share, options.out.with_suffix(".png"))
+
+    keep("engine", curve)
+    for name, config in (("published, tuned", tuned), ("published", published)):
+        if name in options.sides:
+            print(f"{name}:", flush=True)
+            run = PublishedRun(config, published_average=config is published)
+            keep(name, run_published(run, goal, options.budget))
+    print("\n".join(lines(sides)))
     return 0
 
 

@@ -1,11 +1,12 @@
 """What `ddp` costs a process alone: rounds of the bundled run in a world of one process, and without any world.
 
-python -m benchmarks.world_of_one [--pairs 40] [--samples N] [--out FILE]
+python -m benchmarks.world_of_one [--pairs 40] [--samples N] [--out FILE] [SETTING]
 
 Both sides hold a student, teachers and an optimizer of their own; their rounds (gradients, clip, optimizer) take turns,
 and so does who begins, so that whatever else changes changes for both. Told are the median of the pairs' ratios and an
 interval that covers the true median in nineteen cases of twenty, whatever the ratios' distribution. On a GPU the world
-is NCCL's. The status is 0 where the whole interval lies under one per cent of cost.
+is NCCL's. The status is 0 where the whole interval lies under one per cent of cost. SETTINGs are those of
+`python -m opd_fast.train`, for both sides.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 
 from benchmarks.environment import default_device, environment, synchronize
 from opd_fast.command import parse
+from opd_fast.errors import main_guard
 from opd_fast.parallel import World, open_world
 from opd_fast.telemetry import quiet_libraries
 from opd_fast.trainers.loop import make_optimizer
@@ -112,17 +114,19 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return ordered[k - 1], ordered[n - k]
 
 
-def main(argv: Sequence[str]) -> int:
+@main_guard
+def main(argv: list[str]) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.world_of_one", description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=40, help="rounds of each")
     parser.add_argument("--samples", type=int, help="of each task; default: the recipe's")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    options = parser.parse_args(argv)
+    options, given = parser.parse_known_args(argv)
     if options.pairs < 6:
         parser.error("--pairs needs 6 or more for an interval")
     quiet_libraries()
-    single, ddp = (settings(strategy, WARM_UP + options.pairs, options.samples) for strategy in ("single", "ddp"))
+    rounds = WARM_UP + options.pairs
+    single, ddp = (settings(strategy, rounds, options.samples) + given for strategy in ("single", "ddp"))
     alone = side(single, World())
     with one_process(), open_world(parse(ddp).config) as world:
         seconds = in_turns(alone, side(ddp, world), options.pairs)
