@@ -113,6 +113,7 @@ def _check_objective(config: Config) -> None:
     default = ObjectiveConfig()
     readers: list[tuple[tuple[str, ...], bool, str]] = [
         (("reward_gradient", "kl_scale", "clamp"), o.kind == "ppo", "objective.kind ppo"),
+        (("variance",), o.kind in ("kl", "ppo"), "objective.kind kl"),
         (("anchor_weight",), o.anchor is not None, "objective.anchor"),
         (("query_law", "query_weights"), o.queries is not None, "objective.queries"),
         (("query_alpha", "query_beta"), o.query_law == "beta", "objective.query_law beta"),

@@ -157,6 +157,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"objective": {"kind": "ppo"}, "sampler": {"solver": "cps", "train_last": True}}, "sampler.train_last", "false"),
     ({"objective": {"reward_gradient": "detached"}}, "objective.reward_gradient", "ppo"),
     ({"objective": {"clamp": 5.0}}, "objective.clamp", "ppo"),
+    ({"objective": {"kind": "velocity", "variance": "published"}}, "objective.variance", "kind kl"),
     ({"objective": {"kind": "ppo", "clamp": -5.0}}, "objective.clamp", "positive"),
     ({"objective": {"anchor_weight": 0.1}}, "objective.anchor_weight", "objective.anchor"),
     ({"objective": {"anchor": "base", "anchor_weight": 0.0}}, "objective.anchor_weight", "positive"),

@@ -74,6 +74,7 @@ def test_loss_of_the_released_code(tmp_path: Path, solver: str, eta: float) -> N
         RECIPES / "bundled.yaml",
         sampler__solver=solver,
         sampler__eta=eta,
+        objective__kind="kl",
         objective__variance="published",
         objective__steps="mean",
         train__samples_per_task=2,

@@ -194,6 +194,7 @@ def test_gradient_of_a_round(world: Path, changes: dict[str, Any]) -> None:
 
 def test_gradient_of_a_round_of_the_bundled_model() -> None:
     argv = ["bundled", "--train.method", "sft", "--train.samples_per_task", "1", "--train.rounds", "1"]
+    argv += ["--objective.kind", "kl"]  # the default, as no other is read
     argv += ["--sampler.solver", "ode", "--sampler.steps", "3", "--evaluation.every", "0", "--logging.tensorboard"]
     method = ready(parse([*argv, "false", "--engine.attention", "native"]).config)
     x0 = {task: drawn(method, task, prompts) for task, prompts in texts(method).items()}
@@ -313,6 +314,7 @@ def test_it_learns_what_the_bundled_teacher_draws() -> None:
     """Ten rounds lower the loss on the teacher's images of held-out prompts, the noise being the same."""
     names = "name: composition, weights: bundled/composition, prompts: bundled/composition, reward: composition"
     argv = ["bundled", "--teachers", f"[{{{names}}}]", "--train.method", "sft", "--sft.updates", "2"]
+    argv += ["--objective.kind", "kl"]
     argv += ["--train.samples_per_task", "8", "--train.rounds", "10", "--train.lr", "4e-3", "--sampler.solver", "dpm2"]
     argv += ["--sampler.steps", "5", "--evaluation.prompts", "16", "--engine.attention", "native"]
     method = SFT(prepare(parse(argv).config, say=lambda text: None))
