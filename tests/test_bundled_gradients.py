@@ -39,7 +39,7 @@ STEP = 5
 COMMON = (
     *("bundled", "--student.rank", "4", "--student.alpha", "8", "--evaluation.every", "0"),
     *("--sampler.solver", "flow_sde", "--model.text_cache", "off", "--train.rounds", "12"),
-    *("--engine.cache_modulation", "false"),
+    *("--engine.cache_modulation", "false", "--objective.kind", "kl"),
 )
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
