@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from opd_fast.config import DETERMINISTIC, Config, ObjectiveConfig, RLConfig, SFTConfig
 from opd_fast.errors import UserError, did_you_mean
-from opd_fast.settings import flatten, leaves
+from opd_fast.settings import flatten, leaves, teacher_leaves
 
 # The largest whole numbers, where 2**31 - 1 is too many or too few.
 MOST = {"train.seed": 2**63 - 1, "sampler.steps": 10_000, "evaluation.steps": 10_000, "student.rank": 65_536}
@@ -143,23 +143,17 @@ def _check_objective(config: Config) -> None:
 
 def _check_reinforcement(config: Config) -> None:
     rl, method, s = config.rl, config.train.method, config.sampler
-    unread = [f"rl.{f.name}" for f in fields(RLConfig)] if not config.reinforces else []
-    if config.reinforces:
-        unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
-        unread += ["parallel.offload_teachers"]
-        unread += [f"teachers[{i}].{name}" for i in range(len(config.teachers)) for name in ("guidance", "partial")]
+    if not config.reinforces:
+        _refuse_unread(config, [f"rl.{f.name}" for f in fields(RLConfig)], f"train.method {method}")
+        return
+    unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
+    unread += ["parallel.offload_teachers"]
+    unread += [f"teachers[{i}].{name}" for i in range(len(config.teachers)) for name in ("guidance", "partial")]
     unread += ["rl.beta", "rl.decay", "rl.timestep_fraction"] if method == "grpo" else []
     unread += ["rl.guard", "rl.clip", "rl.window"] if method == "nft" else []
-    unread += ["rl.window_range"] if rl.window is None else []
-    unread += ["rl.statistics"] if rl.std == "group" else []
-    flat, defaults = flatten(config), {key: default for key, (_, default, _) in leaves().items()}
-    for key in unread:
-        if flat[key] != defaults.get(key, {"guidance": 1.0, "partial": False}.get(key.split(".")[-1])):
-            what = {"rl.window_range": "rl.window null", "rl.statistics": "rl.std group"}.get(key)
-            what = what if what is not None and config.reinforces else f"train.method {method}"
-            raise UserError(key, f"is not read under {what}", "leave it out")
-    if not config.reinforces:
-        return
+    _refuse_unread(config, unread, f"train.method {method}")
+    _refuse_unread(config, ["rl.window_range"] if rl.window is None else [], "rl.window null")
+    _refuse_unread(config, ["rl.statistics"] if rl.std == "group" else [], "rl.std group")
     _check_replicated(config)
     positive = [("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)]
     for key, value in positive:
@@ -206,6 +200,15 @@ def _check_reinforcement(config: Config) -> None:
             raise UserError("rl.window", f"{rl.window} of the first {most} steps", f"give 1 to {most}")
 
 
+def _refuse_unread(config: Config, keys: list[str], under: str) -> None:
+    """Raise for the first of the settings that is not at its default, since nothing reads it."""
+    flat, known, of_teacher = flatten(config), leaves(), teacher_leaves()
+    for key in keys:
+        _, default, _ = known[key] if key in known else of_teacher[key.rpartition(".")[2]]
+        if flat[key] != default:
+            raise UserError(key, f"is not read under {under}", "leave it out")
+
+
 def _check_replicated(config: Config) -> None:
     """Raise for a strategy that shards weights."""
     strategy, method = config.parallel.strategy, config.train.method
@@ -218,10 +221,7 @@ def _check_finetuning(config: Config) -> None:
     unread = [f"sft.{f.name}" for f in fields(SFTConfig)]
     if t.method == "sft":
         unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
-    flat, known = flatten(config), leaves()
-    for key in unread:
-        if flat[key] != known[key][1]:
-            raise UserError(key, f"is not read under train.method {t.method}", "leave it out")
+    _refuse_unread(config, unread, f"train.method {t.method}")
     if t.method != "sft":
         return
     _check_replicated(config)
