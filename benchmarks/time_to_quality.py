@@ -42,6 +42,7 @@ from opd_fast.models import load_model
 from opd_fast.models.base import ASSETS
 from opd_fast.report import gain_recovered
 from opd_fast.settings import to_dict
+from opd_fast.student import ema_decay
 from opd_fast.telemetry import quiet_libraries, read_metrics
 from opd_fast.trainers.loop import learning_rate, train
 from opd_fast.trainers.opd import OPD
@@ -116,7 +117,7 @@ def run_engine(config: Config, run_dir: Path, share: float) -> tuple[Goal, list[
         if "evaluation" in line and line["round"] > 0:
             rewards = {reward: line["evaluation"][task][reward] for task, reward in own.items()}
             curve.append(Judged(line["round"], seconds, rewards))
-        seconds += line.get("seconds", 0.0) if "evaluation" not in line else 0.0
+        seconds += line.get("seconds", 0.0)  # an evaluation's line has none
     return goal, curve
 
 
@@ -179,8 +180,8 @@ class PublishedRun:
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        decays = published_decays if self.published_average else recipe_decays
-        for decay in decays(self.rounds, self.config):
+        own = [ema_decay(self.rounds, self.config.train.ema)]
+        for decay in published_decays(self.rounds, self.config) if self.published_average else own:
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         synchronize(self.setup.model.device)
         self.seconds += time.perf_counter() - begun
@@ -221,12 +222,7 @@ def published_decays(index: int, config: Config) -> list[float]:
     """
     if (index + 1) % 8:
         return []
-    return [min((1 + index) / (10 + index), config.train.ema)] * len(config.teachers)
-
-
-def recipe_decays(index: int, config: Config) -> list[float]:
-    """The decay of the engine's average."""
-    return [min((1 + index) / (10 + index), config.train.ema)]
+    return [ema_decay(index, config.train.ema)] * len(config.teachers)
 
 
 @torch.no_grad()

@@ -191,9 +191,9 @@ class Student:
     def update_ema(self, updates: int, decay: float) -> None:
         """Move the average toward the weights after update number `updates` (from 0).
 
-        The decay is min((1 + n) / (10 + n), decay), the warm-up of the published code.
+        The decay warms up (`ema_decay`).
         """
-        effective = min((1 + updates) / (10 + updates), decay)
+        effective = ema_decay(updates, decay)
         # Element by element, so that each rank moves its own part of what is sharded.
         average, weights = ([local(t.detach()) for t in ts] for ts in (self._ema_parameters, self.parameters()))
         torch._foreach_lerp_(average, weights, 1 - effective)
@@ -290,3 +290,9 @@ def _inject(model: DiffusionModel, config: StudentConfig, seed: int) -> None:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / config.rank)
             else:
                 parameter.data.zero_()
+
+
+def ema_decay(updates: int, most: float) -> float:
+    """The average's decay after update number `updates` (from 0): min((1 + n) / (10 + n), most), the warm-up of the
+    published code."""
+    return min((1 + updates) / (10 + updates), most)
