@@ -59,7 +59,11 @@ def write_world(folder: Path) -> Path:
 
 def settings(path: Path, **changes: Any) -> Config:
     """The settings in `path` with dotted keys replaced (`train__rounds=2`)."""
-    config = read_config(path)
+    return change(read_config(path), changes)
+
+
+def change(config: Config, changes: dict[str, Any]) -> Config:
+    """`config` itself, with `section__key` set to each value, and validated."""
     for key, value in changes.items():
         section, name = key.split("__")
         setattr(getattr(config, section), name, value)
@@ -73,8 +77,4 @@ def reinforced(path: Path, method: str, reward: str, **changes: Any) -> Config:
     for task in config.teachers:
         task.weights, task.reward = "base", reward
     options = {"train__samples_per_task": 4, "rl__images_per_prompt": 2, "train__rounds": 2, "train__method": method}
-    for key, value in (options | ({"sampler__solver": "dpm2"} if method == "nft" else {}) | changes).items():
-        section, name = key.split("__")
-        setattr(getattr(config, section), name, value)
-    validate(config)
-    return config
+    return change(config, options | ({"sampler__solver": "dpm2"} if method == "nft" else {}) | changes)

@@ -28,9 +28,9 @@ from opd_fast.trainers.grpo import GRPO, guard_log_ratio
 from opd_fast.trainers.nft import NFT, NOISE_STREAM
 from opd_fast.trainers.opd import OPD
 from opd_fast.trainers.setup import Setup, prepare
-from opd_fast.validation import validate
 from opd_fast.velocity import Conditioning, Velocities
 from opd_kernels import log_prob_reference, philox_normal
+from tests.runs import change
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -71,11 +71,7 @@ def move(setup: Setup, size: float) -> None:
 
 def varied(setup: Setup, **changes: Any) -> Setup:
     """The same parts under other settings."""
-    config = copy.deepcopy(setup.config)
-    for key, value in changes.items():
-        section, name = key.split("__")
-        setattr(getattr(config, section), name, value)
-    validate(config)
+    config = change(copy.deepcopy(setup.config), changes)
     setup.student.guidance = config.student.guidance
     table = solver_table(config.sampler.solver, setup.table.sigmas, config.sampler.eta)
     return dataclasses.replace(setup, config=config, table=table)

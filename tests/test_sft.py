@@ -26,7 +26,7 @@ from opd_fast.trainers.sft import LEVEL, NOISE, NOISE_STREAM, SFT, flow_matching
 from opd_fast.validation import validate
 from opd_kernels import philox_normal
 from opd_kernels.philox import INITIAL_NOISE
-from tests.runs import settings
+from tests.runs import change, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,11 +55,7 @@ def finetuned(world: Path, reward: str | None = "sft_rewards:bright", **changes:
     config.teachers[1].weight, config.teachers[1].guidance = 3.0, 2.0
     options: dict[str, Any] = {"train__samples_per_task": 3, "train__rounds": 2, "train__schedule": "constant"}
     config.train.method = "sft"
-    for key, value in (options | changes).items():
-        section, name = key.split("__")
-        setattr(getattr(config, section), name, value)
-    validate(config)
-    return config
+    return change(config, options | changes)
 
 
 def ready(config: Config) -> SFT:
