@@ -35,7 +35,8 @@ class Backend(Protocol):
     def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """Warm `work` up and record it; how to replay it, and the result that replays overwrite.
 
-        Raises RuntimeError where it cannot be recorded, and then leaves the process as it was. What `work` changes in place may have any value afterwards.
+        Raises RuntimeError where it cannot be recorded, and then leaves the process as it was. What `work` changes in
+        place may have any value afterwards.
         """
         ...
 

@@ -4,8 +4,9 @@
 `CUDAGraph.capture_end` raises before it has put anything back (mended in 2.12, pytorch#180395). What then stays behind:
 
 * the side stream remains the current one of the thread, because the context manager leaves after `capture_end`;
-* the device's allocator still records into the graph's memory pool: `torch.cuda.empty_cache` frees nothing any more, and
-  another graph of that pool is refused ("already recording to mempool_id"), as it is by the allocator of pinned memory;
+* the device's allocator still records into the graph's memory pool: `torch.cuda.empty_cache` frees nothing any more,
+  and another graph of that pool is refused ("already recording to mempool_id"), as it is by the allocator of pinned
+  memory;
 * the default generator still believes that a capture is under way: `torch.randn` on the device raises.
 
 `Recorder` puts each of these back.
