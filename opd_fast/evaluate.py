@@ -143,7 +143,7 @@ def evaluate(
         means[task.name] = {name: float(values.nanmean()) for name, values in everyone.items()}
         if keep:
             kept[task.name] = world.collect(torch.cat(images_kept), keep)
-    failures = tuple(dict.fromkeys(world.everyone(jury.messages)))
+    failures = tuple(dict.fromkeys(world.everyone(list(jury.messages.values()))))
     for message in failures if world.first else ():
         print(f"evaluation: {message}", file=sys.stderr, flush=True)
     return Evaluation(means, kept, failures)
