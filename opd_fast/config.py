@@ -257,6 +257,11 @@ class EvaluationConfig:
         "seconds that a reward may take for a batch; one that fails or takes longer is passed over; null: any",
         300.0,
     )
+    reward_failure: Literal["stop", "continue"] = option(
+        "when a reward gives no value at all in the first judging, of the base; stop: the run ends before it trains; "
+        "continue: it goes on, and the reward's values are missing",
+        "stop",
+    )
     vae_tiling: bool = option("decode in overlapping tiles: less memory at high resolutions, faint seams", False)
 
 

@@ -57,6 +57,10 @@ class Evaluation:
     images: dict[str, Tensor]
     failures: tuple[str, ...] = ()
 
+    def unjudged(self) -> list[tuple[str, str]]:
+        """(task, reward) wherever no image has a value."""
+        return [(task, name) for task, means in self.rewards.items() for name, mean in means.items() if mean != mean]
+
 
 def task_keys(seed: int, task: str, count: int) -> Tensor:
     """(count,) int64 noise keys that depend on (seed, task's name, prompt index) alone, so that every model judged
@@ -82,6 +86,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     reward_timeout: float | None = None,
     world: World | None = None,
+    told: dict[tuple[str, str], str] | None = None,
 ) -> Evaluation:
     """Draw an image for every prompt of every task and average its rewards.
 
@@ -96,8 +101,9 @@ def evaluate(
         progress: called with (images done, images in all).
         reward_timeout: seconds that a reward may take for a batch; null: any.
         world: the processes that draw them together, each its share; all get the same result.
+        told: what failed in earlier evaluations: (reward, reason) to words. What fails here is added.
 
-    A reward that fails is passed over, and said so on stderr.
+    A reward that fails is passed over. What it did is printed to stderr, unless `told` has it.
 
     Raises:
         ValueError: a task without prompts, an unknown reward, or a model that yields NaN or infinite numbers.
@@ -143,10 +149,14 @@ def evaluate(
         means[task.name] = {name: float(values.nanmean()) for name, values in everyone.items()}
         if keep:
             kept[task.name] = world.collect(torch.cat(images_kept), keep)
-    failures = tuple(dict.fromkeys(world.everyone(list(jury.messages.values()))))
-    for message in failures if world.first else ():
-        print(f"evaluation: {message}", file=sys.stderr, flush=True)
-    return Evaluation(means, kept, failures)
+    told = {} if told is None else told
+    failed: dict[tuple[str, str], str] = {}
+    for reason, message in world.everyone(list(jury.messages.items())):
+        failed.setdefault(reason, message)
+        if reason not in told and world.first:
+            print(f"evaluation: {message}", file=sys.stderr, flush=True)
+        told.setdefault(reason, message)
+    return Evaluation(means, kept, tuple(failed.values()))
 
 
 def _draw(
@@ -280,6 +290,9 @@ def main(argv: list[str]) -> int:
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _show(settings, tasks, found, out)
+    if len(found.unjudged()) == sum(len(task.rewards) for task in tasks):
+        reasons = "; ".join(found.failures)
+        raise UserError("rewards", f"no image has a value: {reasons}", "fix the reward, then evaluate again")
     return 0
 
 
@@ -371,7 +384,7 @@ def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) ->
     from rich.console import Console
     from rich.table import Table
 
-    from opd_fast.report import image_grid
+    from opd_fast.report import image_grid, print_failures
 
     title = settings.model if settings.lora is None else f"{settings.model} + {settings.lora}"
     console = Console()
@@ -384,6 +397,7 @@ def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) ->
             shown = f"{value:.3f}" if math.isfinite(value) else "-"
             table.add_row(task.name, str(len(task.prompts)), name.replace("_", " "), shown)
     console.print(table)
+    print_failures(found.failures, console)
     for task in tasks:
         if task.name in found.images:
             images = found.images[task.name]

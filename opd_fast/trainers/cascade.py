@@ -84,6 +84,7 @@ def _finish(
     rows |= {f"stage:{stage.name}": found["rows"]["student"] for stage, found in zip(stages, done, strict=True)}
     results["rows"] = rows | {"student": done[-1]["rows"]["student"]}
     results["recovered"] = done[-1]["recovered"]
+    results["failures"] = list(dict.fromkeys(said for found in done for said in found.get("failures", ())))
     results["rounds"] = sum(found["rounds"] for found in done)
     results["seconds"] = {key: round(sum(found["seconds"][key] for found in done), 2) for key in ("train", "total")}
     if not world.first:

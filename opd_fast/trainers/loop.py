@@ -94,6 +94,10 @@ class Run:
         self.rows: dict[str, dict[str, float]] = {}
         """Mean rewards of base and teachers, measured once."""
         self.images: dict[str, dict[str, Tensor]] = {}
+        self.failures: dict[tuple[str, str], str] = {}
+        """(reward, reason) to what evaluations found wrong, in words, since this process began; it was told."""
+        self.failures_before: dict[tuple[str, str], str] = {}
+        """The same of the processes that the run was resumed from."""
         self.train_seconds, self.seconds_before, self.started = 0.0, 0.0, started
         self.interrupted = False
         self.skipped, self.skipped_in_a_row = 0, 0
@@ -198,6 +202,7 @@ class Run:
             keep_images=GRID_COLUMNS,
             reward_timeout=self.config.evaluation.reward_timeout,
             world=self.world,
+            told=self.failures,
         )
 
     def _guidance(self) -> float:
@@ -207,10 +212,26 @@ class Run:
 
     def _judge_frozen(self) -> None:
         with self.setup.student.base() as transformer:
-            self._keep("base", self._judge(transformer, self._guidance()))
+            base = self._judge(transformer, self._guidance())
+        if self.config.evaluation.reward_failure == "stop":
+            self._refuse_unjudged(base)
+        self._keep("base", base)
         for index, teacher in enumerate(self.setup.teachers.teachers):
             with self.setup.teachers.active(index) as transformer:
                 self._keep(f"teacher:{teacher.name}", self._judge(transformer, teacher.guidance))
+
+    def _refuse_unjudged(self, base: Evaluation) -> None:
+        """Raise UserError where a reward gave no value for any image: a run that no one can judge shall not train."""
+        unjudged = base.unjudged()
+        if not unjudged:
+            return
+        rewards = dict.fromkeys(name for _, name in unjudged)
+        reasons = [next(said for (reward, _), said in self.failures.items() if reward == name) for name in rewards]
+        raise UserError(
+            f"teachers.{unjudged[0][0]}.reward",
+            f"{'; '.join(reasons)}; so no image of the first judging has a value",
+            "fix the reward and go on with --resume, or train without its values by evaluation.reward_failure continue",
+        )
 
     def _keep(self, row: str, evaluation: Evaluation) -> None:
         self.rows[row] = _flat(evaluation)
@@ -248,6 +269,7 @@ class Run:
             tensors |= {f"images.{row}.{task}": pixels for task, pixels in images.items()}
         meta = {
             "rows": self.rows,
+            "failures": [[*key, said] for key, said in self._all_failures().items()],
             "train_seconds": self.train_seconds,
             "total_seconds": self._total_seconds(),
             "skipped": self.skipped,
@@ -286,8 +308,12 @@ class Run:
         self.method.load_state({name.removeprefix("method."): tensor for name, tensor in method.items()})
         self.scaler.load_state_dict(meta["scaler"])
         self.rounds, self.rows = meta["round"], meta["rows"]
+        self.failures_before = {(reward, reason): said for reward, reason, said in meta.get("failures", ())}
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
         self.train_seconds, self.seconds_before = meta["train_seconds"], meta["total_seconds"]
+
+    def _all_failures(self) -> dict[tuple[str, str], str]:
+        return self.failures | self.failures_before  # the first words stay
 
     def _total_seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
@@ -296,6 +322,7 @@ class Run:
         """results.json, the table and the report; an interrupted run only says that `resume` goes on."""
         results = new_results(self.config)
         results["rows"] = self.rows
+        results["failures"] = list(self._all_failures().values())
         results["rounds"] = self.rounds
         results["seconds"] = {"train": round(self.train_seconds, 2), "total": round(self._total_seconds(), 2)}
         if not self.world.first:
