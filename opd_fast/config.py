@@ -258,8 +258,8 @@ class EvaluationConfig:
         300.0,
     )
     reward_failure: Literal["stop", "continue"] = option(
-        "when a reward gives no value at all in the first judging, of the base; stop: the run ends before it trains; "
-        "continue: it goes on, and the reward's values are missing",
+        "what a run does whose reward gives a task no value at all when the base is judged, before training; stop: it "
+        "ends with an error; continue: it trains, and the reward's values are missing",
         "stop",
     )
     vae_tiling: bool = option("decode in overlapping tiles: less memory at high resolutions, faint seams", False)

@@ -59,7 +59,8 @@ class Evaluation:
 
     def unjudged(self) -> list[tuple[str, str]]:
         """(task, reward) wherever no image has a value."""
-        return [(task, name) for task, means in self.rewards.items() for name, mean in means.items() if mean != mean]
+        means = ((task, name, mean) for task, own in self.rewards.items() for name, mean in own.items())
+        return [(task, name) for task, name, mean in means if math.isnan(mean)]
 
 
 def task_keys(seed: int, task: str, count: int) -> Tensor:
@@ -251,6 +252,8 @@ def _pair(prompts: str, rewards: str) -> list[tuple[str, list[str]]]:
         raise UserError(
             "rewards", f"{len(names)} for {len(sources)} prompt files", "give one for each file, several joined by +"
         )
+    if not all(names):
+        raise UserError("rewards", f"{rewards!r} leaves a prompt file without any", "name one for each file")
     return list(zip(sources, names, strict=True))
 
 

@@ -272,6 +272,7 @@ def test_text_is_kept(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         (["--text-cache", "/dev/null/x"], "error: text-cache: /dev/null/x/"),
         (["--text-cache", ""], "error: text-cache: is empty"),
+        (["--rewards", "+"], "error: rewards: '+' leaves a prompt file without any; name one for each file"),
         (["--text-cach", "off"], "did you mean --text-cache?"),
         (["--resolution", "33"], "error: resolution 33 is not a multiple of 16"),
         (["--lora", "/absent"], "error: lora: /absent is neither"),

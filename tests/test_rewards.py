@@ -270,6 +270,18 @@ def test_values_share_no_memory_with_what_was_returned() -> None:
     assert torch.equal(corner, IMAGES.detach()[:, 0, 0, 0])
 
 
+def test_the_timeout_covers_values_that_are_still_being_computed() -> None:
+    class Slow:
+        def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+            time.sleep(30)
+
+    begun = time.monotonic()
+    with pytest.raises(RewardFailure, match=r"'mine' took longer than 0\.2 s for 3 images") as error:
+        judge(lambda images, prompts: Slow(), IMAGES, PROMPTS, 0.2, name="mine")
+    assert time.monotonic() - begun < 10
+    assert error.value.kind == "timed out"
+
+
 def test_a_reward_may_ask_for_gradients() -> None:
     def gradient(images: Tensor, prompts: Any) -> Tensor:
         with torch.enable_grad():
@@ -299,7 +311,7 @@ def test_reasons_are_told_once_each() -> None:
         raise errors.pop(0)
 
     sys.modules["moody"] = type(sys)("moody")
-    sys.modules["moody"].score = moody  # type: ignore[attr-defined]
+    sys.modules["moody"].score = moody
     errors = [OSError("port 1"), OSError("port 2"), KeyError("colour"), OSError("x" * 5000)]
     jury = Jury("record")
     try:

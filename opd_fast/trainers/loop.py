@@ -221,7 +221,7 @@ class Run:
                 self._keep(f"teacher:{teacher.name}", self._judge(transformer, teacher.guidance))
 
     def _refuse_unjudged(self, base: Evaluation) -> None:
-        """Raise UserError where a reward gave no value for any image: a run that no one can judge shall not train."""
+        """Raise UserError where a reward gave a task no value at all: no one could judge what the run trains."""
         unjudged = base.unjudged()
         if not unjudged:
             return
