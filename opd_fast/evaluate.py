@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,12 +50,18 @@ class Evaluation:
     Attributes:
         rewards: task to reward to mean.
         images: task to its first `keep_images` images (n, 3, H, W), float32 in [0, 1], on the CPU.
-        failures: what went wrong with rewards, in words. A mean is over the images that have a value; NaN: none has.
+        failed: (reward, reason) to what the reward did wrong, in words. A mean is over the images that have a value;
+            NaN: none has.
     """
 
     rewards: dict[str, dict[str, float]]
     images: dict[str, Tensor]
-    failures: tuple[str, ...] = ()
+    failed: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What rewards did wrong, in words."""
+        return tuple(self.failed.values())
 
     def unjudged(self) -> list[tuple[str, str]]:
         """(task, reward) wherever no image has a value."""
@@ -87,7 +93,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     reward_timeout: float | None = None,
     world: World | None = None,
-    told: dict[tuple[str, str], str] | None = None,
+    told: set[tuple[str, str]] | None = None,
 ) -> Evaluation:
     """Draw an image for every prompt of every task and average its rewards.
 
@@ -102,7 +108,7 @@ def evaluate(
         progress: called with (images done, images in all).
         reward_timeout: seconds that a reward may take for a batch; null: any.
         world: the processes that draw them together, each its share; all get the same result.
-        told: what failed in earlier evaluations: (reward, reason) to words. What fails here is added.
+        told: (reward, reason) of what was printed before; what is printed here is added.
 
     A reward that fails is passed over. What it did is printed to stderr, unless `told` has it.
 
@@ -150,14 +156,14 @@ def evaluate(
         means[task.name] = {name: float(values.nanmean()) for name, values in everyone.items()}
         if keep:
             kept[task.name] = world.collect(torch.cat(images_kept), keep)
-    told = {} if told is None else told
+    told = set() if told is None else told
     failed: dict[tuple[str, str], str] = {}
     for reason, message in world.everyone(list(jury.messages.items())):
         failed.setdefault(reason, message)
         if reason not in told and world.first:
             print(f"evaluation: {message}", file=sys.stderr, flush=True)
-        told.setdefault(reason, message)
-    return Evaluation(means, kept, tuple(failed.values()))
+        told.add(reason)
+    return Evaluation(means, kept, failed)
 
 
 def _draw(

@@ -274,6 +274,8 @@ def test_stages_leave_the_failures_of_all(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(data))
     assert main([str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["failures"] == [f"reward '{REWARD}:letters' raised OSError: server gone"]
+    message = f"reward '{REWARD}:letters' raised OSError: server gone"
+    assert results["failures"] == [message]
+    assert capsys.readouterr().err.count(message) == 1
     stage = json.loads((tmp_path / "run" / "2-two" / "results.json").read_text())
     assert stage["failures"] == results["failures"]
