@@ -2,7 +2,8 @@
 
 `results` everywhere is the content of results.json:
 `{"rows": {"base": {REWARD: x}, "teacher:NAME": {...}, "stage:NAME": {...}, "student": {...}}, "recovered":
-{TASK: share or None}, "rounds": n, "seconds": {"train": s, "total": s}, "seed": n, "commit": ..., "config_hash": ...}`.
+{TASK: share or None}, "rounds": n, "seconds": {"train": s, "total": s}, "seed": n, "commit": ..., "config_hash": ...,
+"failures": [what rewards did wrong, in words]}`. Results of former versions have no "failures".
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +79,7 @@ def _paired(names: list[str]) -> bool:
 
 def print_table(results: dict[str, Any], console: Any = None) -> None:
     """Print base, teachers and student against the rewards; a teacher's row ends with the share of its gain that the
-    student recovered. `console`: a rich Console, stdout when None."""
+    student recovered. Beneath stands what rewards did wrong. `console`: a rich Console, stdout when None."""
     from rich.console import Console
     from rich.table import Table
 
@@ -96,6 +98,18 @@ def print_table(results: dict[str, Any], console: Any = None) -> None:
             cells.append(_share(recovered, row))
         table.add_row(_label(row, whole=True), *cells, style="bold" if row == "student" else None)
     console.print(table)
+    print_failures(results.get("failures", ()), console)
+
+
+FAILED = "Some rewards failed. A mean is over the images that have a value; a dash marks one without any."
+
+
+def print_failures(failures: Sequence[str], console: Any) -> None:
+    """Print beneath a table why values are missing from it; nothing where none is."""
+    if failures:
+        console.print(FAILED, markup=False, highlight=False, soft_wrap=True)
+    for message in failures:
+        console.print(f"  {message}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _label(row: str, *, whole: bool = False) -> str:
@@ -235,6 +249,8 @@ def write_report(run_dir: Path, results: dict[str, Any], history: list[dict[str,
         facts=_facts(results),
         rewards=[name.replace("_", " ") for name in names],
         table=table,
+        failures=list(results.get("failures", ())),
+        failed=FAILED,
         shares={
             task: None if share is None or not math.isfinite(share) else share
             for task, share in results["recovered"].items()
@@ -296,4 +312,5 @@ def new_results(config: Config) -> dict[str, Any]:
         "seed": config.train.seed,
         "commit": source_commit(),
         "config_hash": config_hash(config),
+        "failures": [],
     }

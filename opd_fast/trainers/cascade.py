@@ -35,6 +35,7 @@ def train_stages(
     """
     world = world or World()
     done: list[dict[str, Any]] = []
+    told: set[tuple[str, str]] = set()
     folders = [run_dir / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
         config = stage.config if number == 0 else starting_from(stage.config, folders[number - 1] / "student")
@@ -43,7 +44,7 @@ def train_stages(
             if world.first:
                 print(f"stage {number + 1} of {len(stages)}: {stage.name}", flush=True)
             again = world.on_first(partial(_begin, folder, config))
-            results = train(config, folder, resume=again, profile=profile, world=world, within=run_dir)
+            results = train(config, folder, resume=again, profile=profile, world=world, within=run_dir, told=told)
         if results["rounds"] < config.train.rounds:
             return results
         done.append(results)
@@ -84,6 +85,7 @@ def _finish(
     rows |= {f"stage:{stage.name}": found["rows"]["student"] for stage, found in zip(stages, done, strict=True)}
     results["rows"] = rows | {"student": done[-1]["rows"]["student"]}
     results["recovered"] = done[-1]["recovered"]
+    results["failures"] = list(dict.fromkeys(said for found in done for said in found.get("failures", ())))
     results["rounds"] = sum(found["rounds"] for found in done)
     results["seconds"] = {key: round(sum(found["seconds"][key] for found in done), 2) for key in ("train", "total")}
     if not world.first:
