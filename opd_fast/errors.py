@@ -12,6 +12,10 @@ from pathlib import Path
 from types import TracebackType
 
 PACKAGES = ("opd_fast", "opd_kernels")
+FEWER = (
+    "give fewer samples at a time (--train.micro_batch 1), let blocks recompute their activations (--engine.recompute), or "
+    "keep teachers on one base (--engine.placement shared); --dry-run estimates what a setting takes"
+)
 LONGEST = 600
 """Characters of each part of a message."""
 
@@ -73,7 +77,8 @@ def main_guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     """Wrap a command line's `main(argv) -> exit status`: a user's mistake becomes one line on stderr and status 2.
 
     A `UserError`, and any other `ValueError` that this project raises, is a mistake with its remedy in the message. A
-    `ValueError` from inside a library is a defect and keeps its traceback. Ctrl-C outside the training loop (which
+    `ValueError` from inside a library is a defect and keeps its traceback. A device without memory left is told with
+    the settings that need less. Ctrl-C outside the training loop (which
     handles its own) ends with status 130.
     """
 
@@ -85,6 +90,11 @@ def main_guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             if not isinstance(error, UserError) and not is_ours(error.__traceback__):
                 raise
             _tell(f"error: {short(one_line(error), 3 * LONGEST)}")
+            return 2
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's; this file does without torch
+                raise
+            _tell(f"error: {short(one_line(error), LONGEST)}; {FEWER}")
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from opd_fast import command, evaluate, train
@@ -220,6 +221,21 @@ def test_guard_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main_guard(stopped)([]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_device_without_memory_left_is_told_with_what_needs_less(capsys: pytest.CaptureFixture[str]) -> None:
+    def full(argv: list[str]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def broken(argv: list[str]) -> int:
+        raise RuntimeError("a kernel failed")
+
+    assert main_guard(full)([]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB; give fewer samples at a time")
+    assert "--train.micro_batch" in told
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        main_guard(broken)([])
 
 
 def test_errors_are_one_line_and_survive_pickling() -> None:
