@@ -13,8 +13,8 @@ from types import TracebackType
 
 PACKAGES = ("opd_fast", "opd_kernels")
 FEWER = (
-    "give fewer samples at a time (--train.micro_batch 1), let blocks recompute their activations (--engine.recompute), or "
-    "keep teachers on one base (--engine.placement shared); --dry-run estimates what a setting takes"
+    "give fewer samples at a time (--train.micro_batch 1), let blocks recompute their activations (--engine.recompute),"
+    " or keep teachers on one base (--engine.placement shared); --dry-run estimates what a setting takes"
 )
 LONGEST = 600
 """Characters of each part of a message."""
