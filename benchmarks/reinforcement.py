@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from opd_fast.reward_keys import key_words, reward_key
 from opd_fast.telemetry import read_metrics
 from opd_fast.trainers import cascade
 
@@ -63,7 +64,12 @@ def told(name: str, seed: int, run_dir: Path) -> dict[str, Any]:
         "student": student,
         "gain": {reward: student[reward] - base[reward] for reward in base},
         "curve": [
-            {"round": line["round"], **{k: v for means in line["evaluation"].values() for k, v in means.items()}}
+            {
+                "round": line["round"],
+                **{
+                    reward_key(base, t, name): v for t, means in line["evaluation"].items() for name, v in means.items()
+                },
+            }
             for line in history(run_dir)
             if "evaluation" in line
         ],
@@ -109,7 +115,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         for reward, gain in found["gain"].items():
             base, after = (statistics.mean(run[row][reward] for run in mine) for row in ("base", "student"))
             spread = "one seed" if gain["deviation"] is None else f"± {gain['deviation']:.3f}, {len(mine)} seeds"
-            cells = (f"`{name}`", reward.replace("_", " "), f"{base:.3f}", f"{after:.3f}")
+            cells = (f"`{name}`", key_words(reward), f"{base:.3f}", f"{after:.3f}")
             lines.append(f"| {' | '.join(cells)} | {gain['mean']:+.3f} ({spread}) | {found['minutes']:.0f} |")
     return "\n".join(lines)
 

@@ -456,7 +456,8 @@ def _evaluation(config: Config, branches: int) -> tuple[int, int]:
     images = sum(_evaluation_images(teacher, config) for teacher in config.teachers if teacher.reward is not None)
     if e.every == 0 or not images:
         return 0, 0
-    student = len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end
+    started = config.student.start is not None  # else it is the base at first
+    student = started + len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end
     guidance = config.student.guidance if e.guidance is None else e.guidance
     models = student + 1 + (0 if config.reinforces else len(config.teachers))
     return student, models * images * e.steps * _branches(guidance, branches)

@@ -136,6 +136,9 @@ def test_the_plan_counts_the_images_that_are_drawn(tmp_path: Path) -> None:
     models = 4 + 2  # the student after 20, 40, 60 and 80 rounds, the base and a teacher
     assert make_plan(made(folder, **sizes), 1, 80.0).evaluation_rows == models * 5 * 3 * 2
     assert make_plan(made(tmp_path / "absent", **sizes), 1, 80.0).evaluation_rows == models * 5 * 8 * 2
+    started = made(folder, **sizes)
+    started.student.start = "merged"  # judged before its first round, where it is not the base
+    assert make_plan(started, 1, 80.0).evaluation_rows == (models + 1) * 5 * 3 * 2
 
 
 def test_no_images_of_a_prompt_are_refused() -> None:

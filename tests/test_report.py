@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from opd_fast import curves
 from opd_fast.curves import reward_series, step_series
 from opd_fast.report import (
     gain_recovered,
@@ -190,3 +191,56 @@ def test_report_of_a_run_without_evaluation(tmp_path: Path) -> None:
     page = write_report(tmp_path, found, [{"round": 0, "time": 0.0, "loss": 0.0}]).read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "<table>" not in page
+
+
+# --- rewards of several tasks ----------------------------------------------------------------------------------------
+
+
+def shared_results() -> dict[str, Any]:
+    """Two tasks with one reward: the first fell, the second rose."""
+    found = new_results(CONFIG)
+    found["rows"] = {
+        "base": {"a/text": 0.9, "b/text": 0.1},
+        "teacher:a": {"a/text": 1.0, "b/text": 0.1},
+        "teacher:b": {"a/text": 0.9, "b/text": 0.6},
+        "student": {"a/text": 0.8, "b/text": 0.5},
+    }
+    found["recovered"] = {"a": -1.0, "b": 0.8}
+    return found
+
+
+def test_a_table_has_a_column_for_each_task_of_a_reward() -> None:
+    out = io.StringIO()
+    print_table(shared_results(), Console(file=out, width=100))
+    lines = out.getvalue().splitlines()
+    above = [[cell.strip() for cell in line.split("┃")] for line in lines if line.startswith("┃")]
+    assert [" ".join(filter(None, words)) for words in zip(*above, strict=True)][2:-2] == ["a: text", "b: text"]
+    (student,) = [line for line in lines if "student" in line]
+    assert re.findall(r"[\d.]{5}", student) == ["0.800", "0.500"]
+
+
+def test_a_curve_has_the_levels_of_its_own_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, list[float]]] = []
+
+    def figure(series: Any, results: Any, theme: Any) -> Any:
+        found = original(series, results, theme)
+        for ax in found.axes:
+            levels = [line.get_ydata()[0] for line in ax.lines if len(set(line.get_ydata())) == 1]
+            drawn.append((ax.get_title(loc="left"), levels))
+        return found
+
+    original = curves._rewards
+    monkeypatch.setattr(curves, "_rewards", figure)
+    lines = [
+        {"round": i, "evaluation": {"a": {"text": 0.9 - i / 10}, "b": {"text": 0.1 + i / 10}}, "time": 0.0}
+        for i in range(2)
+    ]
+    curves.draw(shared_results(), lines)
+    assert drawn[:2] == [("a: text", [1.0, 0.9]), ("b: text", [0.6, 0.1])]
+
+
+def test_a_curve_passes_over_a_level_that_was_not_measured() -> None:
+    found = shared_results()
+    found["rows"]["base"]["a/text"] = math.nan
+    lines = [{"round": i, "evaluation": {"a": {"text": 0.5 + i / 10}}, "time": 0.0} for i in range(2)]
+    assert [curve["title"] for curve in curves.draw(found, lines)] == ["Rewards over rounds"]
