@@ -62,14 +62,10 @@ def told(name: str, seed: int, run_dir: Path) -> dict[str, Any]:
         "seed": seed,
         "base": base,
         "student": student,
-        "gain": {reward: student[reward] - base[reward] for reward in base},
+        "gain": {key: mean - base[key] for key, mean in student.items()},
         "curve": [
-            {
-                "round": line["round"],
-                **{
-                    reward_key(base, t, name): v for t, means in line["evaluation"].items() for name, v in means.items()
-                },
-            }
+            {"round": line["round"]}
+            | {reward_key(base, t, reward): v for t, row in line["evaluation"].items() for reward, v in row.items()}
             for line in history(run_dir)
             if "evaluation" in line
         ],
@@ -83,7 +79,8 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, of all stages where there are some."""
     if (run_dir / "metrics.jsonl").is_file():
         return read_metrics(run_dir / "metrics.jsonl")
-    folders = sorted(path.parent for path in run_dir.glob("*/metrics.jsonl"))
+    folders = [path.parent for path in run_dir.glob("*/metrics.jsonl")]
+    folders.sort(key=lambda folder: int(folder.name.partition("-")[0]))
     return cascade.history(folders, [json.loads((folder / "results.json").read_text()) for folder in folders])
 
 

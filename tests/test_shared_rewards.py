@@ -10,8 +10,10 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import reinforcement, time_to_quality
 from opd_fast import evaluate as module
 from opd_fast.checkpoint import Checkpoints
+from opd_fast.command import read_config
 from opd_fast.config import Config
 from opd_fast.evaluate import Evaluation
 from opd_fast.report import gain_recovered
@@ -170,14 +172,18 @@ def test_a_checkpoint_with_one_mean_for_both_is_judged_again(
 def test_an_earlier_checkpoint_that_is_right_is_kept(
     small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of tasks with rewards of their own, and with names that have points."""
+    """Of tasks with rewards of their own, and with names that have points or are those of rows."""
 
     def own() -> Config:
         config = settings(small_world, train__rounds=2, checkpoint__every=1, evaluation__prompts=3)
-        config.teachers[0].name = "v1.5"
+        config.teachers[0].name, config.teachers[1].name = "v1.5", "student"
         return config
 
-    run(own(), tmp_path / "whole")
+    labels: list[list[str]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("opd_fast.trainers.loop.image_grid", lambda images, *rest: labels.append(list(images)))
+        run(own(), tmp_path / "whole")
+    assert labels == [["base", "v1.5", "teacher student", "student"]] * 2
     stop_after(monkeypatch, 0)
     run(own(), tmp_path / "run")
     monkeypatch.undo()
@@ -270,3 +276,21 @@ def test_a_cascade_of_tasks_with_one_reward(small_world: Path, tmp_path: Path) -
     lines = [line for line in read_metrics(tmp_path / "run" / "2-s1" / "metrics.jsonl") if "evaluation" in line]
     assert [line["round"] for line in lines] == [0, 2]
     assert lines[0]["evaluation"]["plain"]["colour"] != second["base"]["colour"]
+
+
+# --- benchmarks that read results ------------------------------------------------------------------------------------
+
+
+def test_benchmarks_read_the_tasks_apart(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = reinforcement.told("teacher-text", 0, whole)
+    assert set(found["gain"]) == {"words/colour", "plain/colour"}
+    assert [set(point) for point in found["curve"]] == [{"round", "words/colour", "plain/colour"}] * 3
+    assert {key: found["curve"][-1][key] - found["curve"][0][key] for key in found["gain"]} == found["gain"]
+
+    monkeypatch.setattr(time_to_quality, "train", lambda config, run_dir: None)  # it has been trained
+    config = read_config(whole / "config.yaml")
+    goal, curve = time_to_quality.run_engine(config, whole, 0.9)
+    means = rows(whole)
+    assert goal.base == {task: means["base"][f"{task}/colour"] for task in TASKS}
+    assert goal.teachers == {task: means[f"teacher:{task}"][f"{task}/colour"] for task in TASKS}
+    assert curve[-1].rewards == {task: means["student"][f"{task}/colour"] for task in TASKS}
