@@ -219,28 +219,31 @@ def test_a_table_has_a_column_for_each_task_of_a_reward() -> None:
     assert re.findall(r"[\d.]{5}", student) == ["0.800", "0.500"]
 
 
-def test_a_curve_has_the_levels_of_its_own_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[tuple[str, list[float]]] = []
+def drawn(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], tasks: list[str]) -> dict[str, dict[str, float]]:
+    """By panel of the rewards: the labelled levels. Each task rises from 0.5 to 0.6."""
+    original, panels = curves._rewards, {}
 
     def figure(series: Any, results: Any, theme: Any) -> Any:
-        found = original(series, results, theme)
-        for ax in found.axes:
-            levels = [line.get_ydata()[0] for line in ax.lines if len(set(line.get_ydata())) == 1]
-            drawn.append((ax.get_title(loc="left"), levels))
-        return found
+        made = original(series, results, theme)
+        for ax in made.axes:
+            levels = [line.get_ydata()[0] for line in ax.lines[1:]]
+            labels = [text.get_text() for text in ax.texts]
+            panels[ax.get_title(loc="left")] = dict(zip(labels, ["", *levels], strict=True))
+        return made
 
-    original = curves._rewards
     monkeypatch.setattr(curves, "_rewards", figure)
-    lines = [
-        {"round": i, "evaluation": {"a": {"text": 0.9 - i / 10}, "b": {"text": 0.1 + i / 10}}, "time": 0.0}
-        for i in range(2)
-    ]
-    curves.draw(shared_results(), lines)
-    assert drawn[:2] == [("a: text", [1.0, 0.9]), ("b: text", [0.6, 0.1])]
+    monkeypatch.setattr(curves, "_apart", lambda levels, least: levels)
+    curves.draw(found, [{"round": i, "evaluation": {t: {"text": 0.5 + i / 10} for t in tasks}} for i in range(2)])
+    return {title: {k: v for k, v in levels.items() if k != "student"} for title, levels in panels.items()}
 
 
-def test_a_curve_passes_over_a_level_that_was_not_measured() -> None:
-    found = shared_results()
-    found["rows"]["base"]["a/text"] = math.nan
-    lines = [{"round": i, "evaluation": {"a": {"text": 0.5 + i / 10}}, "time": 0.0} for i in range(2)]
-    assert [curve["title"] for curve in curves.draw(found, lines)] == ["Rewards over rounds"]
+def test_a_curve_has_the_levels_of_its_own_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn(monkeypatch, shared_results(), ["a", "b"]) == {
+        "a: text": {"teacher": 1.0, "base": 0.9},
+        "b: text": {"teacher": 0.6, "base": 0.1},
+    }
+
+
+def test_a_curve_of_an_earlier_run_without_one_of_its_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"rows": {"base": {"text": math.nan}, "teacher:a": {"text": 1.0}, "student": {"text": 0.6}}}
+    assert drawn(monkeypatch, found, ["a"]) == {"a: text": {"teacher": 1.0}}
