@@ -316,7 +316,7 @@ class Run:
                 )
         images, method = (self.checkpoints.blanks(folder, prefix) for prefix in ("images.", "method."))
         rows = meta["rows"]
-        if not self._comparable(meta):
+        if rows and not self._comparable(meta):
             rows, images = {}, {}
             if self.world.first:
                 said = f"the base and the teachers are judged again: {folder.name} has rewards of another evaluation"
