@@ -5,14 +5,16 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.environment import default_device, environment
-from benchmarks.report import README, RESULTS, load_results, render, rows_of, write_results
+from benchmarks.report import RESULTS, rows_of, save_rows
 
 STARTED = pytest.StashKey[float]()
+ENVIRONMENT = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,7 +44,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--compiled-rounds",
         action="store_true",
-        help="measure the compiled reference of a round on a CPU too, where compiling takes minutes",
+        help="measure the compiled reference of the bundled rounds on a CPU too, where compiling takes minutes",
+    )
+    group.addoption(
+        "--rehearse",
+        action="store_true",
+        help="the rounds of Stable Diffusion 3.5 Medium on a model of a test's size and on any device; their rows are "
+        "named rehearsal/...",
     )
 
 
@@ -52,16 +60,29 @@ def device() -> torch.device:
     return default_device()
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What the device can do at most is measured first: at the end there may be no time left."""
+    if session.config.getoption("save_results") is not None and session.items and not session.config.option.collectonly:
+        command = shlex.join(["pytest", *map(str, session.config.invocation_params.args)])
+        session.config.stash[ENVIRONMENT] = environment(default_device(), command)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Write the rows as they come: whoever stops the suite keeps what was measured."""
+    _save(item.config)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    folder = session.config.getoption("save_results")
-    measured = getattr(session.config, "_benchmarksession", None)
-    if folder is None or measured is None:
-        return
+    path = _save(session.config)
+    if path is not None:
+        session.config.get_terminal_writer().line(f"\nresults written to {path}")
+
+
+def _save(config: pytest.Config) -> Path | None:
+    measured = getattr(config, "_benchmarksession", None)
+    found = config.stash.get(ENVIRONMENT, None)
+    if measured is None or found is None:
+        return None
     rows = rows_of(measured.benchmarks)
-    if not rows:
-        return
-    command = shlex.join(["pytest", *map(str, session.config.invocation_params.args)])
-    path = write_results(environment(default_device(), command), rows, Path(folder))
-    if Path(folder).resolve() == RESULTS:
-        README.write_text(render(load_results()), encoding="utf-8")
-    session.config.get_terminal_writer().line(f"\nresults written to {path}")
+    return save_rows(found, rows, Path(config.getoption("save_results"))) if rows else None

@@ -73,12 +73,17 @@ def _best_seconds(work: Callable[[], object], device: torch.device, repeats: int
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
-    """The `environment` object of a results file. What cannot be found out is None."""
+    """The `environment` object of a results file. What cannot be found out is None.
+
+    Where the checkout has no `.git`, the commit is that of OPD_COMMIT, as
+    `git describe --always --dirty --abbrev=40 --exclude '*'` prints it.
+    """
     smi = _nvidia_smi(device)
+    commit, dirty = commit_and_changes()
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": _dirty(),
+        "commit": commit,
+        "dirty": dirty,
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "power_limit_w": smi.get("power.limit"),
@@ -117,9 +122,13 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _dirty() -> bool | None:
-    status = _git("status", "--porcelain", "--", ".", *_OWN_OUTPUT)
-    return None if status is None else bool(status)
+def commit_and_changes() -> tuple[str | None, bool | None]:
+    """The checkout's commit, and whether it has local changes; (None, None) where nothing tells."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is not None:
+        return commit, bool(_git("status", "--porcelain", "--", ".", *_OWN_OUTPUT))
+    told = os.environ.get("OPD_COMMIT")
+    return (told.removesuffix("-dirty"), told.endswith("-dirty")) if told else (None, None)
 
 
 def _nvidia_smi(device: torch.device) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,14 @@ import torch
 from benchmarks.environment import default_device, environment
 from benchmarks.models import NANO, SD35M_512, SD35M_1024, Shape
 from benchmarks.report import (
-    README,
     RESULTS,
-    load_results,
     ordered,
     quantiles,
     ratio_text,
-    render,
     rounded,
+    save_rows,
     size_text,
     time_text,
-    write_results,
 )
 from benchmarks.rounds import Recipe, Side, Work, allocated, published_recipe, random_work, tiny_work
 from opd_fast.config import EngineConfig
@@ -195,11 +193,14 @@ class Ladder:
         before = allocated(self.work.device)
         try:
             measured = self._measured(build(), fault)
+            self._free(before)
         except torch.OutOfMemoryError:
             measured = {"note": "out of memory"}
-        except (RuntimeError, ValueError) as error:
-            measured = {"note": f"failed: {' '.join(str(error).split())[:200]}"}
-        self._free(before)
+        except Exception as error:  # whatever it is (Triton's compiler has errors of its own), the other rungs go on
+            measured = {"note": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        if "note" in measured:
+            with suppress(Exception):
+                self._free(before)
         if "note" not in measured:
             measured |= {"exact": exact, "built_and_measured_seconds": time.perf_counter() - begun}
         return ordered(rounded(row | measured))
@@ -360,14 +361,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _saver(folder: str | None, device: torch.device, command: str) -> Callable[[list[Row]], None]:
-    """What writes rows to a results file, and the page where it is that of this project; nothing for no folder."""
+    """What writes rows to a results file; nothing for no folder."""
     if folder is None:
         return lambda rows: None
+    found = environment(device, command)  # before the rows: what the device can do is measured while it is idle
 
     def save(rows: list[Row]) -> None:
-        write_results(environment(device, command), rows, Path(folder))
-        if Path(folder).resolve() == RESULTS:
-            README.write_text(render(load_results()), encoding="utf-8")
+        save_rows(found, rows, Path(folder))
 
     return save
 

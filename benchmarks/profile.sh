@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Profiles of one round on a GPU: a timeline (Nsight Systems) and the step kernel's counters (Nsight Compute).
 #
-#   benchmarks/profile.sh [nsys|ncu|all] [OPTIONS OF python -m benchmarks.one_round ...]
+#   benchmarks/profile.sh [nsys|ncu|all] [OPTIONS OF python -m benchmarks.one_round, for the timeline]
 #
-# OUT (default: benchmarks/results/profile) takes the files; PYTHON (default: python) is the interpreter.
+# OUT (default: benchmarks/results/profile) takes the files; PYTHON (default: python3) is the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/profile}
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-python3}
 export OPD_FAST_NVTX=1 # the ranges round, student.forward, teacher.forward, step, backward, optimizer
 
 what=all
@@ -47,17 +47,18 @@ EOF
 
 counters() {
     need ncu "Nsight Compute (https://developer.nvidia.com/nsight-compute)" || return 1
-    # DOMAIN@RANGE/ is a range that is pushed and popped. A graph's kernels have no range, so the round is profiled without graphs.
-    ncu --force-overwrite --export "$OUT/step" --nvtx --nvtx-include "opd_fast@step/" \
-        --kernel-name regex:step_kernel --launch-count 3 --target-processes all \
+    # The kernel alone: under ncu a round takes minutes. The clocks stay as they are, for they may not be ours to lock.
+    ncu --force-overwrite --export "$OUT/step" --clock-control none --profile-from-start off \
+        --kernel-name regex:step_kernel \
         --section SpeedOfLight --section Occupancy --section MemoryWorkloadAnalysis --section LaunchStats \
         --metrics "$METRICS" \
-        "$PYTHON" -m benchmarks.one_round --graphs off --compile off --warm-up 1 "$@"
+        "$PYTHON" -m benchmarks.step_launches
     ncu --import "$OUT/step.ncu-rep" --page details --print-details all >"$OUT/step.txt"
     cat <<EOF
-$OUT/step.ncu-rep (open it with ncu-ui) and $OUT/step.txt. What to look at, for a kernel that only moves memory:
-  - dram__throughput: close to 90 % at a large batch. At the published batch (9 x 16 x 64 x 64) the tensors fit into L2
-    and the launch dominates: low values are right there; see the row step/1GB of the suite for the large one.
+$OUT/step.ncu-rep (open it with ncu-ui) and $OUT/step.txt: two launches each at the published batch, at 1 GB with given
+and at 1 GB with drawn noise. What to look at, for a kernel that only moves memory:
+  - dram__throughput: close to 90 % at 1 GB. At the published batch (9 x 16 x 64 x 64) the tensors fit into L2 and the
+    launch dominates: low values are right there.
   - sm__warps_active: achieved occupancy. Below 30 %: too many registers or too few programs.
   - sectors per request: 16 for loads and stores of 16 bytes a thread; 4 means 4 bytes a thread, 32 means scattered.
 EOF
@@ -76,5 +77,5 @@ METRICS+=,l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_st.ratio
 mkdir -p "$OUT"
 status=0
 if [ "$what" != ncu ]; then timeline "$@" || status=1; fi
-if [ "$what" != nsys ]; then counters "$@" || status=1; fi
+if [ "$what" != nsys ]; then counters || status=1; fi
 exit $status

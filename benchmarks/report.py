@@ -6,13 +6,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.owed import FILES, Owed, unmeasured
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -59,8 +63,12 @@ Beside these, with files of their own: seconds until a student has recovered its
 several processes (`weak_scaling.py`), the engine's techniques on and off to a run's end (`same_rewards.py`), errors of
 float8 (`fp8_error.py`), gains of the methods that learn from rewards (`reinforcement.py`).
 
+- **At once**: all samples of the round in one forward. The published loop does not fit beside it, so it is timed first
+  and then freed; every other ratio is of rounds in turn.
+
 Run: `pytest benchmarks --benchmark-only` and `python -m benchmarks.ladder`; with `--save-results` each also writes the
-results file and this page.
+results file and this page, row by row. `benchmarks/gpu.sh 1`, `2` and `3` do the same on a GPU, the most valuable rows
+first; `python -m benchmarks.report --take FOLDER` brings in the files of another machine.
 """
 
 
@@ -115,25 +123,81 @@ def results_path(environment: dict[str, Any], folder: Path = RESULTS) -> Path:
 
 
 def write_results(environment: dict[str, Any], rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
-    """Write one results file and return its path. Rows of a file of the same device, date and commit are kept unless
-    measured again, so that a suite may be run in parts."""
+    """Write one results file and return its path; a reader sees the file before or the file after, never a part.
+
+    Rows of a file of the same device, date and commit are kept unless measured again, so that a suite may be run in
+    parts.
+    """
     path = results_path(environment, folder)
     kept: list[dict[str, Any]] = []
-    if path.exists():
+    if path.exists() and _same_code(path, environment) and not environment.get("dirty"):
         before = json.loads(path.read_text(encoding="utf-8"))
-        same = all(before["environment"].get(key) == environment.get(key) for key in ("commit", "dirty", "torch"))
-        if same and not environment.get("dirty"):
-            measured = {row["name"] for row in rows}
-            kept = [row for row in before["rows"] if row["name"] not in measured]
+        measured = {row["name"] for row in rows}
+        kept = [row for row in before["rows"] if row["name"] not in measured]
     everything = {"environment": environment, "rows": sorted([*kept, *rows], key=lambda row: row["name"])}
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    return _replace(path, everything)
+
+
+def _replace(path: Path, content: dict[str, Any]) -> Path:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)
     return path
 
 
+def save_rows(environment: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Path:
+    """`write_results`, and the page where `folder` is that of this project."""
+    path = write_results(environment, rows, folder)
+    if folder.resolve() == RESULTS:
+        README.write_text(render(load_results()), encoding="utf-8")
+    return path
+
+
+def take(sources: Iterable[Path], folder: Path = RESULTS) -> list[Path]:
+    """Bring the results files under `sources` into `folder`; the files written.
+
+    Files of one device, date and commit become one, a row of a later source in place of an earlier one's. A file of
+    another commit stays: the new one then has its commit in its name. Raises ValueError for a JSON file that holds no
+    results.
+    """
+    written = []
+    for source in sources:
+        found = sorted(source.rglob("*.json")) if source.is_dir() else [source]
+        for file in found:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or not {"environment", "rows"} <= content.keys():
+                raise ValueError(f"{file} holds no results: the keys environment and rows are missing")
+            written.append(_take(content, folder))
+    return list(dict.fromkeys(written))
+
+
+def _take(content: dict[str, Any], folder: Path) -> Path:
+    environment = content["environment"]
+    path = results_path(environment, folder)
+    if path.exists() and not _same_code(path, environment):
+        path = path.with_name(f"{path.stem}-{(environment['commit'] or 'unknown')[:7]}.json")
+    rows = {row["name"]: row for row in content["rows"]}
+    if path.exists() and _same_code(path, environment):
+        before = json.loads(path.read_text(encoding="utf-8"))
+        rows = {row["name"]: row for row in before["rows"]} | rows
+        commands = dict.fromkeys([*before["environment"]["command"].split("; "), environment["command"]])
+        environment = environment | {"command": "; ".join(commands)}
+    folder.mkdir(parents=True, exist_ok=True)
+    return _replace(path, {"environment": environment, "rows": [rows[name] for name in sorted(rows)]})
+
+
+def _same_code(path: Path, environment: dict[str, Any]) -> bool:
+    before = json.loads(path.read_text(encoding="utf-8"))["environment"]
+    return all(before.get(key) == environment.get(key) for key in ("commit", "dirty", "torch"))
+
+
 def load_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Every results file by its name."""
-    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """Every results file of a folder and of the folders in it, by its name from there."""
+    return {
+        str(path.relative_to(folder)): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.rglob("*.json"))
+    }
 
 
 def render(results: dict[str, dict[str, Any]]) -> str:
@@ -143,7 +207,27 @@ def render(results: dict[str, dict[str, Any]]) -> str:
         parts.append("No results are stored yet.\n")
     newest_first = sorted(results.items(), key=lambda item: (item[1]["environment"]["date"], item[0]), reverse=True)
     parts += [_section(name, content) for name, content in newest_first]
+    parts.append(_not_measured(unmeasured(results.values())))
     return "\n".join(parts)
+
+
+def _not_measured(rows: Sequence[Owed]) -> str:
+    """What no GPU has measured yet, and the commands that will."""
+    by_command: dict[str, list[str]] = {}
+    for owed in rows:
+        by_command.setdefault(owed.command, []).append(f"`{owed.name}`" + (f" ({owed.what})" if owed.what else ""))
+    table = [
+        "No results file of a GPU has these rows, so this project claims nothing of them:",
+        "",
+        "| command | rows |",
+        "|---|---|",
+        *(f"| `{command}` | {', '.join(names)} |" for command, names in by_command.items()),
+        "",
+        "Nor has a GPU seen, beside the rows:",
+        "",
+    ]
+    files = [f"- {owed.name}{f' ({owed.what})' if owed.what else ''}: `{owed.command}`" for owed in FILES]
+    return "\n".join(["## Not measured yet", "", *(table if rows else []), *files, ""])
 
 
 def _section(name: str, content: dict[str, Any]) -> str:
@@ -265,17 +349,23 @@ def lines_of(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Render the page; with --show, print the rows of the results in the folders that follow."""
-    if argv and argv[0] == "--show":
-        print(
-            f"{'row':<34}" + "".join(f"{c:>11}" for c in ("median", "published", "compiled", "limit", "peak", "error"))
-        )
-        for folder in argv[1:]:
-            print("\n".join(lines_of(load_results(Path(folder)))))
+    """Render the page; --show prints the rows of folders, --take first brings results files of another machine in."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
+    parser.add_argument("--show", nargs="*", type=Path, metavar="FOLDER", help="print the rows of these, and no more")
+    parser.add_argument("--take", nargs="+", type=Path, metavar="PATH", help="results files, or folders that hold some")
+    options = parser.parse_args(argv)
+    if options.show is not None:
+        columns = ("median", "published", "compiled", "limit", "peak", "error")
+        print(f"{'row':<34}" + "".join(f"{column:>11}" for column in columns))
+        for folder in options.show:
+            print("\n".join(lines_of(load_results(folder))))
         return 0
-    if argv:
-        print(f"unknown: {' '.join(argv)}; give nothing, or --show FOLDER ...", file=sys.stderr)
-        return 2
+    if options.take:
+        try:
+            for path in take(options.take):
+                print(f"{path} written")
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     README.write_text(render(load_results()), encoding="utf-8")
     print(f"{README} rendered from {len(load_results())} results files")
     return 0

@@ -497,7 +497,9 @@ def _check_rewards(config: Config) -> None:
                 try:
                     get_reward(name)
                 except ValueError as error:
-                    raise UserError(key, str(error), "name it as package.module:function") from error
+                    raise UserError(
+                        key, str(error), "name a function of (images, prompts) as package.module:function"
+                    ) from error
             elif name not in REWARDS:
                 raise UserError(key, f"unknown reward {name!r}", did_you_mean(name, REWARDS))
 

@@ -266,6 +266,11 @@ class EvaluationConfig:
         "seconds that a reward may take for a batch; one that fails or takes longer is passed over; null: any",
         300.0,
     )
+    reward_failure: Literal["stop", "continue"] = option(
+        "what a run does whose reward gives a task no value at all when the base is judged, before training; stop: it "
+        "ends with an error; continue: it trains, and the reward's values are missing",
+        "stop",
+    )
     vae_tiling: bool = option("decode in overlapping tiles: less memory at high resolutions, faint seams", False)
 
     def images(self, held_out: int) -> int:

@@ -192,5 +192,7 @@ def compile_blocks(model: DiffusionModel, student: Student, *banks: TeacherBank)
     transformers = [student.transformer, *(teacher.transformer for bank in banks for teacher in bank.teachers)]
     blocks = {id(block): block for transformer in transformers for block in model.blocks(transformer)}
     for block in blocks.values():
-        block.compile()
+        # A round has few forms of batch, and each gets kernels of its own: a second number of rows, such as that of
+        # a teacher without guidance, would otherwise be compiled with symbolic sizes, whose kernels are slower.
+        block.compile(dynamic=False)
     return len(blocks)

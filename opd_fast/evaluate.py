@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,12 +60,23 @@ class Evaluation:
     Attributes:
         rewards: task to reward to mean.
         images: task to the images of its first `keep_images` prompts (n, 3, H, W), float32 in [0, 1], on the CPU.
-        failures: what went wrong with rewards, in words. A mean is over the images that have a value; NaN: none has.
+        failed: (reward, reason) to what the reward did wrong, in words. A mean is over the images that have a value;
+            NaN: none has.
     """
 
     rewards: dict[str, dict[str, float]]
     images: dict[str, Tensor]
-    failures: tuple[str, ...] = ()
+    failed: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What rewards did wrong, in words."""
+        return tuple(self.failed.values())
+
+    def unjudged(self) -> list[tuple[str, str]]:
+        """(task, reward) wherever no image has a value."""
+        means = ((task, name, mean) for task, own in self.rewards.items() for name, mean in own.items())
+        return [(task, name) for task, name, mean in means if math.isnan(mean)]
 
 
 def task_keys(seed: int, task: str, count: int) -> Tensor:
@@ -92,6 +103,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     reward_timeout: float | None = None,
     world: World | None = None,
+    told: set[tuple[str, str]] | None = None,
 ) -> Evaluation:
     """Draw the images of every task and average their rewards.
 
@@ -106,8 +118,9 @@ def evaluate(
         progress: called with (images done, images in all).
         reward_timeout: seconds that a reward may take for a batch; null: any.
         world: the processes that draw them together, each its share; all get the same result.
+        told: (reward, reason) of what was printed before; what is printed here is added.
 
-    A reward that fails is passed over, and said so on stderr.
+    A reward that fails is passed over. What it did is printed to stderr, unless `told` has it.
 
     Raises:
         ValueError: a task without prompts or with fewer images than prompts, two tasks of one name, an unknown reward
@@ -150,10 +163,14 @@ def evaluate(
         means[task.name] = {name: float(values.nanmean()) for name, values in everyone.items()}
         if keep:
             kept[task.name] = world.collect(torch.cat(images_kept), keep)
-    failures = tuple(dict.fromkeys(world.everyone(jury.messages)))
-    for message in failures if world.first else ():
-        print(f"evaluation: {message}", file=sys.stderr, flush=True)
-    return Evaluation(means, kept, failures)
+    told = set() if told is None else told
+    failed: dict[tuple[str, str], str] = {}
+    for reason, message in world.everyone(list(jury.messages.items())):
+        failed.setdefault(reason, message)
+        if reason not in told and world.first:
+            print(f"evaluation: {message}", file=sys.stderr, flush=True)
+        told.add(reason)
+    return Evaluation(means, kept, failed)
 
 
 def _check_tasks(tasks: Sequence[EvalTask]) -> None:
@@ -269,6 +286,8 @@ def _pair(prompts: str, rewards: str) -> list[tuple[str, list[str]]]:
         raise UserError(
             "rewards", f"{len(names)} for {len(sources)} prompt files", "give one for each file, several joined by +"
         )
+    if not all(names):
+        raise UserError("rewards", f"{rewards!r} leaves a prompt file without any", "name one for each file")
     for group in names:
         if twice := [name for i, name in enumerate(group) if name in group[:i]]:
             raise UserError("rewards", f"{twice[0]} stands twice beside one prompt file", "name it once")
@@ -317,6 +336,9 @@ def main(argv: list[str]) -> int:
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _show(settings, tasks, found, out)
+    if len(found.unjudged()) == sum(len(task.rewards) for task in tasks):
+        reasons = "; ".join(found.failures)
+        raise UserError("rewards", f"no image has a value: {reasons}", "fix the reward, then evaluate again")
     return 0
 
 
@@ -414,7 +436,7 @@ def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) ->
     from rich.console import Console
     from rich.table import Table
 
-    from opd_fast.report import image_grid
+    from opd_fast.report import image_grid, print_failures
 
     title = settings.model if settings.lora is None else f"{settings.model} + {settings.lora}"
     console = Console()
@@ -427,6 +449,7 @@ def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) ->
             shown = f"{value:.3f}" if math.isfinite(value) else "-"
             table.add_row(task.name, str(task.count), name.replace("_", " "), shown)
     console.print(table)
+    print_failures(found.failures, console)
     for task in tasks:
         if task.name in found.images:
             images = found.images[task.name]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from opd_fast.errors import one_line
+from opd_kernels.recording import Recorder
 from opd_kernels.tuning import measuring
 
 T = TypeVar("T")
@@ -34,7 +35,8 @@ class Backend(Protocol):
     def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """Warm `work` up and record it; how to replay it, and the result that replays overwrite.
 
-        Raises RuntimeError where it cannot be recorded. What `work` changes in place may have any value afterwards.
+        Raises RuntimeError where it cannot be recorded, and then leaves the process as it was. What `work` changes in
+        place may have any value afterwards.
         """
         ...
 
@@ -43,24 +45,16 @@ class CudaBackend:
     """CUDA graphs in one memory pool. Our kernels measure their launches while the work warms up."""
 
     def __init__(self, device: torch.device, say: Callable[[str], None] = lambda text: None) -> None:
-        self.device, self.say = device, say
-        self.pool = torch.cuda.graph_pool_handle()
+        self.say = say
+        self.recorder = Recorder(device)
 
     def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            with measuring() as chosen:
-                work()
-            for _ in range(WARM_UPS - 1):
-                work()
+        with measuring() as chosen:
+            self.recorder.warm_up(work)
+        self.recorder.warm_up(work, WARM_UPS - 1)
         for choice in chosen:
-            self.say(f"kernel: {choice}")
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Threads that write checkpoints or logs may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            result = work()
+            self.say(str(choice))
+        graph, result = self.recorder.record(work)
         return graph.replay, result
 
 
@@ -90,13 +84,16 @@ class Graphs:
     def capture(self, name: str, work: Callable[[], T], changes: Sequence[Tensor] = ()) -> Callable[[], T]:
         """`work` as a function that replays it, or itself where it cannot be captured.
 
-        `changes` are the tensors it changes in place: capturing leaves them as they were.
+        `changes` are the tensors it changes in place: capturing leaves them as they were. Raises
+        torch.OutOfMemoryError where the work does not fit into the device's memory.
         """
         if self.backend is None:
             return work
         before = [tensor.detach().clone() for tensor in changes]
         try:
             replay, result = self.backend.capture(work)
+        except torch.OutOfMemoryError:
+            raise  # uncaptured, the work would need as much
         except RuntimeError as error:
             self.refused.append(name)
             self.say(f"graphs: {name} cannot be captured and runs without ({one_line(error)[:160]})")

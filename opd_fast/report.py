@@ -2,7 +2,8 @@
 
 `results` everywhere is the content of results.json:
 `{"rows": {"base": {REWARD: x}, "teacher:NAME": {...}, "stage:NAME": {...}, "student": {...}}, "recovered":
-{TASK: share or None}, "rounds": n, "seconds": {"train": s, "total": s}, "seed": n, "commit": ..., "config_hash": ...}`.
+{TASK: share or None}, "rounds": n, "seconds": {"train": s, "total": s}, "seed": n, "commit": ..., "config_hash": ...,
+"failures": [what rewards did wrong, in words]}`. Results of former versions have no "failures".
 In a row, a reward that several tasks have stands under `TASK/REWARD` for each of them (`opd_fast.reward_keys`).
 """
 
@@ -16,6 +17,7 @@ import math
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +82,7 @@ def _paired(names: list[str]) -> bool:
 
 def print_table(results: dict[str, Any], console: Any = None) -> None:
     """Print base, teachers and student against the rewards; a teacher's row ends with the share of its gain that the
-    student recovered. `console`: a rich Console, stdout when None."""
+    student recovered. Beneath stands what rewards did wrong. `console`: a rich Console, stdout when None."""
     from rich.console import Console
     from rich.table import Table
 
@@ -99,6 +101,18 @@ def print_table(results: dict[str, Any], console: Any = None) -> None:
             cells.append(_share(recovered, row))
         table.add_row(_label(row, whole=True), *cells, style="bold" if row == "student" else None)
     console.print(table)
+    print_failures(results.get("failures", ()), console)
+
+
+FAILED = "Some rewards failed. A mean is over the images that have a value; a dash marks one without any."
+
+
+def print_failures(failures: Sequence[str], console: Any) -> None:
+    """Print beneath a table why values are missing from it; nothing where none is."""
+    if failures:
+        console.print(FAILED, markup=False, highlight=False, soft_wrap=True)
+    for message in failures:
+        console.print(f"  {message}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _label(row: str, *, whole: bool = False) -> str:
@@ -238,6 +252,8 @@ def write_report(run_dir: Path, results: dict[str, Any], history: list[dict[str,
         facts=_facts(results),
         rewards=[key_words(name) for name in names],
         table=table,
+        failures=list(results.get("failures", ())),
+        failed=FAILED,
         shares={
             task: None if share is None or not math.isfinite(share) else share
             for task, share in results["recovered"].items()
@@ -299,4 +315,5 @@ def new_results(config: Config) -> dict[str, Any]:
         "seed": config.train.seed,
         "commit": source_commit(),
         "config_hash": config_hash(config),
+        "failures": [],
     }

@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from benchmarks import report
-from benchmarks.environment import environment, measured_peaks
+from benchmarks import owed, report
+from benchmarks.environment import commit_and_changes, environment, measured_peaks
 from benchmarks.models import NANO, SD35M_512, random_model, random_text
 from benchmarks.reference import DETERMINISTIC, STOCHASTIC, Reference, WeightsPolicy, solver_step
 from benchmarks.rounds import Contest, Recipe, Work, forward_flops, peak_bytes, random_work
@@ -144,6 +144,64 @@ def test_results_of_one_commit_are_kept_together(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["rows"] == [row("c", 4.0)]
 
 
+def test_results_of_another_machine_are_brought_in(tmp_path: Path) -> None:
+    """Rows of one commit become one file, later ones in place of earlier ones; another commit has a file of its own."""
+    far, here = tmp_path / "far", tmp_path / "results"
+    first = {**ENVIRONMENT, "command": "one"}
+    report.write_results(first, [row("a", 1.0), row("b", 1.0)], far / "step")
+    report.write_results({**ENVIRONMENT, "command": "two"}, [row("b", 2.0)], far / "zound")
+    (path,) = report.take([far], here)
+    content = json.loads(path.read_text())
+    assert content["rows"] == [row("a", 1.0), row("b", 2.0)]
+    assert content["environment"]["command"] == "one; two"
+    report.write_results({**ENVIRONMENT, "commit": "f00dfacecafe"}, [row("a", 3.0)], tmp_path / "mended")
+    (other,) = report.take([tmp_path / "mended"], here)
+    assert other.name == path.name.replace(".json", "-f00dfac.json")
+    assert json.loads(path.read_text()) == content
+    (tmp_path / "else.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"else\.json holds no results"):
+        report.take([tmp_path / "else.json"], here)
+
+
+def test_the_page_names_what_no_gpu_has_measured() -> None:
+    def owed_by(row_name: str, **changes: Any) -> str:
+        content = {"environment": {**ENVIRONMENT, **changes}, "rows": [row(row_name, 1.0)]}
+        return report.render({"a.json": content}).split("## Not measured yet")[1]
+
+    after = owed_by("step/1GB", device="NVIDIA H100", threads=None)
+    assert "`step/1GB`," not in after
+    for name in ("step/1GB/drawn", "round/sd35m-512/fp8", "ladder/sd35m-512/graphs"):
+        assert f"`{name}`" in after
+    assert "| `benchmarks/gpu.sh 2` | `ladder/sd35m-512/one-pass`, " in after
+    assert "`step/tiny`," in owed_by("step/tiny"), "a CPU's row is not a GPU's"
+
+
+def test_what_is_owed_are_the_rows_that_a_gpu_would_give() -> None:
+    """Every row that the suite and the ladder have on a GPU, and the commands that measure it first."""
+    from benchmarks import ladder, test_round, test_step
+
+    sizes = [case.name.removesuffix("/drawn") for case in test_step.CASES]
+    steps = {f"{name}{end}" for name in (*sizes, "step/1GB") for end in ("", "/drawn")}
+    (cases,) = [mark.args[1] for mark in test_round.test_round_tiny.pytestmark if mark.name == "parametrize"]
+    rounds = {line.name for line in test_round.SD35M} | {name for name, _ in cases}
+    rungs = {f"ladder/sd35m-512/{name}" for name in (*ladder.RUNGS, "reference")}
+    assert {line.name for line in owed.ROWS} == steps | rounds | rungs
+    assert len(owed.ROWS) == len({line.name for line in owed.ROWS})
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [("0a1b2c", ("0a1b2c", False)), ("0a1b2c-dirty", ("0a1b2c", True)), (None, (None, None))]
+)
+def test_a_checkout_without_git_takes_the_commit_it_is_told(
+    told: str | None, expected: tuple[str | None, bool | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.environment._git", lambda *arguments: None)
+    monkeypatch.delenv("OPD_COMMIT", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OPD_COMMIT", told)
+    assert commit_and_changes() == expected
+
+
 def test_page_shows_newest_first_with_its_figures(tmp_path: Path) -> None:
     full = row("round/tiny", 0.0125) | {
         "ratio_vs_reference": 1.756,
@@ -165,8 +223,8 @@ def test_page_shows_newest_first_with_its_figures(tmp_path: Path) -> None:
     assert page.index("2030-01-02") < page.index("2029-12-31")
     assert "commit 0123456789 with local changes" in page
     assert "`pytest benchmarks --benchmark-only`, [a.json](results/a.json)" in page
-    assert "No results" not in page
-    assert "No results" in report.render({})
+    assert "No results are stored" not in page
+    assert "No results are stored" in report.render({})
 
 
 def test_stored_page_is_rendered_from_the_stored_files() -> None:

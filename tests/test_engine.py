@@ -13,7 +13,7 @@ import torch
 from benchmarks.models import gradients, relative_error
 from opd_fast.attention import BACKENDS
 from opd_fast.config import EngineConfig, StudentConfig, TeacherConfig
-from opd_fast.engine import Engaged, Forwards, engage
+from opd_fast.engine import Engaged, Forwards, compile_blocks, engage
 from opd_fast.graphs import Graphs
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
@@ -113,6 +113,32 @@ def test_what_the_machine_lacks_is_said_and_left_out(team: Team, changes: dict[s
     assert not engaged.graphs.on
     assert engaged.fp8 == 0
     assert any(words in line for line in said), said
+
+
+def test_every_number_of_rows_is_compiled_for_itself(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher without guidance has half the rows of one with it; no kernel of either has symbolic sizes."""
+    sizes: set[Any] = set()
+    compile_module = torch.nn.Module.compile
+
+    def recording(module: torch.nn.Module, **options: Any) -> None:
+        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            sizes.update(size for value in inputs if isinstance(value, torch.Tensor) for size in value.shape)
+            sizes.update(value for value in inputs if isinstance(value, torch.SymInt))
+            return graph
+
+        compile_module(module, backend=backend, **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", recording)
+    model, student, bank = team
+    assert compile_blocks(model, student, bank) > 0
+    text = model.encode(["a red circle"])
+    for rows in (4, 2, 3):
+        x = torch.randn(rows, *model.latent_shape(64))
+        with torch.no_grad():
+            model.velocity(bank.teachers[0].transformer, x, torch.full((rows,), 0.5), text.expand(rows))
+    assert {2, 3, 4} <= sizes
+    assert not [size for size in sizes if isinstance(size, torch.SymInt)]
 
 
 def test_teachers_on_one_base_are_asked_together(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,12 @@ from PIL import Image
 
 from benchmarks.models import write_random_lora
 from opd_fast import evaluate as module
+from opd_fast.command import check_paths, parse
 from opd_fast.embeddings import EmbeddingCache
 from opd_fast.evaluate import EvalTask, Evaluation, evaluate, task_keys
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
-from opd_fast.prompts import Prompt
+from opd_fast.prompts import Prompt, load_prompts
 from opd_fast.rewards import get_reward
 from opd_fast.solvers import solver_table
 from tests.tiny import save_tiny
@@ -28,10 +32,10 @@ PROMPTS = [Prompt(f"a red circle {i}") for i in range(5)]
 
 
 class World:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prompts: list[Prompt] = PROMPTS) -> None:
         self.folder = folder
         self.model: DiffusionModel = load_model(str(folder), device="cpu", dtype=torch.float32)
-        self.text = EmbeddingCache.build(self.model, [p.text for p in PROMPTS])
+        self.text = EmbeddingCache.build(self.model, [p.text for p in prompts])
 
     def evaluate(
         self, tasks: list[EvalTask], transformer: Any = None, solver: str = "ode", **options: Any
@@ -121,6 +125,7 @@ def test_a_failing_reward_costs_its_value_alone(
         "reward 'failing:some' returned 1 of 5 values NaN or infinite, first for 'a red circle 3'",
     )
     assert "evaluation: reward 'failing:none' raised" in capsys.readouterr().err
+    assert found.unjudged() == [("t", "failing:none")]
     (tmp_path / "p.txt").write_text(PROMPTS[0].text + "\n")
     argv = ["--model", str(world.folder), "--prompts", str(tmp_path / "p.txt"), "--rewards", "failing:none+colour"]
     argv += ["--steps", "2", "--resolution", "32", "--grid", "0", "--out", str(tmp_path / "out")]
@@ -128,7 +133,92 @@ def test_a_failing_reward_costs_its_value_alone(
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["rewards"]["p"]["failing:none"] is None
     assert results["rewards"]["p"]["colour"] > 0
-    assert len(results["failures"]) == 1
+    assert results["failures"] == ["reward 'failing:none' raised RuntimeError: no weights"]
+    table, _, beneath = capsys.readouterr().out.partition("Some rewards failed.")
+    assert "colour" in table
+    assert "  reward 'failing:none' raised RuntimeError: no weights\n" in beneath
+    argv[argv.index("failing:none+colour")] = "failing:none"
+    assert module.main(argv) == 2
+    assert (
+        "error: rewards: no image has a value: reward 'failing:none' raised RuntimeError: no weights; fix the reward"
+        in capsys.readouterr().err
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["rewards"] == {"p": {"failing:none": None}}
+
+
+def test_what_failed_is_told_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "counting.py").write_text(
+        "calls = 0\n"
+        "def score(images, prompts):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    raise OSError('none') if calls < 4 else KeyError('prompt')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    told: set[tuple[str, str]] = set()
+    judged = [EvalTask("t", PROMPTS, ["counting:score"])]
+    first = world.evaluate(judged, batch=3, told=told)
+    second = world.evaluate(judged, batch=3, told=told)
+    assert first.failures == ("reward 'counting:score' raised OSError: none",)
+    assert second.failures == (*first.failures, "reward 'counting:score' raised KeyError: 'prompt'")
+    assert told == second.failed.keys()
+    assert capsys.readouterr().err == "".join(f"evaluation: {message}\n" for message in second.failures)
+
+
+def test_rewards_do_not_see_what_others_do_to_their_images(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rescaling.py").write_text(
+        "def score(images, prompts):\n"
+        "    images.mul_(2).sub_(1)\n"
+        "    for prompt in prompts:\n"
+        "        prompt.metadata['seen'] = True\n"
+        "    return images.mean((1, 2, 3))\n"
+        "again = score\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    prompts = [Prompt(prompt.text, {}) for prompt in PROMPTS]
+    alone = world.evaluate([task()])
+    beside = world.evaluate([EvalTask("t", prompts, ["rescaling:score", "colour", "rescaling:again"])])
+    assert beside.rewards["t"]["colour"] == alone.rewards["t"]["colour"]
+    assert torch.equal(beside.images["t"], alone.images["t"])
+    for name in ("rescaling:score", "rescaling:again"):
+        assert beside.rewards["t"][name] == pytest.approx(float(2 * alone.images["t"].mean() - 1), abs=1e-6)
+    assert prompts == PROMPTS
+
+
+def test_the_documented_reward(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/rewards.md: its function and prompts, judged by its command, and its recipe read."""
+    text = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert set(blocks) == {"python", "csv", "bash", "yaml"}
+    for name, language in (("my_rewards.py", "python"), ("tint.csv", "csv"), ("tint.yaml", "yaml")):
+        (tmp_path / name).write_text(blocks[language])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    python, _, name, *argv = shlex.split(blocks["bash"])
+    assert (python, name) == ("python", "opd_fast.evaluate")
+    argv += ["--model", str(world.folder), "--steps", "3", "--resolution", "32", "--out", str(tmp_path / "out")]
+    assert module.main(argv) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["rewards"]
+    prompts = load_prompts(tmp_path / "tint.csv")
+    assert prompts == [
+        Prompt("a red barn in the snow", {"colour": "red"}),
+        Prompt("the sea at noon", {"colour": "blue"}),
+    ]
+    world = World(world.folder, prompts)
+    images = world.evaluate([EvalTask("tint", prompts, ["colour"])]).images["tint"]
+    red, blue = images[0].mean((1, 2)), images[1].mean((1, 2))
+    expected = (red[0] - red.mean() + blue[2] - blue.mean()) / 2
+    assert found == {"tint": {"my_rewards:tinted": pytest.approx(float(expected), abs=1e-6)}}
+    assert abs(found["tint"]["my_rewards:tinted"]) > 1e-4
+    command = parse(["tint.yaml"])
+    check_paths(command.config)
+    assert command.config.teachers[0].reward == "my_rewards:tinted"
+    sys.modules.pop("my_rewards")
 
 
 def test_command_line(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +274,7 @@ def test_text_is_kept(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         (["--text-cache", "/dev/null/x"], "error: text-cache: /dev/null/x/"),
         (["--text-cache", ""], "error: text-cache: is empty"),
+        (["--rewards", "+"], "error: rewards: '+' leaves a prompt file without any; name one for each file"),
         (["--text-cach", "off"], "did you mean --text-cache?"),
         (["--resolution", "33"], "error: resolution 33 is not a multiple of 16"),
         (["--lora", "/absent"], "error: lora: /absent is neither"),

@@ -35,6 +35,10 @@ RECIPE = Recipe(
 MERGING = TECHNIQUES[1:3]
 
 
+class OutOfResources(Exception):
+    """As Triton raises it: of no kind that torch knows."""
+
+
 @pytest.fixture(autouse=True)
 def _no_memory_profile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU it takes longer than the rounds; one test measures it."""
@@ -137,12 +141,12 @@ def test_a_technique_nobody_asked_for_is_told(work: Work, monkeypatch: pytest.Mo
 def test_a_rung_that_fails_does_not_end_the_climb(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     def engage(settings: EngineConfig, *args: Any, **kwargs: Any) -> Engaged:
         if settings.placement == "merged":
-            raise ValueError("no room\nfor three")
+            raise OutOfResources("no room\nfor three")
         return engine.engage(settings, *args, **kwargs)
 
     monkeypatch.setattr("benchmarks.rounds.engage", engage)
     rows = climb(work)
-    assert rows["teachers-merged"]["note"] == "failed: no room for three"
+    assert rows["teachers-merged"]["note"] == "failed: OutOfResources: no room for three"
     assert set(rows["student-merged"]["engaged"]) == {"student-merged"}
 
 

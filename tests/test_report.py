@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import math
@@ -68,7 +69,7 @@ def test_results_json(tmp_path: Path) -> None:
     found["rows"]["base"]["colour"] = math.nan
     write_results(tmp_path, found)
     read = json.loads((tmp_path / "results.json").read_text())
-    assert list(read) == ["rows", "recovered", "rounds", "seconds", "seed", "commit", "config_hash"]
+    assert list(read) == ["rows", "recovered", "rounds", "seconds", "seed", "commit", "config_hash", "failures"]
     assert read["rows"]["base"]["colour"] is None
     assert read["rows"]["student"] == found["rows"]["student"]
     assert (read["seed"], read["rounds"]) == (5, 80)
@@ -124,6 +125,30 @@ def test_table_of_a_partial_run() -> None:
     print_table(found, Console(file=out, width=100))
     assert "recovered" not in out.getvalue()
     assert re.search(r"student .* - +│", out.getvalue())
+
+
+def test_what_failed_stands_beneath_the_table_and_in_the_report(tmp_path: Path) -> None:
+    found = results()
+    found["failures"] = ["reward 'a:b' raised OSError: [bold]no <b>server</b>[/bold]", "reward 'text' " + 40 * "long "]
+    out = io.StringIO()
+    print_table(found, Console(file=out, width=60))
+    _, _, beneath = out.getvalue().partition("Some rewards failed.")
+    assert beneath.splitlines()[1:] == [f"  {message}" for message in found["failures"]]
+    page = write_report(tmp_path, found, history()).read_text()
+    assert "<b>server" not in page
+    _, _, listed = html.unescape(page).partition("Some rewards failed.")
+    assert all(f"<li>{message}</li>" in listed for message in found["failures"])
+
+
+def test_results_of_former_versions_are_shown(tmp_path: Path) -> None:
+    found = results()
+    del found["failures"]
+    write_results(tmp_path, found)
+    out = io.StringIO()
+    print_table(json.loads((tmp_path / "results.json").read_text()), Console(file=out, width=100))
+    assert "0.780" in out.getvalue()
+    assert "failed" not in out.getvalue()
+    assert "Some rewards failed" not in write_report(tmp_path, found, history()).read_text()
 
 
 def test_image_grid_places_every_image(tmp_path: Path) -> None:

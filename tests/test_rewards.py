@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_fast.config import TeacherConfig
+from opd_fast.errors import UserError
 from opd_fast.prompts import Prompt
-from opd_fast.rewards import REWARDS, get_reward, prompt_groups
-from opd_fast.rewards.judge import Jury, RewardFailure, judge
+from opd_fast.rewards import REWARDS, Reward, get_reward, prompt_groups
+from opd_fast.rewards.judge import Jury, RewardFailure, judge, judged
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 PROMPTS = [Prompt(f"prompt {i}") for i in range(3)]
@@ -52,6 +54,44 @@ def words(images, prompts):
     return ["good"] * len(images)
 
 number = 3
+
+async def later(images, prompts):
+    return images.mean((1, 2, 3))
+
+def one_by_one(images, prompts):
+    yield from images.mean((1, 2, 3))
+
+def alone(images):
+    return images.mean((1, 2, 3))
+
+class Model:
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+model = Model()
+
+def rescales(images, prompts):
+    images.mul_(2).sub_(1).numpy()[:] *= 0.5
+    return images.mean((1, 2, 3))
+
+def renames(images, prompts):
+    names = [prompt.metadata.pop("name") for prompt in prompts]
+    prompts[0].metadata["words"].append("x")
+    prompts.clear()
+    return [len(name) for name in names]
+
+def hangs_and_rescales(images, prompts):
+    release.wait()
+    rescales(images, prompts)
+    renames(images, prompts)
+
+shared = torch.zeros(3)
+
+def fills(images, prompts):
+    return shared.copy_(images.mean((1, 2, 3)))
+
+def huge(images, prompts):
+    return [3e38] * len(images)
 """
 
 
@@ -95,7 +135,11 @@ def test_modules_are_imported_when_used() -> None:
         ("my_rewards:nothing", "no attribute 'nothing'"),
         ("no_such_module:score", "No module named"),
         ("broken_rewards:score", "a_library_that_is_not_there"),
-        ("my_rewards:number", "is a int, no function"),
+        ("my_rewards:number", "is a int, not a function"),
+        ("my_rewards:Model", "is a class, not a function"),
+        ("my_rewards:later", "is an async function, not a function"),
+        ("my_rewards:one_by_one", "is a generator, not a function"),
+        ("my_rewards:alone", r"is a function of \(images\), not a function of \(images, prompts\)"),
     ],
 )
 def test_names_that_lead_nowhere(name: str, message: str) -> None:
@@ -108,7 +152,7 @@ FAILURES = [
     ("leaves", "raised", "raised SystemExit: 3", 3),
     ("half", "not finite", "1 of 3 values NaN or infinite, first for 'prompt 1'", 1),
     ("short", "wrong shape", r"returned shape \(2,\) for 3 images", 3),
-    ("words", "wrong shape", "returned list, not numbers", 3),
+    ("words", "not numbers", r"returned a list that holds a str \('good'\), not a number", 3),
 ]
 
 
@@ -142,7 +186,7 @@ def test_a_reward_that_hangs_is_left_behind() -> None:
     module = sys.modules["my_rewards"]
     assert module.calls == 1  # no second thread while the first hangs
     assert jury.failures == {(name, "timed out"): 6}
-    assert "took longer than 0.2 s for 3 images" in jury.messages[0]
+    assert "took longer than 0.2 s for 3 images" in jury.messages[name, "timed out"]
     module.release.set()
     for _ in range(100):  # it comes back, and is asked again
         values = jury(name, IMAGES, PROMPTS)
@@ -153,12 +197,136 @@ def test_a_reward_that_hangs_is_left_behind() -> None:
     assert module.calls == 2
 
 
+def test_an_object_that_is_called_is_a_reward() -> None:
+    torch.testing.assert_close(judge("my_rewards:model", IMAGES, PROMPTS), IMAGES.detach().mean((1, 2, 3)))
+
+
+# --- what is shared --------------------------------------------------------------------------------------------------
+
+
+def named() -> list[Prompt]:
+    """Three prompts, two of which are one object, as those of a group of images are."""
+    first = Prompt("one", {"name": "ab", "words": ["a"]})
+    return [first, first, Prompt("two", {"name": "abc", "words": ["a"]})]
+
+
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_a_reward_may_change_what_it_is_given(timeout: float | None) -> None:
+    images, prompts = IMAGES.detach().clone(), named()
+    jury = Jury("raise", timeout)
+    assert jury("my_rewards:renames", images, prompts).tolist() == [2, 2, 3]
+    torch.testing.assert_close(
+        jury("my_rewards:rescales", images, prompts), (IMAGES.detach() - 0.5).mean((1, 2, 3)), rtol=0, atol=1e-6
+    )
+    assert torch.equal(images, IMAGES)
+    assert prompts == named()
+    assert jury("my_rewards:renames", images, prompts).tolist() == [2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "text", ["2*my_rewards:rescales + my_rewards:brightness", "my_rewards:brightness + 2*my_rewards:rescales"]
+)
+def test_a_sum_does_not_depend_on_the_order_of_its_terms(text: str) -> None:
+    task = TeacherConfig(name="t", weights="base", prompts="p.txt", reward=text)
+    brightness = IMAGES.detach().mean((1, 2, 3))
+    found = judged(Jury("raise"), task, IMAGES.detach().clone(), PROMPTS)
+    torch.testing.assert_close(found, 3 * brightness - 1, rtol=0, atol=1e-6)
+
+
+def test_a_sum_beyond_float32_is_refused() -> None:
+    task = TeacherConfig(name="t", weights="base", prompts="p.txt", reward="my_rewards:huge + my_rewards:huge")
+    with pytest.raises(UserError, match=r"^teachers\.t\.reward: the sum .* is beyond float32.*; return smaller"):
+        judged(Jury("raise"), task, IMAGES, PROMPTS)
+
+
+def test_a_thread_that_outlives_its_timeout_has_its_own_images() -> None:
+    images, prompts = IMAGES.detach().clone(), named()
+    jury = Jury("record", 0.1)
+    assert jury("my_rewards:hangs_and_rescales", images, prompts).isnan().all()
+    call = jury._hanging["my_rewards:hangs_and_rescales"]
+    sys.modules["my_rewards"].release.set()
+    assert call._thread is not None
+    call._thread.join(30)
+    assert call._values is None
+    assert "returned None" in str(call._error)  # it ran to its end
+    assert torch.equal(images, IMAGES)
+    assert prompts == named()
+
+
+def test_values_share_no_memory_with_what_was_returned() -> None:
+    first = judge("my_rewards:fills", IMAGES, PROMPTS)
+    expected = first.clone()
+    assert not torch.equal(judge("my_rewards:fills", IMAGES.flip(0), PROMPTS), expected)
+    assert torch.equal(first, expected)
+    given: list[Tensor] = []
+
+    def view(images: Tensor, prompts: Any) -> Tensor:
+        given.append(images)
+        return images[:, 0, 0, 0]
+
+    corner = judge(view, IMAGES, PROMPTS)
+    assert not given[0].requires_grad
+    given[0].zero_()
+    assert torch.equal(corner, IMAGES.detach()[:, 0, 0, 0])
+
+
+def test_the_timeout_covers_values_that_are_still_being_computed() -> None:
+    class Slow:
+        def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+            time.sleep(30)
+
+    begun = time.monotonic()
+    with pytest.raises(RewardFailure, match=r"'mine' took longer than 0\.2 s for 3 images") as error:
+        judge(lambda images, prompts: Slow(), IMAGES, PROMPTS, 0.2, name="mine")
+    assert time.monotonic() - begun < 10
+    assert error.value.kind == "timed out"
+
+
+def test_a_reward_may_ask_for_gradients() -> None:
+    def gradient(images: Tensor, prompts: Any) -> Tensor:
+        with torch.enable_grad():
+            images = images.requires_grad_()
+            (images.square().sum()).backward()
+            assert images.grad is not None
+            return images.grad.mean((1, 2, 3)) + 0 * images.mean((1, 2, 3))
+
+    mine: Reward = gradient
+    images = IMAGES.detach().clone()
+    values = judge(mine, images, PROMPTS)
+    assert not values.requires_grad
+    torch.testing.assert_close(values, 2 * images.mean((1, 2, 3)))
+    assert images.grad is None
+
+
 def test_a_function_of_its_own_name() -> None:
     def pale(images: Tensor, prompts: Any) -> Tensor:
         raise KeyError("x")
 
     with pytest.raises(RewardFailure, match="reward 'pale' raised KeyError"):
         judge(pale, IMAGES, PROMPTS)
+
+
+def test_reasons_are_told_once_each() -> None:
+    def moody(images: Tensor, prompts: Any) -> Tensor:
+        raise errors.pop(0)
+
+    sys.modules["moody"] = type(sys)("moody")
+    sys.modules["moody"].score = moody
+    errors = [OSError("port 1"), OSError("port 2"), KeyError("colour"), OSError("x" * 5000)]
+    jury = Jury("record")
+    try:
+        for _ in range(4):
+            jury("moody:score", IMAGES, PROMPTS)
+    finally:
+        del sys.modules["moody"]
+    assert jury.messages == {
+        ("moody:score", "raised OSError"): "reward 'moody:score' raised OSError: port 1",
+        ("moody:score", "raised KeyError"): "reward 'moody:score' raised KeyError: 'colour'",
+    }
+    assert jury.failures == {("moody:score", "raised"): 12}
+    with pytest.raises(RewardFailure) as error:
+        judge(lambda images, prompts: 1 / 0 if errors else images.new_tensor("x" * 5000), IMAGES, PROMPTS)
+    assert len(str(error.value)) < 800
 
 
 def test_groups_are_those_of_equal_prompts() -> None:

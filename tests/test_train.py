@@ -224,7 +224,7 @@ def test_other_ways_to_run(world: Path, tmp_path: Path, changes: dict[str, Any])
 def test_a_reward_that_fails_ends_no_distillation(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone.py").write_text("def score(images, prompts):\n    raise OSError('server gone')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    config = settings(world, train__rounds=2, evaluation__every=1)
+    config = settings(world, train__rounds=2, evaluation__every=1, evaluation__reward_failure="continue")
     config.teachers[0].reward = "gone:score"
     _start(config, tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())

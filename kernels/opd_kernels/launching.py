@@ -51,6 +51,8 @@ class Scratch:
     def __init__(self) -> None:
         self._streams: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._reserve: dict[int, Tensor] = {}
+        self._spent: list[Tensor] = []
+        """Reserves that were replaced: captured launches go on counting in them, so their memory must stay."""
 
     def take(
         self, device: torch.device, batch: int, partials: int, wanted: bool
@@ -65,6 +67,8 @@ class Scratch:
         if torch.cuda.is_current_stream_capturing():
             return torch.empty(partials, device=device), self._reserved(device, index, batch)
         if index not in self._reserve or self._reserve[index].numel() < self.RESERVE // 2:
+            if index in self._reserve:
+                self._spent.append(self._reserve[index])
             self._reserve[index] = torch.zeros(self.RESERVE, dtype=torch.int32, device=device)
         key = (index, torch.cuda.current_stream(device).cuda_stream)
         kept = self._streams.get(key)

@@ -31,12 +31,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from opd_kernels.recording import Recorder
 
 __all__ = ["CANDIDATES", "Choice", "Launch", "Problem", "choices", "measuring", "using"]
 
@@ -223,15 +225,10 @@ def enabled() -> bool:
 def device_seconds(runs: Sequence[Callable[[], object]], launches: int = 20, replays: int = 10) -> list[float]:
     """Device time of one call of each: the best of several replays of a graph of `launches` calls. The candidates take
     turns, so that a drifting clock meets all of them. Waits for the device."""
-    graphs = []
+    recorder, graphs = Recorder(torch.device("cuda")), []
     for run in runs:
         run()  # compiles
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(launches):
-                run()
-        graphs.append(graph)
+        graphs.append(recorder.record(partial(_repeat, run, launches))[0])
     best = [float("inf")] * len(graphs)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for turn in range(replays + 1):
@@ -243,6 +240,11 @@ def device_seconds(runs: Sequence[Callable[[], object]], launches: int = 20, rep
             if turn:  # the first warms up
                 best[i] = min(best[i], begin.elapsed_time(end) / 1e3 / launches)
     return best
+
+
+def _repeat(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()
 
 
 # --- what is kept between runs ----------------------------------------------------------------------------------------

@@ -1,17 +1,20 @@
-"""Rewards by name. A reward takes images (B, 3, H, W) float in 0..1 and their B prompts, and returns (B,) float32.
+"""Rewards by name, and the types of a reward of one's own: `Reward`, `RewardValues` and `Prompt`.
 
-It is called once for a batch, with the images on the device of the model, and may compute and answer on any device. One
-from elsewhere is named by its dotted path, `package.module:function`; `judge.py` calls either and survives both.
+A reward from elsewhere is named by its dotted path, `package.module:function`. docs/rewards.md says what it is given
+and what it may return; `judge.py` calls a reward and survives it, `values.py` reads what it returns.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +22,39 @@ from opd_fast.config import TeacherConfig
 from opd_fast.errors import one_line
 from opd_fast.prompts import Prompt
 
-Reward = Callable[[Tensor, Sequence[Prompt]], Tensor]
+__all__ = [
+    "REPORTED",
+    "REWARDS",
+    "Prompt",
+    "Reward",
+    "RewardValues",
+    "Term",
+    "get_reward",
+    "prompt_groups",
+    "reward_terms",
+]
+
+RewardValues = Tensor | np.ndarray[Any, Any] | Sequence[float]
+"""B real numbers, one for each image in order; `values.read_values` says in what forms."""
+
+
+class Reward(Protocol):
+    """A function that judges images; it is called once for a batch of one task.
+
+    Args:
+        images: (B, 3, H, W) float32 in 0..1 on the device of the model, without gradient. They are a copy.
+        prompts: B prompts, `prompts[i]` being the one that `images[i]` was drawn for, with its text in `.text` and what
+            its file says beside it in the dict `.metadata`. They are copies.
+
+    Returns:
+        B real numbers, the larger the better, on any device. They are read as float32.
+
+    An exception, a value that is NaN or infinite, and more than `evaluation.reward_timeout` seconds are failures: an
+    evaluation leaves the values out, a run that learns from the reward ends.
+    """
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt], /) -> RewardValues: ...
+
 
 REWARDS: dict[str, str] = {
     "composition": "opd_fast.rewards.composition:score",
@@ -86,10 +121,34 @@ def _imported(path: str) -> Reward:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a module of the user's may raise anything
         raise ValueError(f"reward {path} cannot be imported ({type(error).__name__}: {one_line(error)})") from error
-    if not callable(found):
-        raise ValueError(f"reward {path} is a {type(found).__name__}, no function of (images, prompts)")
+    if (fault := _not_a_reward(found)) is not None:
+        raise ValueError(f"reward {path} is {fault}, not a function of (images, prompts)")
     reward: Reward = found
     return reward
+
+
+def _not_a_reward(found: Any) -> str | None:
+    """What cannot be called as a reward is, in words; None for what can."""
+    if isinstance(found, type):
+        return "a class"
+    if not callable(found):
+        return f"a {type(found).__name__}"
+    for is_one, what in (
+        (inspect.iscoroutinefunction, "an async function"),
+        (inspect.isasyncgenfunction, "an async generator"),
+        (inspect.isgeneratorfunction, "a generator"),
+    ):
+        if is_one(found) or is_one(getattr(found, "__call__", None)):  # noqa: B004
+            return what
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # written in C, it may have none
+        return None
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return f"a function of {signature}"
+    return None
 
 
 def prompt_groups(prompts: Sequence[Prompt]) -> Tensor:

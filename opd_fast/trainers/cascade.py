@@ -40,6 +40,7 @@ def train_stages(
     """
     world = world or World()
     done: list[dict[str, Any]] = []
+    told: set[tuple[str, str]] = set()
     folders = [run_dir / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
         config = stage.config if number == 0 else starting_from(stage.config, folders[number - 1] / "student")
@@ -48,7 +49,7 @@ def train_stages(
             if world.first:
                 print(f"stage {number + 1} of {len(stages)}: {stage.name}", flush=True)
             again = world.on_first(partial(_begin, folder, config))
-            results = train(config, folder, resume=again, profile=profile, world=world, within=run_dir)
+            results = train(config, folder, resume=again, profile=profile, world=world, within=run_dir, told=told)
         if results["rounds"] < config.train.rounds:
             return results
         done.append(results)
@@ -85,6 +86,7 @@ def _finish(
     results = new_results(stages[-1].config) | {"config_hash": stages_hash(stages)}
     results["rows"] = joined_rows(stages, [found["rows"] for found in done])
     results["recovered"] = done[-1]["recovered"]
+    results["failures"] = list(dict.fromkeys(said for found in done for said in found.get("failures", ())))
     results["rounds"] = sum(found["rounds"] for found in done)
     results["seconds"] = {key: round(sum(found["seconds"][key] for found in done), 2) for key in ("train", "total")}
     if not world.first:

@@ -47,10 +47,12 @@ def train(
     profile: bool = False,
     world: World | None = None,
     within: Path | None = None,
+    told: set[tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`, or on from its newest checkpoint; returns the content of results.json.
 
-    `profile` records some rounds of rank 0 (`opd_fast.profiler`); `within` is the run that this one is a stage of.
+    `profile` records some rounds of rank 0 (`opd_fast.profiler`); `within` is the run that this one is a stage of,
+    and `told` what its other stages have printed of rewards that failed (`evaluate`).
     Every process of `world` calls it alike. Ctrl-C or SIGTERM ends it after the round in hand, everything learnt saved.
     Raises ValueError for what cannot run.
     """
@@ -60,7 +62,7 @@ def train(
     saved = checkpoints.find() if resume and world.on_first(lambda: checkpoints.latest() is not None) else None
     backends = () if saved is None else saved[1].get("attention", ())
     setup = prepare(config, _say if world.first else _silent, world, backends)
-    run = Run(setup, run_dir, checkpoints, started)
+    run = Run(setup, run_dir, checkpoints, started, told)
     if saved is not None:
         run.load(*saved)
     elif resume and world.first:
@@ -87,7 +89,14 @@ def _silent(text: str) -> None:
 class Run:
     """The state of a run between rounds."""
 
-    def __init__(self, setup: Setup, run_dir: Path, checkpoints: Checkpoints, started: float) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        run_dir: Path,
+        checkpoints: Checkpoints,
+        started: float,
+        told: set[tuple[str, str]] | None = None,
+    ) -> None:
         self.setup, self.config, self.run_dir, self.checkpoints = setup, setup.config, run_dir, checkpoints
         self.method = METHODS[self.config.train.method](setup)
         self.optimizer = make_optimizer(setup.student, self.config)
@@ -99,6 +108,10 @@ class Run:
         self.rows: dict[str, dict[str, float]] = {}
         """Mean rewards of base and teachers, measured once; the student's at the end."""
         self.images: dict[str, dict[str, Tensor]] = {}
+        self.failures: dict[tuple[str, str], str] = {}
+        """(reward, reason) to what evaluations found wrong, in words."""
+        self.told: set[tuple[str, str]] = set() if told is None else told
+        """Which of them this process has printed."""
         self.train_seconds, self.seconds_before, self.started = 0.0, 0.0, started
         self.interrupted = False
         self.skipped, self.skipped_in_a_row = 0, 0
@@ -193,7 +206,7 @@ class Run:
     # --- judging -----------------------------------------------------------------------------------------------------
 
     def _judge(self, transformer: Any, guidance: float) -> Evaluation:
-        return evaluate(
+        evaluation = evaluate(
             self.setup.model,
             transformer,
             self.setup.tasks,
@@ -206,7 +219,11 @@ class Run:
             keep_images=GRID_COLUMNS,
             reward_timeout=self.config.evaluation.reward_timeout,
             world=self.world,
+            told=self.told,
         )
+        for reason, words in evaluation.failed.items():
+            self.failures.setdefault(reason, words)
+        return evaluation
 
     def _guidance(self) -> float:
         """The guidance of base and student; a teacher is judged with its own, as it teaches."""
@@ -215,10 +232,26 @@ class Run:
 
     def _judge_frozen(self) -> None:
         with self.setup.student.base() as transformer:
-            self._keep("base", self._judge(transformer, self._guidance()))
+            base = self._judge(transformer, self._guidance())
+        if self.config.evaluation.reward_failure == "stop":
+            self._refuse_unjudged(base)
+        self._keep("base", base)
         for index, teacher in enumerate(self.setup.teachers.teachers):
             with self.setup.teachers.active(index) as transformer:
                 self._keep(f"teacher:{teacher.name}", self._judge(transformer, teacher.guidance))
+
+    def _refuse_unjudged(self, base: Evaluation) -> None:
+        """Raise UserError where a reward gave a task no value at all: no one could judge what the run trains."""
+        unjudged = base.unjudged()
+        if not unjudged:
+            return
+        rewards = dict.fromkeys(name for _, name in unjudged)
+        reasons = [next(said for (reward, _), said in base.failed.items() if reward == name) for name in rewards]
+        raise UserError(
+            f"teachers.{unjudged[0][0]}.reward",
+            f"{'; '.join(reasons)}; so no image of the first judging has a value",
+            "fix the reward and go on with --resume, or train without its values by evaluation.reward_failure continue",
+        )
 
     def _keep(self, row: str, evaluation: Evaluation) -> None:
         self.rows[row] = self._flat(evaluation)
@@ -263,6 +296,7 @@ class Run:
         meta = {
             "rows": self.rows,
             "evaluation": self._evaluation(),
+            "failures": [[*reason, said] for reason, said in self.failures.items()],
             "train_seconds": self.train_seconds,
             "total_seconds": self._total_seconds(),
             "skipped": self.skipped,
@@ -333,6 +367,7 @@ class Run:
         self.method.load_state({name.removeprefix("method."): tensor for name, tensor in method.items()})
         self.scaler.load_state_dict(meta["scaler"])
         self.rounds, self.rows = meta["round"], rows
+        self.failures = {(reward, reason): said for reward, reason, said in meta.get("failures", ())}
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
         self.train_seconds, self.seconds_before = meta["train_seconds"], meta["total_seconds"]
 
@@ -343,6 +378,7 @@ class Run:
         """results.json, the table and the report; an interrupted run only says that `resume` goes on."""
         results = new_results(self.config)
         results["rows"] = self.rows
+        results["failures"] = list(self.failures.values())
         results["rounds"] = self.rounds
         results["seconds"] = {"train": round(self.train_seconds, 2), "total": round(self._total_seconds(), 2)}
         if not self.world.first:

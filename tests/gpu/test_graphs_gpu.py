@@ -133,22 +133,6 @@ def test_a_policy_gradient_replays_the_teachers(tmp_path: Path) -> None:
     assert (graphs.captured, graphs.replays) == (2, 18)
 
 
-def test_a_model_that_reads_numbers_back_runs_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    team = Team(tmp_path, torch.float32)
-    truth, plain = team.rounds(None), type(team.model).velocity
-
-    def reading(self: object, transformer: object, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        assert float(x.abs().max()) > 0
-        return plain(self, transformer, x, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(type(team.model), "velocity", reading)
-    said: list[str] = []
-    graphs = Graphs(CudaBackend(DEVICE), said.append)
-    _assert_same(team.rounds(graphs), truth, 1e-5)
-    assert graphs.captured == 0
-    assert any("cannot be captured" in line for line in said)
-
-
 def test_text_of_another_length_is_refused(tmp_path: Path) -> None:
     team, graphs = Team(tmp_path, torch.float32), Graphs(CudaBackend(DEVICE))
     team.rounds(graphs)

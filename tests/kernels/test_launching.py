@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
@@ -227,6 +228,15 @@ def test_the_reserve_is_topped_up_outside_of_captures(monkeypatch: pytest.Monkey
         streams.capturing = False
         scratch.take(device, 9, 90, True)
         assert streams.filled == filled + 1
+    streams.capturing = True
+    counters = scratch.take(device, most, most, True)[1]
+    assert counters is not None
+    counting = StorageWeakRef(counters.untyped_storage())
+    del counters  # the graph knows the address alone
+    scratch.take(device, 2 * most, 1, True)
+    streams.capturing = False
+    scratch.take(device, 9, 90, True)
+    assert not counting.expired(), "a replay would count in memory that was freed"
     streams.capturing = True
     large = scratch.take(device, 2 * scratch.RESERVE, 1, True)[1]  # more than the reserve holds: filled in the graph
     assert large is not None
