@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from opd_fast.reward_keys import key_words, reward_key
 from opd_fast.telemetry import read_metrics
 from opd_fast.trainers import cascade
 
@@ -61,9 +62,10 @@ def told(name: str, seed: int, run_dir: Path) -> dict[str, Any]:
         "seed": seed,
         "base": base,
         "student": student,
-        "gain": {reward: student[reward] - base[reward] for reward in base},
+        "gain": {key: mean - base[key] for key, mean in student.items()},
         "curve": [
-            {"round": line["round"], **{k: v for means in line["evaluation"].values() for k, v in means.items()}}
+            {"round": line["round"]}
+            | {reward_key(base, t, reward): v for t, row in line["evaluation"].items() for reward, v in row.items()}
             for line in history(run_dir)
             if "evaluation" in line
         ],
@@ -77,7 +79,8 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, of all stages where there are some."""
     if (run_dir / "metrics.jsonl").is_file():
         return read_metrics(run_dir / "metrics.jsonl")
-    folders = sorted(path.parent for path in run_dir.glob("*/metrics.jsonl"))
+    folders = [path.parent for path in run_dir.glob("*/metrics.jsonl")]
+    folders.sort(key=lambda folder: int(folder.name.partition("-")[0]))
     return cascade.history(folders, [json.loads((folder / "results.json").read_text()) for folder in folders])
 
 
@@ -109,7 +112,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         for reward, gain in found["gain"].items():
             base, after = (statistics.mean(run[row][reward] for run in mine) for row in ("base", "student"))
             spread = "one seed" if gain["deviation"] is None else f"± {gain['deviation']:.3f}, {len(mine)} seeds"
-            cells = (f"`{name}`", reward.replace("_", " "), f"{base:.3f}", f"{after:.3f}")
+            cells = (f"`{name}`", key_words(reward), f"{base:.3f}", f"{after:.3f}")
             lines.append(f"| {' | '.join(cells)} | {gain['mean']:+.3f} ({spread}) | {found['minutes']:.0f} |")
     return "\n".join(lines)
 

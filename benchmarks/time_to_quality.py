@@ -41,6 +41,7 @@ from opd_fast.evaluate import evaluate
 from opd_fast.models import load_model
 from opd_fast.models.base import ASSETS
 from opd_fast.report import gain_recovered
+from opd_fast.reward_keys import reward_key
 from opd_fast.settings import to_dict
 from opd_fast.student import ema_decay
 from opd_fast.telemetry import quiet_libraries, read_metrics
@@ -68,19 +69,19 @@ class Judged:
     seconds: float
     """Of training so far."""
     rewards: dict[str, float]
-    """Of each task's own reward."""
+    """The reward of each task, by task."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a student is to reach: by reward, what the base has, and the reward's own teacher."""
+    """What a student is to reach: by task, the reward that the base has, and the one of the task's teacher."""
 
     base: dict[str, float]
     teachers: dict[str, float]
     share: float
 
     def recovered(self, judged: Judged) -> dict[str, float]:
-        """By reward, the share of the teacher's gain; 1 where the teacher gains nothing."""
+        """By task, the share of the teacher's gain; 1 where the teacher gains nothing."""
         shares = {
             name: gain_recovered(self.base[name], self.teachers[name], judged.rewards[name]) for name in self.base
         }
@@ -107,15 +108,15 @@ def run_engine(config: Config, run_dir: Path, share: float) -> tuple[Goal, list[
     train(config, run_dir)
     rows = json.loads((run_dir / "results.json").read_text())["rows"]
     own = {teacher.name: str(teacher.reward) for teacher in config.teachers}
-    goal = Goal(
-        {reward: rows["base"][reward] for reward in own.values()},
-        {reward: rows[f"teacher:{task}"][reward] for task, reward in own.items()},
-        share,
-    )
+
+    def of(task: str, row: str) -> float:
+        return float(rows[row][reward_key(rows[row], task, own[task])])
+
+    goal = Goal({task: of(task, "base") for task in own}, {task: of(task, f"teacher:{task}") for task in own}, share)
     curve, seconds = [], 0.0
     for line in read_metrics(run_dir / "metrics.jsonl"):
         if "evaluation" in line and line["round"] > 0:
-            rewards = {reward: line["evaluation"][task][reward] for task, reward in own.items()}
+            rewards = {task: line["evaluation"][task][reward] for task, reward in own.items()}
             curve.append(Judged(line["round"], seconds, rewards))
         seconds += line.get("seconds", 0.0)  # an evaluation's line has none
     return goal, curve
@@ -202,7 +203,7 @@ class PublishedRun:
                 text=setup.text,
                 batch=config.evaluation.batch,
             )
-        rewards = {str(t.reward): found.rewards[t.name][str(t.reward)] for t in config.teachers}
+        rewards = {t.name: found.rewards[t.name][str(t.reward)] for t in config.teachers}
         return Judged(self.rounds, self.seconds, rewards)
 
     @contextmanager
@@ -269,24 +270,24 @@ def lines(sides: dict[str, dict[str, Any]]) -> Iterator[str]:
         seconds, last = side["reached_seconds"], side["curve"][-1]
         arrived = f"{seconds:8.0f} s, round {side['reached_round']}" if seconds else "not reached"
         ratio = f"{'' if seconds else '> '}{(seconds or last['seconds']) / engine:.1f}x" if engine else ""
-        shares = ", ".join(f"{reward} {share:.0%}" for reward, share in last["recovered"].items())
+        shares = ", ".join(f"{task} {share:.0%}" for task, share in last["recovered"].items())
         yield f"{name:18} {arrived:24} {ratio:>8}   {side['round_seconds']:.2f} s a round"
         yield f"{'':18} at {last['seconds']:.0f} s {shares}"
 
 
 def draw(sides: dict[str, dict[str, Any]], share: float, path: Path) -> None:
-    """A panel for each reward: the share recovered over seconds of training."""
+    """A panel for each task: the share recovered over seconds of training."""
     from matplotlib.figure import Figure
 
-    rewards = list(next(iter(sides.values()))["curve"][0]["recovered"])
-    figure = Figure(figsize=(3.4 * len(rewards), 2.9), layout="constrained")
-    panels = figure.subplots(1, len(rewards), sharey=True, squeeze=False)[0]
-    for panel, reward in zip(panels, rewards, strict=True):
+    tasks = list(next(iter(sides.values()))["curve"][0]["recovered"])
+    figure = Figure(figsize=(3.4 * len(tasks), 2.9), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for panel, task in zip(panels, tasks, strict=True):
         for (name, side), colour in zip(sides.items(), ("#0072b2", "#b8500a", "#5a9c6e"), strict=False):
             seconds = [point["seconds"] for point in side["curve"]]
-            panel.plot(seconds, [point["recovered"][reward] for point in side["curve"]], color=colour, label=name)
+            panel.plot(seconds, [point["recovered"][task] for point in side["curve"]], color=colour, label=name)
         panel.axhline(share, color="#6b7178", linewidth=0.8, linestyle=":")
-        panel.set(title=reward, xscale="log", xlabel="seconds of training", ylim=(-0.1, 1.1))
+        panel.set(title=task, xscale="log", xlabel="seconds of training", ylim=(-0.1, 1.1))
     panels[0].set_ylabel("gain recovered")
     panels[-1].legend(frameon=False, fontsize="small", loc="lower right")
     figure.savefig(path, dpi=110)

@@ -34,7 +34,7 @@ from opd_fast.settings import (
 )
 from opd_fast.stages import Stage, split, stages_to_yaml
 from opd_fast.stages import check as check_stages
-from opd_fast.validation import check_text, validate
+from opd_fast.validation import check_text, no_held_out, validate
 
 Hints = dict[str, tuple[Any, Any]]  # key to its type and default
 _OPTION_HINTS: Hints = {"seed": (int, 0), "devices": (int, 8), "gpu_memory": (float, 80.0)}
@@ -388,6 +388,8 @@ def problems(config: Config) -> Iterator[UserError]:
         checks.append((_check_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
         if teacher.eval_prompts is not None and config.evaluation.every > 0:
             checks.append((_check_prompts, (f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")))
+        elif teacher.reward is not None and config.evaluation.every > 0:
+            checks.append((_check_held_out, (f"teachers[{i}].eval_prompts", teacher.prompts)))
     checks += [(_check_resolution, (config,)), (_check_rewards, (config,))]
     for check, arguments in checks:
         try:
@@ -441,6 +443,21 @@ def _check_prompts(key: str, source: str, split: str) -> None:
                 raise UserError(key, f"{source} holds no prompt", "write one prompt on each line")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(key, f"{source} cannot be read ({one_line(error)})", "give a UTF-8 text file") from error
+
+
+def _check_held_out(key: str, prompts: str) -> None:
+    """Raise where training prompts, which are there, have no test split beside them."""
+    from opd_fast.prompts import held_out
+
+    if prompts.startswith("bundled/") or not Path(prompts).expanduser().exists():
+        return  # `_check_prompts` looks after them
+    try:
+        file = held_out(prompts)
+    except ValueError as error:
+        raise UserError(key, f"is missing, and {one_line(error)}", "name held-out prompts") from error
+    if file is None:
+        raise no_held_out(key, prompts)
+    _check_prompts(key, str(file), "test")
 
 
 def _check_resolution(config: Config) -> None:

@@ -94,7 +94,11 @@ class TeacherConfig:
     guidance: float = option("guidance of the teacher, of the same kind as student.guidance", 1.0)
     weight: float = option("factor on this task's loss", 1.0)
     share: float = option("how often the weighted schedule takes this task, relative to the other tasks", 1.0)
-    eval_prompts: str | None = option("held-out prompts that the reward needs; null: those of bundled/NAME", None)
+    eval_prompts: str | None = option(
+        "held-out prompts that the reward needs; null: the test split in the folder of the training prompts, or those "
+        "of bundled/NAME",
+        None,
+    )
     reward: str | None = option(
         "reward that judges this task in evaluations: composition, text, colour or package.module:function; under grpo "
         "and nft it is learnt from, and may be a sum such as 0.8*text + 0.2*colour, whose first judges; null: none",
@@ -249,7 +253,12 @@ class EvaluationConfig:
     """Rewards on held-out prompts, with the averaged weights."""
 
     every: int = option("rounds between evaluations; base, teachers and student are judged at both ends; 0: never", 20)
-    prompts: int = option("held-out prompts of each task", 64)
+    prompts: int = option("held-out prompts of each task, from the start of its file; all where it has fewer", 64)
+    images_per_prompt: int | None = option(
+        "images of each held-out prompt, with different noise, whose rewards are averaged; null: one, but those of a "
+        "file with too few prompts are drawn again and again until there are evaluation.prompts images",
+        1,
+    )
     steps: int = option("ODE steps of an evaluation's images", 20)
     guidance: float | None = option("guidance of base and student when judged; null: student.guidance", None)
     batch: int = option("images drawn at once", 64)
@@ -263,6 +272,12 @@ class EvaluationConfig:
         "stop",
     )
     vae_tiling: bool = option("decode in overlapping tiles: less memory at high resolutions, faint seams", False)
+
+    def images(self, held_out: int) -> int:
+        """How many images an evaluation draws of a task that has `held_out` prompts in its file."""
+        if self.images_per_prompt is None:
+            return self.prompts
+        return min(self.prompts, held_out) * self.images_per_prompt
 
 
 @dataclass(kw_only=True)

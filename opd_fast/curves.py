@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from typing import Any
+
+from opd_fast.reward_keys import key_words, reward_key
 
 # Okabe and Ito's colours, told apart with any colour vision; the dark set is lightened to keep 4.5:1 on its page.
 THEMES: dict[str, dict[str, Any]] = {
@@ -96,16 +99,17 @@ def _axes(theme: dict[str, Any], panels: int, height: float = 2.6) -> tuple[Any,
 def _rewards(series: dict[tuple[str, str], list[tuple[int, float]]], results: dict[str, Any], theme: Any) -> Any:
     series = {key: points for key, points in series.items() if len(points) > 1}
     figure, axes = _axes(theme, len(series))
+    rewards = [reward for _, reward in series]
     for ax, ((task, reward), points) in zip(axes, series.items(), strict=True):
         rounds, values = zip(*points, strict=True)
-        name = reward.replace("_", " ")
-        title = name if task == reward or reward.startswith(f"{task}_") else f"{task}: {name}"
+        title = _title(task, reward, shared=rewards.count(reward) > 1)
         ax.set_title(title, color=theme["ink"], fontsize=9.5, loc="left", fontweight="bold")
         ends = {"student": values[-1]}
         ax.plot(rounds, values, color=theme["student"], linewidth=2, marker="o", markersize=3.5)
         for label, row, style in (("teacher", f"teacher:{task}", (0, (5, 3))), ("base", "base", (0, (1, 2)))):
-            level = results["rows"].get(row, {}).get(reward)
-            if level is not None:
+            means = results["rows"].get(row, {})
+            level = means.get(reward_key(means, task, reward))
+            if level is not None and math.isfinite(level):  # NaN: that reward failed there
                 colour = theme["teacher"] if label == "teacher" else theme["faint"]
                 ax.axhline(level, color=colour, linewidth=1.4, linestyle=style)
                 ends[label] = level
@@ -126,6 +130,12 @@ def _rewards(series: dict[tuple[str, str], list[tuple[int, float]]], results: di
                 annotation_clip=False,
             )
     return figure
+
+
+def _title(task: str, reward: str, *, shared: bool) -> str:
+    """A panel's heading: the reward, after its task where it does not tell it."""
+    tells = not shared and (task == reward or reward.startswith(f"{task}_"))
+    return key_words(reward if tells else f"{task}/{reward}")
 
 
 def _apart(levels: dict[str, float], least: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -36,20 +37,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """Prompts and the names of the rewards that judge their images."""
+    """Prompts and the names of the rewards that judge their images.
+
+    Attributes:
+        images: how many are drawn; image i is of prompt i % len(prompts), with noise of its own. None: one of each.
+    """
 
     name: str
     prompts: list[Prompt]
     rewards: list[str]
+    images: int | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts) if self.images is None else self.images
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over each task's prompts.
+    """Means over each task's images.
 
     Attributes:
         rewards: task to reward to mean.
-        images: task to its first `keep_images` images (n, 3, H, W), float32 in [0, 1], on the CPU.
+        images: task to the images of its first `keep_images` prompts (n, 3, H, W), float32 in [0, 1], on the CPU.
         failed: (reward, reason) to what the reward did wrong, in words. A mean is over the images that have a value;
             NaN: none has.
     """
@@ -70,7 +80,7 @@ class Evaluation:
 
 
 def task_keys(seed: int, task: str, count: int) -> Tensor:
-    """(count,) int64 noise keys that depend on (seed, task's name, prompt index) alone, so that every model judged
+    """(count,) int64 noise keys that depend on (seed, task's name, image's index) alone, so that every model judged
     under a seed sees the same noise, in any batch and beside any other task."""
     from opd_fast.seeds import noise_keys
 
@@ -95,7 +105,7 @@ def evaluate(
     world: World | None = None,
     told: set[tuple[str, str]] | None = None,
 ) -> Evaluation:
-    """Draw an image for every prompt of every task and average its rewards.
+    """Draw the images of every task and average their rewards.
 
     Args:
         model: the frozen parts; `transformer` is the base, a teacher or a student of its architecture.
@@ -104,7 +114,7 @@ def evaluate(
         guidance: classifier-free guidance; 1 makes no negative pass.
         text: holds every prompt of every task.
         batch: images drawn at once on a device. It changes no result beyond rounding.
-        keep_images: images of each task that are returned.
+        keep_images: prompts of each task whose first image is returned.
         progress: called with (images done, images in all).
         reward_timeout: seconds that a reward may take for a batch; null: any.
         world: the processes that draw them together, each its share; all get the same result.
@@ -113,32 +123,29 @@ def evaluate(
     A reward that fails is passed over. What it did is printed to stderr, unless `told` has it.
 
     Raises:
-        ValueError: a task without prompts, an unknown reward, or a model that yields NaN or infinite numbers.
+        ValueError: a task without prompts or with fewer images than prompts, two tasks of one name, an unknown reward
+            or one named twice, or a model that yields NaN or infinite numbers.
     """
     import torch
 
     from opd_fast.parallel import World
-    from opd_fast.rewards import get_reward
     from opd_fast.rewards.judge import Jury
 
     world = world or World()
     jury = Jury("record", reward_timeout)
     means: dict[str, dict[str, float]] = {}
     kept: dict[str, Tensor] = {}
-    done, total = 0, sum(len(task.prompts) for task in tasks)
+    done, total = 0, sum(task.count for task in tasks)
+    _check_tasks(tasks)
     for task in tasks:
-        if not task.prompts:
-            raise ValueError(f"evaluation task {task.name!r} has no prompts; give it some or leave it out")
-        for name in task.rewards:
-            get_reward(name)
-        keys = task_keys(seed, task.name, len(task.prompts))
+        keys = task_keys(seed, task.name, task.count)
         scores: dict[str, list[Tensor]] = {name: [] for name in task.rewards}
         images_kept: list[Tensor] = []
-        mine, _ = world.rows(len(task.prompts))
+        mine, _ = world.rows(task.count)
         to_keep, _ = world.rows(keep := min(keep_images, len(task.prompts)))
         for start in range(0, len(mine), batch):
             rows = mine[start : start + batch]
-            prompts = [task.prompts[i] for i in rows]
+            prompts = [task.prompts[i % len(task.prompts)] for i in rows]
             images = _draw(model, transformer, prompts, keys[rows], table, shape, guidance, text)
             if not bool(images.isfinite().all()):
                 raise ValueError(
@@ -152,7 +159,7 @@ def evaluate(
             done = min(done + len(rows) * world.size, total)
             if progress is not None:
                 progress(done, total)
-        everyone = {name: world.collect(torch.cat(parts), len(task.prompts)) for name, parts in scores.items()}
+        everyone = {name: world.collect(torch.cat(parts), task.count) for name, parts in scores.items()}
         means[task.name] = {name: float(values.nanmean()) for name, values in everyone.items()}
         if keep:
             kept[task.name] = world.collect(torch.cat(images_kept), keep)
@@ -164,6 +171,25 @@ def evaluate(
             print(f"evaluation: {message}", file=sys.stderr, flush=True)
         told.add(reason)
     return Evaluation(means, kept, failed)
+
+
+def _check_tasks(tasks: Sequence[EvalTask]) -> None:
+    from opd_fast.rewards import get_reward
+
+    for i, task in enumerate(tasks):
+        if not task.prompts:
+            raise ValueError(f"evaluation task {task.name!r} has no prompts; give it some or leave it out")
+        if task.name in [other.name for other in tasks[:i]]:
+            raise ValueError(f"two evaluation tasks are named {task.name!r}; give each a name of its own")
+        if task.count < len(task.prompts):
+            raise ValueError(
+                f"evaluation task {task.name!r} has {task.count} images for {len(task.prompts)} prompts; give one or "
+                "more for each"
+            )
+        if len(set(task.rewards)) < len(task.rewards):
+            raise ValueError(f"evaluation task {task.name!r} names a reward twice; name each once")
+        for name in task.rewards:
+            get_reward(name)
 
 
 def _draw(
@@ -213,6 +239,7 @@ def build_parser() -> Any:
     add("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 makes no negative pass")
     add("--resolution", type=int | None, default=None, help="pixels; null: what the pipeline was made for")
     add("--limit", type=int | None, default=None, help="prompts taken from the start of each file; null: all")
+    add("--images-per-prompt", type=int, default=1, help="images of each prompt, with different noise, averaged")
     add("--text-cache", type=str, default="auto", help="folder for text embeddings, auto or off, as model.text_cache")
     add("--seed", type=int, default=0, help="of the noise")
     add("--batch", type=int, default=64, help="images drawn at once")
@@ -235,8 +262,9 @@ def _settings(argv: list[str]) -> Any:
     known = [option for action in parser._actions if action.dest in hints for option in action.option_strings]
     check_options(argv, known, "python -m opd_fast.evaluate --help lists all")
     found = strict(lambda: parser.parse_args(argv), hints=hints)
-    for name, least in (("steps", 1), ("limit", 1), ("batch", 1), ("seed", 0), ("guidance", 0), ("grid", 0)):
-        value = getattr(found, name)
+    at_least = (("steps", 1), ("limit", 1), ("images-per-prompt", 1), ("batch", 1), ("seed", 0), ("guidance", 0))
+    for name, least in (*at_least, ("grid", 0)):
+        value = getattr(found, name.replace("-", "_"))
         if value is not None and not value >= least:
             raise UserError(name, f"{value} is below {least}", f"give {least} or more")
     if found.reward_timeout is not None and not found.reward_timeout > 0:
@@ -260,6 +288,9 @@ def _pair(prompts: str, rewards: str) -> list[tuple[str, list[str]]]:
         )
     if not all(names):
         raise UserError("rewards", f"{rewards!r} leaves a prompt file without any", "name one for each file")
+    for group in names:
+        if twice := [name for i, name in enumerate(group) if name in group[:i]]:
+            raise UserError("rewards", f"{twice[0]} stands twice beside one prompt file", "name it once")
     return list(zip(sources, names, strict=True))
 
 
@@ -276,7 +307,12 @@ def main(argv: list[str]) -> int:
     for source, rewards in pairs:
         for name in rewards:
             get_reward(name)
-        tasks.append(EvalTask(_task_name(source, tasks), load_prompts(source, "test")[: settings.limit], rewards))
+        every, limit = load_prompts(source, "test"), settings.limit
+        if limit is not None and len(every) < limit:
+            print(f"{source}: {len(every)} prompts, fewer than limit = {limit}; all are taken", file=sys.stderr)
+        prompts = every[:limit]
+        images = len(prompts) * settings.images_per_prompt
+        tasks.append(EvalTask(_task_name(source, tasks), prompts, rewards, images))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(settings.out or f"runs/evaluate-{stamp}").expanduser()
     try:
@@ -294,6 +330,7 @@ def main(argv: list[str]) -> int:
         },
         "failures": list(found.failures),
         "prompts": {task.name: len(task.prompts) for task in tasks},
+        "images": {task.name: task.count for task in tasks},
         "settings": {k: getattr(settings, k) for k in ("solver", "eta", "steps", "guidance", "resolution", "seed")},
         "seconds": round(time.monotonic() - began, 3),
     }
@@ -306,9 +343,15 @@ def main(argv: list[str]) -> int:
 
 
 def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
-    name = source.removeprefix("bundled/") if source.startswith("bundled/") else Path(source).stem
+    """The source's own name, with a number where a task before it has that: it names a row and a picture."""
+    path = Path(source)
+    name = path.name if source.startswith("bundled/") else path.stem or path.resolve().name
     taken = {task.name for task in tasks}
-    return name if name not in taken else f"{name}-{len(tasks)}"
+    numbers = itertools.count(len(tasks))
+    found = name
+    while found in taken:
+        found = f"{name}-{next(numbers)}"
+    return found
 
 
 def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
@@ -404,7 +447,7 @@ def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) ->
     for task in tasks:
         for name, value in found.rewards[task.name].items():
             shown = f"{value:.3f}" if math.isfinite(value) else "-"
-            table.add_row(task.name, str(len(task.prompts)), name.replace("_", " "), shown)
+            table.add_row(task.name, str(task.count), name.replace("_", " "), shown)
     console.print(table)
     print_failures(found.failures, console)
     for task in tasks:

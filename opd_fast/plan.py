@@ -5,6 +5,7 @@ The transformer is built on the meta device, so nothing is loaded and a model of
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_fast.communication import collectives, sent
-from opd_fast.config import Config
+from opd_fast.config import Config, TeacherConfig
 from opd_fast.errors import UserError
 from opd_fast.memory import GIB, RESERVE, Load, Strategy, choose_strategy, memory, recomputation
+from opd_fast.prompts import held_out, load_prompts
 from opd_fast.settings import config_hash, to_yaml
 
 if TYPE_CHECKING:
@@ -451,13 +453,23 @@ def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[
 def _evaluation(config: Config, branches: int) -> tuple[int, int]:
     """(evaluations of the student, rows forwarded in all of them and in judging base and teachers once)."""
     e = config.evaluation
-    tasks = sum(teacher.reward is not None for teacher in config.teachers)
-    if e.every == 0 or not tasks:
+    images = sum(_evaluation_images(teacher, config) for teacher in config.teachers if teacher.reward is not None)
+    if e.every == 0 or not images:
         return 0, 0
-    student = len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end
+    started = config.student.start is not None  # else it is the base at first
+    student = started + len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end
     guidance = config.student.guidance if e.guidance is None else e.guidance
     models = student + 1 + (0 if config.reinforces else len(config.teachers))
-    return student, models * tasks * e.prompts * e.steps * _branches(guidance, branches)
+    return student, models * images * e.steps * _branches(guidance, branches)
+
+
+def _evaluation_images(teacher: TeacherConfig, config: Config) -> int:
+    """Images of a task in an evaluation; where its prompts cannot be read yet, of as many as are asked for."""
+    asked = config.evaluation.prompts
+    with contextlib.suppress(ValueError, OSError):
+        file = held_out(teacher.prompts, teacher.eval_prompts)
+        asked = asked if file is None else len(load_prompts(file))
+    return config.evaluation.images(asked)
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------

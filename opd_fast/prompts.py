@@ -96,6 +96,29 @@ def prompt_file(source: str | Path, split: Split = "train") -> Path:
     return path
 
 
+def held_out(prompts: str, eval_prompts: str | None = None) -> Path | None:
+    """The file with a task's held-out prompts; None where there is none.
+
+    It is that of ``eval_prompts``, else the test split beside the training ``prompts``: in the same ``bundled/NAME`` or
+    folder, or, where they are a file ``train*``, the file of that name with ``test`` for ``train``, else the test split
+    of its folder.  Raises ValueError for ``eval_prompts`` that are not there, and for several test splits.
+    """
+    if eval_prompts is not None:
+        return prompt_file(eval_prompts, "test")
+    path = Path(prompts).expanduser()
+    if prompts.startswith("bundled/"):
+        return prompt_file(prompts, "test")
+    if not path.is_dir():
+        if not path.is_file() or not path.name.startswith("train"):
+            return None
+        twin = path.with_name("test" + path.name.removeprefix("train"))
+        if twin.is_file():
+            return twin
+        path = path.parent
+    there = any((path / pattern.format(split="test")).is_file() for pattern in _SPLIT_FILES)
+    return prompt_file(path, "test") if there else None
+
+
 def write_geneval(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
     """Write GenEval records, one JSON object a line.  Raises ValueError for a record that could not be read back."""
     lines = [json.dumps(record, ensure_ascii=False) for record in records]

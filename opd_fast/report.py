@@ -4,6 +4,7 @@
 `{"rows": {"base": {REWARD: x}, "teacher:NAME": {...}, "stage:NAME": {...}, "student": {...}}, "recovered":
 {TASK: share or None}, "rounds": n, "seconds": {"train": s, "total": s}, "seed": n, "commit": ..., "config_hash": ...,
 "failures": [what rewards did wrong, in words]}`. Results of former versions have no "failures".
+In a row, a reward that several tasks have stands under `TASK/REWARD` for each of them (`opd_fast.reward_keys`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from opd_fast.reward_keys import key_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +71,7 @@ def source_commit() -> str | None:
 
 
 def reward_names(results: dict[str, Any]) -> list[str]:
-    """Columns of the table: every reward in order of appearance, `NAME_strict` right after `NAME`."""
+    """Columns of the table: every key of the rows in order of appearance, `NAME_strict` right after `NAME`."""
     seen = list(dict.fromkeys(name for row in results["rows"].values() for name in row))
     return sorted(seen, key=lambda name: (seen.index(name.removesuffix("_strict")), name)) if _paired(seen) else seen
 
@@ -89,7 +92,7 @@ def print_table(results: dict[str, Any], console: Any = None) -> None:
     table = Table(title="Mean reward on held-out prompts", title_justify="left")
     table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(name.replace("_", "\n"), justify="right", vertical="bottom")
+        table.add_column(key_words(name).replace(" ", "\n"), justify="right", vertical="bottom")
     if recovered:
         table.add_column("gain\nrecovered", justify="right")
     for row, means in results["rows"].items():
@@ -247,7 +250,7 @@ def write_report(run_dir: Path, results: dict[str, Any], history: list[dict[str,
         written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         results=results,
         facts=_facts(results),
-        rewards=[name.replace("_", " ") for name in names],
+        rewards=[key_words(name) for name in names],
         table=table,
         failures=list(results.get("failures", ())),
         failed=FAILED,

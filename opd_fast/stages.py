@@ -6,12 +6,14 @@ of the file. Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from opd_fast.config import Config
+from opd_fast.config import Config, EvaluationConfig, TeacherConfig
 from opd_fast.errors import UserError
 from opd_fast.settings import config_hash, dump, to_dict
 
@@ -74,6 +76,47 @@ def check(stages: Sequence[Stage]) -> None:
                         f"{value} differs from the first stage's {first[section][key]}",
                         "set it once, outside stages",
                     )
+    _check_one_table(stages)
+
+
+def _check_one_table(stages: Sequence[Stage]) -> None:
+    """Raise UserError where the rewards of stages could not stand in one table.
+
+    A column is a task's reward on the same prompts in all rows, a row `teacher:NAME` is one teacher.
+    """
+    evaluation: EvaluationConfig | None = None
+    tasks: dict[str, TeacherConfig] = {}
+    teachers: dict[str, TeacherConfig] = {}
+    for i, config in enumerate(stage.config for stage in stages):
+        judged = [(j, task) for j, task in enumerate(config.teachers) if task.reward is not None]
+        if not judged or config.evaluation.every == 0:
+            continue
+        evaluation = evaluation or config.evaluation
+        for key in ("prompts", "images_per_prompt", "steps", "guidance", "vae_tiling"):
+            value, before = getattr(config.evaluation, key), getattr(evaluation, key)
+            if value != before:
+                why = f"{value} differs from the {before} of an earlier stage, and their rewards stand in one table"
+                raise UserError(f"stages[{i}].evaluation.{key}", why, "set it once, outside stages")
+        for j, task in judged:
+            if _held_out(task) != _held_out(tasks.setdefault(task.name, task)):
+                why = f"are not those of {task.name!r} in an earlier stage, and their rewards stand in one column"
+                raise UserError(f"stages[{i}].teachers[{j}].eval_prompts", why, "give one of the two another name")
+            other = task if config.reinforces else teachers.setdefault(task.name, task)
+            for key in ("weights", "guidance"):
+                value, before = getattr(task, key), getattr(other, key)
+                if value != before:
+                    why = f"{value} is not the {before} of {task.name!r} in an earlier stage"
+                    raise UserError(f"stages[{i}].teachers[{j}].{key}", why, "give one of the two another name")
+
+
+def _held_out(task: TeacherConfig) -> Path | str:
+    """The file of a task's held-out prompts, or what names it, where it is not there."""
+    from opd_fast.prompts import held_out
+
+    with contextlib.suppress(ValueError):
+        if (file := held_out(task.prompts, task.eval_prompts)) is not None:
+            return file.resolve()
+    return task.eval_prompts or task.prompts
 
 
 def stages_to_yaml(stages: Sequence[Stage]) -> str:

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -225,13 +226,23 @@ def _clock(seconds: float) -> str:
 
 
 def _start_wandb(run_dir: Path) -> Any:
+    """The run at Weights & Biases of this directory. Its identity lies in `wandb.id`, so that a resumed run goes on and
+    another of the same name, as the stages of two cascades have, is another."""
     try:
         import wandb
     except ImportError as error:
         raise UserError(
             "logging.wandb", "wandb is not installed", "pip install 'opd_fast[wandb]' or --logging.wandb false"
         ) from error
-    return wandb.init(project="opd_fast", name=run_dir.name, dir=str(run_dir), id=run_dir.name, resume="allow")
+    run_dir = run_dir.resolve()
+    file = run_dir / "wandb.id"
+    if not file.is_file():
+        # A run of an earlier version was known by the name of its directory.
+        earlier = run_dir.name if (run_dir / "wandb").is_dir() else f"{run_dir.name}-{secrets.token_hex(4)}"
+        file.write_text(earlier + "\n", encoding="utf-8")
+    known = file.read_text(encoding="utf-8").strip()
+    name = f"{run_dir.parent.name}/{run_dir.name}" if (run_dir.parent / "config.yaml").is_file() else run_dir.name
+    return wandb.init(project="opd_fast", name=name, dir=str(run_dir), id=known, resume="allow")
 
 
 NVTX = "OPD_FAST_NVTX"

@@ -65,6 +65,7 @@ def _check_ranges(config: Config) -> None:
         ("checkpoint.keep", config.checkpoint.keep, 1),
         ("evaluation.every", config.evaluation.every, 0),
         ("evaluation.prompts", config.evaluation.prompts, 1),
+        ("evaluation.images_per_prompt", config.evaluation.images_per_prompt, 1),
         ("evaluation.steps", config.evaluation.steps, 1),
         ("evaluation.guidance", config.evaluation.guidance, 0),
         ("evaluation.batch", config.evaluation.batch, 1),
@@ -267,9 +268,6 @@ def _check_teachers(config: Config) -> None:
         seen.add(teacher.name)
         if teacher.guidance < 0:
             raise UserError(f"teachers[{i}].guidance", f"{teacher.guidance} is below 0", "give 0 or more")
-        held_out = teacher.eval_prompts is not None or teacher.prompts.startswith("bundled/")
-        if teacher.reward is not None and config.evaluation.every > 0 and not held_out:
-            raise UserError(f"teachers[{i}].eval_prompts", "is missing while a reward is set", "name held-out prompts")
         if teacher.weight <= 0:
             raise UserError(
                 f"teachers[{i}].weight", f"{teacher.weight} is not above 0", "give a positive one or drop the teacher"
@@ -284,6 +282,12 @@ def _check_teachers(config: Config) -> None:
                 f"{teacher.share} is read by the weighted schedule alone",
                 "set train.task_schedule weighted, or give weight instead",
             )
+
+
+def no_held_out(key: str, prompts: str) -> UserError:
+    """The mistake of a task that a reward judges, on prompts that are nowhere."""
+    why = f"is missing while a reward is set, and {prompts} has no test split beside it"
+    return UserError(key, why, "name held-out prompts")
 
 
 def _check_engine(config: Config) -> None:

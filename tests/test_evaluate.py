@@ -177,14 +177,16 @@ def test_rewards_do_not_see_what_others_do_to_their_images(
         "    for prompt in prompts:\n"
         "        prompt.metadata['seen'] = True\n"
         "    return images.mean((1, 2, 3))\n"
+        "again = score\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     prompts = [Prompt(prompt.text, {}) for prompt in PROMPTS]
     alone = world.evaluate([task()])
-    beside = world.evaluate([EvalTask("t", prompts, ["rescaling:score", "colour", "rescaling:score"])])
+    beside = world.evaluate([EvalTask("t", prompts, ["rescaling:score", "colour", "rescaling:again"])])
     assert beside.rewards["t"]["colour"] == alone.rewards["t"]["colour"]
     assert torch.equal(beside.images["t"], alone.images["t"])
-    assert beside.rewards["t"]["rescaling:score"] == pytest.approx(float(2 * alone.images["t"].mean() - 1), abs=1e-6)
+    for name in ("rescaling:score", "rescaling:again"):
+        assert beside.rewards["t"][name] == pytest.approx(float(2 * alone.images["t"].mean() - 1), abs=1e-6)
     assert prompts == PROMPTS
 
 
@@ -317,3 +319,75 @@ def test_command_line_with_a_lora(world: World, tmp_path: Path) -> None:
     assert base["rewards"]["p"]["colour"] != lora["rewards"]["p"]["colour"]
     assert lora["lora"] == str(tmp_path / "lora")
     assert not list((tmp_path / "base").glob("*.png"))
+
+
+# --- images and names ------------------------------------------------------------------------------------------------
+
+
+def test_several_images_of_a_prompt_are_averaged(world: World) -> None:
+    """Image i is of prompt i % 5 with the noise of index i, as that of a list that holds the prompts again."""
+    several = world.evaluate([EvalTask("t", PROMPTS, ["colour"], images=13)])
+    again = [PROMPTS[i % 5] for i in range(13)]
+    listed = world.evaluate([EvalTask("t", again, ["colour"])], keep_images=13)
+    assert several.rewards == listed.rewards
+    assert torch.equal(several.images["t"], listed.images["t"][:5])  # one of each prompt
+    values = get_reward("colour")(listed.images["t"], again)
+    assert several.rewards["t"]["colour"] == pytest.approx(float(values.double().mean()), abs=1e-7)
+    first, second = listed.images["t"][0], listed.images["t"][5]
+    assert not torch.allclose(first, second, atol=1e-3)
+    batched = world.evaluate([EvalTask("t", PROMPTS, ["colour"], images=13)], batch=4)
+    assert batched.rewards["t"]["colour"] == pytest.approx(several.rewards["t"]["colour"], abs=1e-6)
+
+
+def test_tasks_that_would_overwrite_each_other_are_refused(world: World) -> None:
+    with pytest.raises(ValueError, match="two evaluation tasks are named 't'"):
+        world.evaluate([task(), task(prompts=PROMPTS[:2])])
+    with pytest.raises(ValueError, match="'t' names a reward twice"):
+        world.evaluate([EvalTask("t", PROMPTS, ["colour", "colour"])])
+    with pytest.raises(ValueError, match="2 images for 5 prompts"):
+        world.evaluate([EvalTask("t", PROMPTS, ["colour"], images=2)])
+
+
+def test_sources_of_one_name_keep_their_own_numbers_and_pictures(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`p-2` is taken by a file of that name, so that the third source cannot have it."""
+    files = []
+    for name, lines in {"p-2": PROMPTS[:1], "a/p": PROMPTS[1:2], "b/p": PROMPTS[2:4]}.items():
+        file = tmp_path / f"{name}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(f"{prompt.text}\n" for prompt in lines))
+        files.append(str(file))
+    out = tmp_path / "out"
+    argv = ["--model", str(world.folder), "--prompts", ",".join(files), "--rewards", "colour,colour,colour"]
+    argv += ["--steps", "2", "--resolution", "32", "--images-per-prompt", "2", "--limit", "2", "--out", str(out)]
+    assert module.main(argv) == 0
+    results = json.loads((out / "results.json").read_text())
+    names = ("p-2", "p", "p-3")
+    assert results["prompts"] == dict(zip(names, (1, 1, 2), strict=True))
+    assert results["images"] == dict(zip(names, (2, 2, 4), strict=True))
+    assert {path.name for path in out.glob("*.png")} == {f"{name}.png" for name in names}
+    table = solver_table("ode", world.model.sigmas(2, 32), 0.0)
+    tasks = [EvalTask("p-3", PROMPTS[2:4], ["colour"], images=4)]
+    expected = evaluate(
+        world.model, world.model.transformer, tasks, table, shape=SHAPE, guidance=1.0, seed=0, text=world.text
+    )
+    assert results["rewards"]["p-3"]["colour"] == pytest.approx(expected.rewards["p-3"]["colour"], abs=1e-6)
+    said = capsys.readouterr()
+    assert f"{files[0]}: 1 prompts, fewer than limit = 2; all are taken" in said.err
+    assert files[2] not in said.err
+    assert [line.split("│")[2].strip() for line in said.out.splitlines() if "p-3" in line] == ["4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--images-per-prompt", "0"], "error: images-per-prompt: 0 is below 1; give 1 or more"),
+        (["--rewards", "colour+text+colour"], "error: rewards: colour stands twice beside one prompt file; name it"),
+    ],
+)
+def test_mistakes_in_images_and_rewards(
+    world: World, tmp_path: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module.main(command_line(world.folder, tmp_path, *options)) == 2
+    assert said in capsys.readouterr().err

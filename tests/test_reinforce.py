@@ -395,7 +395,7 @@ def test_statistics_are_a_tasks_own_or_those_of_all(world: Path, statistics: str
 
 def test_a_sum_is_judged_by_its_first(world: Path, tmp_path: Path) -> None:
     results = start(reinforced(world, "nft", "colour + 0.1*rl_rewards:left", evaluation__every=2), tmp_path / "run")
-    assert set(results["rows"]["student"]) == {"colour"}
+    assert set(results["rows"]["student"]) == {"words/colour", "plain/colour"}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from opd_fast import curves
 from opd_fast.curves import reward_series, step_series
 from opd_fast.report import (
     gain_recovered,
@@ -215,3 +216,59 @@ def test_report_of_a_run_without_evaluation(tmp_path: Path) -> None:
     page = write_report(tmp_path, found, [{"round": 0, "time": 0.0, "loss": 0.0}]).read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "<table>" not in page
+
+
+# --- rewards of several tasks ----------------------------------------------------------------------------------------
+
+
+def shared_results() -> dict[str, Any]:
+    """Two tasks with one reward: the first fell, the second rose."""
+    found = new_results(CONFIG)
+    found["rows"] = {
+        "base": {"a/text": 0.9, "b/text": 0.1},
+        "teacher:a": {"a/text": 1.0, "b/text": 0.1},
+        "teacher:b": {"a/text": 0.9, "b/text": 0.6},
+        "student": {"a/text": 0.8, "b/text": 0.5},
+    }
+    found["recovered"] = {"a": -1.0, "b": 0.8}
+    return found
+
+
+def test_a_table_has_a_column_for_each_task_of_a_reward() -> None:
+    out = io.StringIO()
+    print_table(shared_results(), Console(file=out, width=100))
+    lines = out.getvalue().splitlines()
+    above = [[cell.strip() for cell in line.split("┃")] for line in lines if line.startswith("┃")]
+    assert [" ".join(filter(None, words)) for words in zip(*above, strict=True)][2:-2] == ["a: text", "b: text"]
+    (student,) = [line for line in lines if "student" in line]
+    assert re.findall(r"[\d.]{5}", student) == ["0.800", "0.500"]
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], tasks: list[str]) -> dict[str, dict[str, float]]:
+    """By panel of the rewards: the labelled levels. Each task rises from 0.5 to 0.6."""
+    original, panels = curves._rewards, {}
+
+    def figure(series: Any, results: Any, theme: Any) -> Any:
+        made = original(series, results, theme)
+        for ax in made.axes:
+            levels = [line.get_ydata()[0] for line in ax.lines[1:]]
+            labels = [text.get_text() for text in ax.texts]
+            panels[ax.get_title(loc="left")] = dict(zip(labels, ["", *levels], strict=True))
+        return made
+
+    monkeypatch.setattr(curves, "_rewards", figure)
+    monkeypatch.setattr(curves, "_apart", lambda levels, least: levels)
+    curves.draw(found, [{"round": i, "evaluation": {t: {"text": 0.5 + i / 10} for t in tasks}} for i in range(2)])
+    return {title: {k: v for k, v in levels.items() if k != "student"} for title, levels in panels.items()}
+
+
+def test_a_curve_has_the_levels_of_its_own_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn(monkeypatch, shared_results(), ["a", "b"]) == {
+        "a: text": {"teacher": 1.0, "base": 0.9},
+        "b: text": {"teacher": 0.6, "base": 0.1},
+    }
+
+
+def test_a_curve_of_an_earlier_run_without_one_of_its_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"rows": {"base": {"text": math.nan}, "teacher:a": {"text": 1.0}, "student": {"text": 0.6}}}
+    assert drawn(monkeypatch, found, ["a"]) == {"a: text": {"teacher": 1.0}}

@@ -160,11 +160,40 @@ def test_its_settings_are_read_again_as_they_were(world: Path, tmp_path: Path) -
         ),
         ([{"name": "a", "train": {"tasks": []}}], "stage a: train.tasks: is empty"),
         ([{"name": "a", "rl": {"beta": 0.5}}], "stage a: rl.beta: is not read under train.method opd"),
+        (
+            [{"name": "a"}, {"name": "b", "evaluation": {"steps": 9}}],
+            r"stages\[1\].evaluation.steps: 9 differs from the 3 of an earlier stage, .*; set it once, outside stages",
+        ),
     ],
 )
 def test_mistakes_are_named(world: Path, tmp_path: Path, stages: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse([str(written(world, tmp_path, stages))])
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "message"),
+    [
+        ("eval_prompts", {}, r"are not those of 'words' in an earlier stage, .*; give one of the two another name"),
+        ("weights", {}, "base is not the .*/words of 'words' in an earlier stage"),
+        ("guidance", {}, "3.0 is not the 1.0 of 'words' in an earlier stage"),
+        ("eval_prompts", {"name": "other"}, None),  # another task
+        ("weights", {"reward": None}, None),  # has no row
+        ("prompts", {}, None),  # a curriculum: judged on the same ones
+    ],
+)
+def test_a_name_means_one_task_in_all_stages(
+    world: Path, tmp_path: Path, key: str, changes: dict[str, Any], message: str | None
+) -> None:
+    teachers = yaml.safe_load(world.read_text())["teachers"]
+    other = {"weights": "base", "guidance": 3.0}.get(key, str(world.parent / "plain.txt"))
+    second = [teachers[0] | {key: other} | changes, teachers[1]]
+    path = str(written(world, tmp_path, [{"name": "a"}, {"name": "b", "teachers": second}]))
+    if message is None:
+        assert len(parse([path]).configs) == 2
+        return
+    with pytest.raises(UserError, match=rf"stages\[1\]\.teachers\[0\]\.{key}: {message}"):
+        parse([path])
 
 
 def test_a_cascade_of_rewards(world: Path, tmp_path: Path) -> None:

@@ -149,6 +149,36 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Telemetry(tmp_path, LoggingConfig(tensorboard=False, wandb=True), rounds=2).__enter__()
 
 
+def test_runs_of_one_name_are_their_own_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the stages of two cascades; a resumed run, moved or not, goes on, one of an earlier version under its name."""
+    started: list[tuple[str, str]] = []
+    fake = types.ModuleType("wandb")
+
+    def init(*, name: str, id: str, **options: object) -> object:
+        started.append((name, id))
+        return types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda **k: None)
+
+    fake.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    def start(folder: Path) -> tuple[str, str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        with Telemetry(folder, LoggingConfig(tensorboard=False, wandb=True), rounds=1):
+            return started[-1]
+
+    for cascade in ("one", "two"):
+        (tmp_path / cascade).mkdir()
+        (tmp_path / cascade / "config.yaml").write_text("")
+    first, second = start(tmp_path / "one" / "1-words"), start(tmp_path / "two" / "1-words")
+    assert (first[0], second[0]) == ("one/1-words", "two/1-words")
+    assert first[1] != second[1]
+    assert start(tmp_path / "one" / "1-words") == first
+    moved = (tmp_path / "two" / "1-words").rename(tmp_path / "moved")
+    assert start(moved) == ("moved", second[1])
+    (tmp_path / "old" / "wandb").mkdir(parents=True)
+    assert start(tmp_path / "old") == ("old", "old")
+
+
 def test_use_outside_the_block_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="with"):
         Telemetry(tmp_path, QUIET, rounds=1).round(0, {})

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opd_fast.config import TeacherConfig
 from opd_fast.errors import one_line
 from opd_fast.prompts import Prompt
 
@@ -104,6 +105,14 @@ def reward_terms(text: str) -> list[Term]:
             raise ValueError(f"reward {text!r} is no sum: write NAME, or FACTOR*NAME + FACTOR*NAME")
         terms.append(Term(value, name.strip()))
     return terms
+
+
+def judged_rewards(task: TeacherConfig) -> list[str]:
+    """The rewards that evaluations report of a task: the first of its sum, and what is reported beside that."""
+    if task.reward is None:
+        return []
+    first = reward_terms(task.reward)[0].reward
+    return [first, *REPORTED.get(first, ())]
 
 
 def _imported(path: str) -> Reward:

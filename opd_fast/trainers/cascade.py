@@ -14,10 +14,15 @@ from opd_fast.checkpoint import replace_folder
 from opd_fast.config import Config
 from opd_fast.parallel import World
 from opd_fast.report import new_results, newest_grids, print_table, write_report, write_results
+from opd_fast.reward_keys import reward_keys
+from opd_fast.rewards import judged_rewards
 from opd_fast.settings import to_yaml
 from opd_fast.stages import Stage, stages_hash
 from opd_fast.telemetry import read_metrics
 from opd_fast.trainers.loop import train
+
+Row = dict[str, Any]
+"""The means of one row of results.json, by key."""
 
 
 def train_stages(
@@ -79,11 +84,7 @@ def _finish(
     stages: Sequence[Stage], folders: Sequence[Path], done: Sequence[dict[str, Any]], run_dir: Path, world: World
 ) -> dict[str, Any]:
     results = new_results(stages[-1].config) | {"config_hash": stages_hash(stages)}
-    rows = {"base": done[0]["rows"]["base"]}
-    for found in done:
-        rows |= {name: means for name, means in found["rows"].items() if name.startswith("teacher:")}
-    rows |= {f"stage:{stage.name}": found["rows"]["student"] for stage, found in zip(stages, done, strict=True)}
-    results["rows"] = rows | {"student": done[-1]["rows"]["student"]}
+    results["rows"] = joined_rows(stages, [found["rows"] for found in done])
     results["recovered"] = done[-1]["recovered"]
     results["failures"] = list(dict.fromkeys(said for found in done for said in found.get("failures", ())))
     results["rounds"] = sum(found["rounds"] for found in done)
@@ -100,6 +101,27 @@ def _finish(
     write_report(run_dir, results, history(folders, done))
     print(f"student: {run_dir / 'student'}   report: {run_dir / 'report.html'}", flush=True)
     return results
+
+
+def joined_rows(stages: Sequence[Stage], tables: Sequence[dict[str, Row]]) -> dict[str, Row]:
+    """The rows of all stages in one table: the base's and the teachers', one after each stage, the last student's.
+
+    A stage may have tasks that the others lack, so that the keys are those of all stages' tasks together.
+    """
+    pairs = [[(t.name, r) for t in stage.config.teachers for r in judged_rewards(t)] for stage in stages]
+    keys = reward_keys(pair for of_stage in pairs for pair in of_stage)
+    base: Row = {}
+    teachers: dict[str, Row] = {}
+    students: dict[str, Row] = {}
+    for stage, of_stage, rows in zip(stages, pairs, tables, strict=True):
+        own = reward_keys(of_stage)
+        found = {name: {keys[pair]: row[key] for pair, key in own.items() if key in row} for name, row in rows.items()}
+        base |= {key: mean for key, mean in found["base"].items() if key not in base}
+        for name, row in found.items():
+            if name.startswith("teacher:"):
+                teachers[name] = teachers.get(name, {}) | row
+        students[f"stage:{stage.name}"] = found["student"]
+    return {"base": base, **teachers, **students, "student": found["student"]}
 
 
 def history(folders: Sequence[Path], done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

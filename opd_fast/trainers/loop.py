@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import signal
 import sys
@@ -23,6 +25,7 @@ from opd_fast.evaluate import Evaluation, evaluate
 from opd_fast.parallel import World, whole
 from opd_fast.profiler import RoundProfiler
 from opd_fast.report import gain_recovered, image_grid, new_results, print_table, write_report, write_results
+from opd_fast.reward_keys import reward_keys
 from opd_fast.student import Student
 from opd_fast.teachers import BASE
 from opd_fast.telemetry import Silence, Telemetry, annotate, read_metrics
@@ -100,8 +103,10 @@ class Run:
         # Half precision has no room for small gradients: scale them up, and leave out a round that overflows.
         self.scaler = torch.amp.GradScaler(setup.model.device.type, enabled=setup.model.dtype == torch.float16)
         self.rounds = 0
+        self.keys = reward_keys((task.name, reward) for task in setup.tasks for reward in task.rewards)
+        """(task, reward) to its key in `rows`."""
         self.rows: dict[str, dict[str, float]] = {}
-        """Mean rewards of base and teachers, measured once."""
+        """Mean rewards of base and teachers, measured once; the student's at the end."""
         self.images: dict[str, dict[str, Tensor]] = {}
         self.failures: dict[tuple[str, str], str] = {}
         """(reward, reason) to what evaluations found wrong, in words."""
@@ -123,7 +128,10 @@ class Run:
         if not self.rows and self.setup.tasks:
             telemetry.message("judging the base and the teachers")
             self._judge_frozen()
-            telemetry.evaluation(0, self._by_task(self.rows["base"]))
+            if self.config.student.start is None:  # the student is the base
+                telemetry.evaluation(0, self._by_task(self.rows["base"]))
+            elif self.rounds == 0:
+                telemetry.evaluation(0, self._judge_student().rewards)
         with _interruption() as interrupted:
             while self.rounds < self.config.train.rounds:
                 with around():
@@ -141,7 +149,7 @@ class Run:
         if self.setup.tasks and not self.interrupted:
             evaluation = self._judge_student()
             telemetry.evaluation(self.rounds, evaluation.rewards)
-            self.rows["student"] = _flat(evaluation)
+            self.rows["student"] = self._flat(evaluation)
         self.checkpoints.wait()
 
     def _round(self, telemetry: Telemetry | Silence) -> None:
@@ -246,7 +254,7 @@ class Run:
         )
 
     def _keep(self, row: str, evaluation: Evaluation) -> None:
-        self.rows[row] = _flat(evaluation)
+        self.rows[row] = self._flat(evaluation)
         self.images[row] = evaluation.images
 
     def _judge_student(self) -> Evaluation:
@@ -260,13 +268,19 @@ class Run:
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
         for task in self.setup.tasks:
-            rows = {name.removeprefix("teacher:"): images[task.name] for name, images in self.images.items()}
+            rows = {_label(row): images[task.name] for row, images in self.images.items()}
             prompts = [p.text for p in task.prompts[:GRID_COLUMNS]]
             path = folder / f"{task.name}-round-{self.rounds:04d}.png"
             image_grid({**rows, "student": student[task.name]}, prompts, path)
 
     def _by_task(self, row: dict[str, float]) -> dict[str, dict[str, float]]:
-        return {task.name: {name: row[name] for name in task.rewards} for task in self.setup.tasks}
+        found: dict[str, dict[str, float]] = {task.name: {} for task in self.setup.tasks}
+        for (task, reward), key in self.keys.items():
+            found[task][reward] = row[key]
+        return found
+
+    def _flat(self, evaluation: Evaluation) -> dict[str, float]:
+        return {key: evaluation.rewards[task][reward] for (task, reward), key in self.keys.items()}
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -278,9 +292,10 @@ class Run:
         tensors = {**self.setup.student.state(), **optimizer_state(self.optimizer)}
         tensors |= {f"method.{name}": tensor for name, tensor in self.method.state().items()}
         for row, images in self.images.items():
-            tensors |= {f"images.{row}.{task}": pixels for task, pixels in images.items()}
+            tensors |= {f"images.{row}/{task}": pixels for task, pixels in images.items()}
         meta = {
             "rows": self.rows,
+            "evaluation": self._evaluation(),
             "failures": [[*reason, said] for reason, said in self.failures.items()],
             "train_seconds": self.train_seconds,
             "total_seconds": self._total_seconds(),
@@ -301,6 +316,28 @@ class Run:
         frozen = [teacher for bank in banks if bank is not None for teacher in bank.teachers]
         return {teacher.name: teacher.origin.sha256 for teacher in frozen if teacher.adapter != BASE}
 
+    def _evaluation(self) -> str:
+        """A digest of what rewards depend on beside weights and seed: prompts, rewards and settings."""
+        e = self.config.evaluation
+        tasks = [
+            (task.name, task.rewards, task.count, [(prompt.text, prompt.metadata) for prompt in task.prompts])
+            for task in self.setup.tasks
+        ]
+        told = json.dumps([e.steps, self._guidance(), e.vae_tiling, tasks], sort_keys=True, default=str)
+        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+
+    def _comparable(self, meta: dict[str, Any]) -> bool:
+        """Whether a checkpoint's rewards of base and teachers are what this run would measure.
+
+        A checkpoint of an earlier version has no digest: it had one mean for all tasks of a reward, and filled
+        `evaluation.prompts` images from a short file.
+        """
+        if not all(key in row for row in meta["rows"].values() for key in self.keys.values()):
+            return False
+        if "evaluation" in meta:
+            return not self.setup.tasks or bool(meta["evaluation"] == self._evaluation())
+        return all(task.count == self.config.evaluation.prompts for task in self.setup.tasks)
+
     def load(self, folder: Path, meta: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises ValueError for one of another student or other teachers."""
         for name, digest in self._frozen().items():
@@ -312,14 +349,24 @@ class Run:
                     "put the former file back, or start a new run",
                 )
         images, method = (self.checkpoints.blanks(folder, prefix) for prefix in ("images.", "method."))
+        rows = meta["rows"]
+        if rows and not self._comparable(meta):
+            rows, images = {}, {}
+            if self.world.first:
+                said = f"the base and the teachers are judged again: {folder.name} has rewards of another evaluation"
+                print(said, file=sys.stderr, flush=True)
         for name, pixels in images.items():
-            _, row, task = name.split(".", 2)
+            place = name.removeprefix("images.")
+            row, slash, task = place.partition("/")
+            if not slash:  # of an earlier version, joined by a point, which the names may have as well
+                row = max((row for row in rows if place.startswith(f"{row}.")), key=len)
+                task = place.removeprefix(f"{row}.")
             self.images.setdefault(row, {})[task] = pixels
         targets = {**self.setup.student.state(), **optimizer_state(self.optimizer), **images, **method}
         self.checkpoints.restore(folder, targets)
         self.method.load_state({name.removeprefix("method."): tensor for name, tensor in method.items()})
         self.scaler.load_state_dict(meta["scaler"])
-        self.rounds, self.rows = meta["round"], meta["rows"]
+        self.rounds, self.rows = meta["round"], rows
         self.failures = {(reward, reason): said for reward, reason, said in meta.get("failures", ())}
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
         self.train_seconds, self.seconds_before = meta["train_seconds"], meta["total_seconds"]
@@ -342,9 +389,9 @@ class Run:
         for row in ("base", "student"):
             self.rows.setdefault(row, {})  # a run without rewards has no numbers to show
         for task in self.setup.tasks if len(self.setup.teachers) else ():
-            reward = task.rewards[0]
-            base, teacher = self.rows["base"][reward], self.rows[f"teacher:{task.name}"][reward]
-            results["recovered"][task.name] = gain_recovered(base, teacher, self.rows["student"][reward])
+            key = self.keys[task.name, task.rewards[0]]
+            base, teacher = self.rows["base"][key], self.rows[f"teacher:{task.name}"][key]
+            results["recovered"][task.name] = gain_recovered(base, teacher, self.rows["student"][key])
         write_results(self.run_dir, results)
         if self.setup.tasks:
             print_table(results)
@@ -353,8 +400,10 @@ class Run:
         return results
 
 
-def _flat(evaluation: Evaluation) -> dict[str, float]:
-    return {reward: value for means in evaluation.rewards.values() for reward, value in means.items()}
+def _label(row: str) -> str:
+    """A row's name beside its images: a teacher's own, unless it is that of another row."""
+    name = row.removeprefix("teacher:")
+    return f"teacher {name}" if name != row and name in ("base", "student") else name
 
 
 # --- optimizer -------------------------------------------------------------------------------------------------------

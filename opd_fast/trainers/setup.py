@@ -17,14 +17,15 @@ from opd_fast.models import load_model, outline_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.parallel import World
 from opd_fast.plan import check_guidance, lora_modules, make_plan, resolve
-from opd_fast.prompts import Prompt, PromptSource, TaskSchedule, load_prompts
-from opd_fast.rewards import REPORTED, reward_terms
+from opd_fast.prompts import Prompt, PromptSource, TaskSchedule, held_out, load_prompts
+from opd_fast.rewards import judged_rewards
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.start import MERGED
 from opd_fast.student import Student
 from opd_fast.teachers import BASE, TeacherBank, check_teachers
 from opd_fast.trainers.gate import Gate
+from opd_fast.validation import no_held_out
 from opd_fast.velocity import Conditioning
 from opd_fast.weights import check_weights
 from opd_kernels.philox import INITIAL_NOISE, philox_normal
@@ -84,7 +85,7 @@ def prepare(
     sources = [PromptSource(len(p), train.seed, stream) for stream, p in enumerate(prompts)]
     shares = [teacher.share for teacher in config.teachers]
     schedule = TaskSchedule(shares, train.tasks_per_round, train.task_schedule, train.seed, config.trained)
-    tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config)) is not None]
+    tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config, say)) is not None]
 
     torch.backends.cuda.matmul.allow_tf32 = resolved.tf32
     model = load_model(
@@ -235,17 +236,23 @@ def frozen_teachers(config: Config) -> list[TeacherConfig]:
     return [] if config.reinforces else config.teachers
 
 
-def evaluation_task(teacher: TeacherConfig, config: Config) -> EvalTask | None:
-    """A teacher's held-out prompts and rewards; None where it has no reward or evaluations are off."""
+def evaluation_task(teacher: TeacherConfig, config: Config, say: Callable[[str], None]) -> EvalTask | None:
+    """A teacher's held-out prompts and rewards; None where it has no reward or evaluations are off.
+
+    `say` is told which file is taken where `eval_prompts` names none, and where it has fewer prompts than asked for.
+    """
     if teacher.reward is None or config.evaluation.every == 0:
         return None
-    source = teacher.eval_prompts or (teacher.prompts if teacher.prompts.startswith("bundled/") else None)
-    if source is None:
-        raise UserError(
-            f"teachers.{teacher.name}.eval_prompts", "is missing while a reward is set", "name held-out prompts"
+    file = held_out(teacher.prompts, teacher.eval_prompts)
+    if file is None:
+        raise no_held_out(f"teachers.{teacher.name}.eval_prompts", teacher.prompts)
+    every, asked = load_prompts(file), config.evaluation.prompts
+    if teacher.eval_prompts is None and not teacher.prompts.startswith("bundled/"):
+        say(f"task {teacher.name}: held-out prompts from {file}")
+    images = config.evaluation.images(len(every))
+    if len(every) < asked:
+        say(
+            f"task {teacher.name}: {len(every)} held-out prompts in {file}, fewer than evaluation.prompts = {asked}; "
+            f"an evaluation draws {images} images of them"
         )
-    prompts = load_prompts(source, split="test")
-    # A short file is gone through several times, with other noise each time.
-    repeated = [prompts[i % len(prompts)] for i in range(config.evaluation.prompts)]
-    first = reward_terms(teacher.reward)[0].reward
-    return EvalTask(teacher.name, repeated, [first, *REPORTED.get(first, ())])
+    return EvalTask(teacher.name, every[:asked], judged_rewards(teacher), images)
