@@ -207,6 +207,11 @@ class RLConfig:
     )
     guard: bool = option("grpo: GRPO-Guard's normalised ratio and step weights; solver flow_sde", False)
     clip: float | None = option("grpo: range of the ratio around 1; null: 1e-4, with guard 2e-6", None)
+    log_prob: Literal["exact", "published"] = option(
+        "grpo with solver cps: log-probability of a step, mean over the elements; exact: the normal law's; published: "
+        "-mean((x - mu)^2), without 1 / (2 std^2), as in Flow-GRPO's code, whose clip ranges are meant for it",
+        "exact",
+    )
     window: int | None = option(
         "grpo: steps that draw noise and are trained, somewhere among the first window_range, all others being ODE "
         "(Flow-GRPO-Fast: 2 or 3); null: all but the last are trained",

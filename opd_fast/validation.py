@@ -150,10 +150,12 @@ def _check_reinforcement(config: Config) -> None:
     unread += ["parallel.offload_teachers"]
     unread += [f"teachers[{i}].{name}" for i in range(len(config.teachers)) for name in ("guidance", "partial")]
     unread += ["rl.beta", "rl.decay", "rl.timestep_fraction"] if method == "grpo" else []
-    unread += ["rl.guard", "rl.clip", "rl.window"] if method == "nft" else []
+    unread += ["rl.guard", "rl.clip", "rl.log_prob", "rl.window"] if method == "nft" else []
     _refuse_unread(config, unread, f"train.method {method}")
     _refuse_unread(config, ["rl.window_range"] if rl.window is None else [], "rl.window null")
     _refuse_unread(config, ["rl.statistics"] if rl.std == "group" else [], "rl.std group")
+    # The other solvers' published log-probability is the exact one.
+    _refuse_unread(config, ["rl.log_prob"] if s.solver != "cps" else [], f"sampler.solver {s.solver}")
     _check_replicated(config)
     positive = [("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)]
     for key, value in positive:
