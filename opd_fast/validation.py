@@ -181,8 +181,8 @@ def _check_reinforcement(config: Config) -> None:
     if config.student.start == "merged":
         raise UserError("student.start", f"merged is the mean of teachers, of which {method} has none", "name weights")
     if method == "nft":
-        if config.student.guidance != 1:
-            raise UserError("student.guidance", f"{config.student.guidance} under nft, which has none", "give 1")
+        if (config.student.guidance or 0) > 1:  # up to 1 the model's pipeline decides: plan.check_guidance
+            raise UserError("student.guidance", f"{config.student.guidance} under nft, which has none", "leave it out")
         if not 1 <= s.steps * rl.timestep_fraction <= s.steps:
             raise UserError(
                 "rl.timestep_fraction",
@@ -267,7 +267,7 @@ def _check_teachers(config: Config) -> None:
         if teacher.name in seen:
             raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is used twice", "give each teacher its own name")
         seen.add(teacher.name)
-        if teacher.guidance < 0:
+        if teacher.guidance is not None and teacher.guidance < 0:
             raise UserError(f"teachers[{i}].guidance", f"{teacher.guidance} is below 0", "give 0 or more")
         held_out = teacher.eval_prompts is not None or teacher.prompts.startswith("bundled/")
         if teacher.reward is not None and config.evaluation.every > 0 and not held_out:

@@ -128,7 +128,7 @@ class GRPO(Reinforcement):
         with torch.no_grad(), setup.student.at_rest():
             for part in self.micro_batches(self.mine):
                 condition, mine = self.condition(epoch, part), keys[part.to(keys.device)]
-                guidance = torch.full((len(part),), setup.student.guidance, device=keys.device)
+                guidance = torch.full((len(part),), condition.branch_guidance, device=keys.device)
                 x = philox_normal(mine, setup.shape, INITIAL_NOISE)
                 path: dict[str, list[Tensor]] = {name: [] for name in kept}
                 for j in range(setup.table.steps):
@@ -155,7 +155,7 @@ class GRPO(Reinforcement):
         with setup.student.at_rest():
             for part, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
                 condition = self.condition(epoch, part)
-                guidance = torch.full((len(part),), setup.student.guidance, device=rows.device)
+                guidance = torch.full((len(part),), condition.branch_guidance, device=rows.device)
                 advantage = drawn["advantage"][part]
                 for i, j in enumerate(steps):
                     x, sample, mean = (drawn[name][self.places(part), i] for name in ("x", "sample", "mean"))

@@ -184,7 +184,7 @@ class Run:
 
     # --- judging -----------------------------------------------------------------------------------------------------
 
-    def _judge(self, transformer: Any, guidance: float) -> Evaluation:
+    def _judge(self, transformer: Any, guidance: float | None) -> Evaluation:
         return evaluate(
             self.setup.model,
             transformer,
@@ -200,7 +200,7 @@ class Run:
             world=self.world,
         )
 
-    def _guidance(self) -> float:
+    def _guidance(self) -> float | None:
         """The guidance of base and student; a teacher is judged with its own, as it teaches."""
         asked = self.config.evaluation.guidance
         return self.config.student.guidance if asked is None else asked
