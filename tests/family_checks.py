@@ -268,7 +268,7 @@ def check_captured(model: DiffusionModel, folder: Path) -> None:
         mine = on_its_own(model)
         teacher = TeacherConfig(name="t", weights=str(lora), prompts="bundled/composition", guidance=guidance)
         bank = TeacherBank.load(mine, [teacher], "merged")
-        student = Student.build(mine, StudentConfig(kind="lora", rank=RANK, alpha=ALPHA))
+        student = Student.build(mine, StudentConfig(kind="lora", rank=RANK, alpha=ALPHA, guidance=guidance))
         generator = torch.Generator().manual_seed(2)
         found.append([])
         for index in range(2):

@@ -275,7 +275,11 @@ def test_a_run_takes_the_convention_from_its_settings(z_image: Path, tmp_path: P
     for convention in ("pipeline", "linear"):
         config = settings(z_image, tmp_path, model__guidance_convention=convention, student__guidance=2.0)
         config.teachers[0].guidance = 1.0
-        setup = prepare(config, say=lambda text: None)
+        said: list[str] = []
+        setup = prepare(config, say=said.append)
+        meaning = "guidance_scale of ZImagePipeline, 0 is unguided"
+        meaning = meaning if convention == "pipeline" else "g of v = u + g (c - u), 1 is unguided"
+        assert f"guidance: {meaning}" in said
         asked = Conditioning.build(setup.model, setup.text.negative, setup.text.negative, setup.student.guidance)
         batch = RoundBatch(
             setup.text.negative, setup.text.negative, ((0, slice(0, 1)),), torch.arange(1), torch.ones(1), setup.shape

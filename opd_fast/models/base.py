@@ -193,6 +193,16 @@ class DiffusionModel(ABC):
             return float(guidance)
         return max(guidance + (1.0 - self.unguided), 1.0)
 
+    @property
+    def guidance_meaning(self) -> str:
+        """What a guidance setting is the value of, in words."""
+        if self.guidance_kind == "none":
+            return "none, the model has no guidance"
+        if self.guidance_kind == "cfg" and self.guidance_convention == "linear":
+            return "g of v = u + g (c - u), 1 is unguided"
+        unguided = f", {self.unguided:g} is unguided" if self.guidance_kind == "cfg" else ""
+        return f"{self.guidance_argument} of {self.pipeline_class}{unguided}"
+
     def is_guided(self, guidance: float | None) -> bool:
         """Whether a guidance setting asks for the negative prompt's branch beside the prompt's."""
         return self.guidance_kind == "cfg" and self.strength(guidance) != 1.0

@@ -99,6 +99,9 @@ def prepare(
     if world.sharded:
         model.device = device
         model.vae.to(device)
+    guidances = [config.student.guidance, config.evaluation.guidance, *(t.guidance for t in config.teachers)]
+    if any(guidance is not None for guidance in guidances):
+        say(f"guidance: {model.guidance_meaning}")
     if config.evaluation.vae_tiling:
         model.vae.enable_tiling()
     resolution = config.model.resolution
