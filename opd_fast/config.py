@@ -138,6 +138,9 @@ class ObjectiveConfig:
         "is zero (a control); return_to_go: pathwise plus score function of the later steps' rewards, by a second pass",
         "live",
     )
+    log_prob: Literal["exact", "published"] = option(
+        "of ppo with solver cps: log-probability of the score function, as rl.log_prob", "exact"
+    )
     kl_scale: float = option("of ppo: factor on the KL before the clamp", 1.0)
     clamp: float | None = option("of ppo: largest reward of a step; Flow-OPD: 5; null: none", None)
     anchor: str | None = option(

@@ -150,7 +150,8 @@ class _Rollout:
     @functools.cached_property
     def score(self) -> list[float]:
         """`score_factors` of each step."""
-        found: list[float] = score_factors(self.table).tolist()
+        assert self.surrogate is not None
+        found: list[float] = score_factors(self.table, self.surrogate.log_prob).tolist()
         return found
 
     @property

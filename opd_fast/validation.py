@@ -113,6 +113,7 @@ def _check_objective(config: Config) -> None:
     default = ObjectiveConfig()
     readers: list[tuple[tuple[str, ...], bool, str]] = [
         (("reward_gradient", "kl_scale", "clamp"), o.kind == "ppo", "objective.kind ppo"),
+        (("log_prob",), o.kind == "ppo" and s.solver == "cps", "objective.kind ppo and sampler.solver cps"),
         (("variance",), o.kind in ("kl", "ppo"), "objective.kind kl"),
         (("anchor_weight",), o.anchor is not None, "objective.anchor"),
         (("query_law", "query_weights"), o.queries is not None, "objective.queries"),

@@ -159,6 +159,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"objective": {"kind": "ppo"}, "sampler": {"solver": "cps", "train_last": True}}, "sampler.train_last", "false"),
     ({"objective": {"reward_gradient": "detached"}}, "objective.reward_gradient", "ppo"),
     ({"objective": {"clamp": 5.0}}, "objective.clamp", "ppo"),
+    ({"objective": {"log_prob": "published"}}, "objective.log_prob", "ppo and sampler.solver cps"),
+    ({"objective": {"kind": "ppo", "log_prob": "published"}}, "objective.log_prob", "sampler.solver cps"),
     ({"objective": {"kind": "velocity", "variance": "published"}}, "objective.variance", "kind kl"),
     ({"objective": {"kind": "ppo", "clamp": -5.0}}, "objective.clamp", "positive"),
     ({"objective": {"anchor_weight": 0.1}}, "objective.anchor_weight", "objective.anchor"),

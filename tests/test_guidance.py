@@ -348,7 +348,7 @@ def earlier(config: Config) -> dict[str, Any]:
     """config.yaml as it was before guidance had a convention, when unguided was 1."""
     data = to_dict(config)
     del data["model"]["guidance_convention"]
-    del data["rl"]["log_prob"]
+    del data["rl"]["log_prob"], data["objective"]["log_prob"]
     data["student"]["guidance"] = data["student"]["guidance"] or 1.0
     for teacher in data["teachers"]:
         teacher["guidance"] = 1.0 if teacher["guidance"] is None else teacher["guidance"]
