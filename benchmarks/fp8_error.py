@@ -62,7 +62,7 @@ def run(method: OPD, batch: RoundBatch, teachers: TeacherBank, states: list[Tens
     student, table, given = setup.student, setup.table, states is not None
     rows = table.rows(method.weight, batch.keys.device)
     condition = Conditioning.build(setup.model, batch.text, batch.negative, student.guidance)
-    guidance, course = torch.full_like(batch.scale, student.guidance), teachers.course(batch)
+    guidance, course = torch.full_like(batch.scale, condition.branch_guidance), teachers.course(batch)
     visited = states or [philox_normal(batch.keys, batch.shape, INITIAL_NOISE)]
     losses, velocities = [], []
     with student.at_rest():

@@ -151,8 +151,8 @@ class PublishedRun:
         self.adapters = adapters_on(transformer, lora, folders)
         self.loop = Reference(
             FlowMatchEulerDiscreteScheduler.from_pretrained(ASSETS / "pipeline" / "scheduler"),
-            AdapterPolicy(self.adapters, "student", student.guidance),
-            [AdapterPolicy(self.adapters, teacher.name, teacher.guidance) for teacher in config.teachers],
+            AdapterPolicy(self.adapters, "student", model.strength(student.guidance)),
+            [AdapterPolicy(self.adapters, t.name, model.strength(t.guidance)) for t in config.teachers],
             solver=config.sampler.solver,
             steps=config.sampler.steps,
             eta=config.sampler.eta,

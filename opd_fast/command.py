@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from opd_fast.config import Config
+from opd_fast.earlier import in_todays_settings, is_earlier_run
 from opd_fast.errors import UserError, did_you_mean, one_line
 from opd_fast.settings import (
     check_known,
@@ -148,9 +149,12 @@ def _command(stages: list[Stage], run_dir: Path, resume: bool, recipe: str, firs
 
 def _read_stages(parser: Any, argv: list[str], path: Path, source: str) -> list[Stage]:
     """The stages of a YAML file, `argv` laid over each of them; one without name where it has none."""
+    data = read_yaml(path)
+    if is_earlier_run(data):
+        data = in_todays_settings(data)
     return [
         Stage(name, _overlaid(parser, argv, base, source=f"{source}, stage {name}" if name else source))
-        for name, base in split(read_yaml(path), source)
+        for name, base in split(data, source)
     ]
 
 

@@ -53,6 +53,11 @@ class ModelConfig:
     text_device: Literal["auto", "cpu"] = option(
         "where the text encoders run; auto: as the model; cpu: slower, without their memory on the GPU", "auto"
     )
+    guidance_convention: Literal["pipeline", "linear"] = option(
+        "what every guidance is a value of; pipeline: the argument of the model's own diffusers pipeline, with its "
+        "formula (docs/guidance.md has a table); linear: g of v = u + g (c - u), for models with a negative pass",
+        "pipeline",
+    )
 
 
 @dataclass(kw_only=True)
@@ -70,10 +75,11 @@ class StudentConfig:
         "by teachers[].weight, cut to the rank (a folder of that name is ./merged); null: the base",
         None,
     )
-    guidance: float = option(
-        "guidance of the student while it trains; classifier-free: 1 makes no negative pass; FLUX.1-dev: the value "
-        "that goes into the transformer (3.5 is usual)",
-        1.0,
+    guidance: float | None = option(
+        "guidance of the student while it trains, as the model's pipeline takes it: guidance_scale of SD3 (up to 1: no "
+        "negative pass), FLUX.1-dev (goes into the transformer; 3.5 is usual) and Z-Image (0: no negative pass), "
+        "true_cfg_scale of Qwen-Image (up to 1: no negative pass); null: unguided, FLUX.1-dev: 1",
+        None,
     )
 
 
@@ -91,7 +97,7 @@ class TeacherConfig:
         "training prompts: a GenEval .jsonl, .txt, .csv, .tsv or .parquet file, a folder with one for each split, or "
         "bundled/NAME"
     )
-    guidance: float = option("guidance of the teacher, of the same kind as student.guidance", 1.0)
+    guidance: float | None = option("guidance of the teacher, of the same kind as student.guidance", None)
     weight: float = option("factor on this task's loss", 1.0)
     share: float = option("how often the weighted schedule takes this task, relative to the other tasks", 1.0)
     eval_prompts: str | None = option(
@@ -135,6 +141,9 @@ class ObjectiveConfig:
         "of ppo; live: pathwise gradient of the reward plus score function; detached: score function alone, whose mean "
         "is zero (a control); return_to_go: pathwise plus score function of the later steps' rewards, by a second pass",
         "live",
+    )
+    log_prob: Literal["exact", "published"] = option(
+        "of ppo with solver cps: log-probability of the score function, as rl.log_prob", "exact"
     )
     kl_scale: float = option("of ppo: factor on the KL before the clamp", 1.0)
     clamp: float | None = option("of ppo: largest reward of a step; Flow-OPD: 5; null: none", None)
@@ -211,6 +220,11 @@ class RLConfig:
     )
     guard: bool = option("grpo: GRPO-Guard's normalised ratio and step weights; solver flow_sde", False)
     clip: float | None = option("grpo: range of the ratio around 1; null: 1e-4, with guard 2e-6", None)
+    log_prob: Literal["exact", "published"] = option(
+        "grpo with solver cps: log-probability of a step, mean over the elements; exact: the normal law's; published: "
+        "-mean((x - mu)^2), without 1 / (2 std^2), as in Flow-GRPO's code, whose clip ranges are meant for it",
+        "exact",
+    )
     window: int | None = option(
         "grpo: steps that draw noise and are trained, somewhere among the first window_range, all others being ODE "
         "(Flow-GRPO-Fast: 2 or 3); null: all but the last are trained",

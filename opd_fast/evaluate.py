@@ -24,6 +24,9 @@ from opd_fast.config import DETERMINISTIC, Solver
 from opd_fast.errors import UserError, main_guard
 from opd_fast.telemetry import quiet_libraries
 
+RECORDED = ("solver", "eta", "steps", "guidance", "guidance_convention", "resolution", "seed")
+"""Settings of the command line that its results.json repeats."""
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -95,7 +98,7 @@ def evaluate(
     table: SolverTable,
     *,
     shape: tuple[int, int, int],
-    guidance: float,
+    guidance: float | None,
     seed: int,
     text: EmbeddingCache,
     batch: int = 64,
@@ -111,7 +114,7 @@ def evaluate(
         model: the frozen parts; `transformer` is the base, a teacher or a student of its architecture.
         table: the solver's rows; a stochastic one draws its noise from the same keys as the initial state.
         shape: (C, H, W) of a latent.
-        guidance: classifier-free guidance; 1 makes no negative pass.
+        guidance: as the model's pipeline takes it (`DiffusionModel.strength`); None is unguided.
         text: holds every prompt of every task.
         batch: images drawn at once on a device. It changes no result beyond rounding.
         keep_images: prompts of each task whose first image is returned.
@@ -199,14 +202,14 @@ def _draw(
     keys: Tensor,
     table: SolverTable,
     shape: tuple[int, int, int],
-    guidance: float,
+    guidance: float | None,
     text: EmbeddingCache,
 ) -> Tensor:
     """Images (B, 3, H, W) of the prompts."""
     from opd_fast.rollout import sample
 
     rows = text.rows([prompt.text for prompt in prompts])
-    negative = None if guidance == 1 else text.negative
+    negative = text.negative if model.is_guided(guidance) else None
     keys = keys.to(model.device)
     latents = sample(model, transformer, rows, negative, guidance, table, shape=shape, keys=keys)
     # The VAE clamps to [0, 1], which would hide an infinity: look before.
@@ -236,7 +239,13 @@ def build_parser() -> Any:
     add("--steps", type=int, default=20, help="solver steps")
     add("--solver", type=Solver, default="ode", help="solver")
     add("--eta", type=float, default=0.7, help="noise level of a stochastic solver")
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 makes no negative pass")
+    add("--guidance", type=float | None, default=None, help="as the model's pipeline takes it; null: unguided")
+    add(
+        "--guidance-convention",
+        type=Literal["pipeline", "linear"],
+        default="pipeline",
+        help="what --guidance is a value of, as model.guidance_convention",
+    )
     add("--resolution", type=int | None, default=None, help="pixels; null: what the pipeline was made for")
     add("--limit", type=int | None, default=None, help="prompts taken from the start of each file; null: all")
     add("--images-per-prompt", type=int, default=1, help="images of each prompt, with different noise, averaged")
@@ -269,6 +278,10 @@ def _settings(argv: list[str]) -> Any:
             raise UserError(name, f"{value} is below {least}", f"give {least} or more")
     if found.reward_timeout is not None and not found.reward_timeout > 0:
         raise UserError("reward_timeout", f"{found.reward_timeout:g} is not above 0", "give seconds, or null for any")
+    for name in ("guidance", "eta"):
+        value = getattr(found, name)
+        if value is not None and not math.isfinite(value):
+            raise UserError(name, f"{value} is not a finite number", "give a finite one")
     if not found.text_cache:
         raise UserError("text-cache", "is empty", "name a folder, or give auto or off")
     if found.solver not in DETERMINISTIC and not found.eta > 0:
@@ -331,7 +344,7 @@ def main(argv: list[str]) -> int:
         "failures": list(found.failures),
         "prompts": {task.name: len(task.prompts) for task in tasks},
         "images": {task.name: task.count for task in tasks},
-        "settings": {k: getattr(settings, k) for k in ("solver", "eta", "steps", "guidance", "resolution", "seed")},
+        "settings": {name: getattr(settings, name) for name in RECORDED},
         "seconds": round(time.monotonic() - began, 3),
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -364,7 +377,8 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
     device = pick_device()
     dtype = pick_dtype(settings.dtype, "auto", device)
     _check_fit(settings, dtype)
-    model = load_model(settings.model, device=device, dtype=dtype)
+    convention = settings.guidance_convention
+    model = load_model(settings.model, device=device, dtype=dtype, guidance_convention=convention)
     resolution = settings.resolution
     shape = _own_shape(model) if resolution is None else model.latent_shape(resolution)
     transformer = model.transformer
@@ -398,12 +412,15 @@ def _check_fit(settings: Any, dtype: torch.dtype) -> None:
     from opd_fast.models import outline_model
     from opd_fast.weights import check_weights
 
-    outline = outline_model(settings.model, dtype=dtype)
+    outline = outline_model(settings.model, dtype=dtype, guidance_convention=settings.guidance_convention)
     if settings.resolution is None:
         _own_shape(outline)
     else:
         outline.latent_shape(settings.resolution)
-    if outline.guidance_kind == "none" and settings.guidance != 1:
+    if settings.guidance is None:
+        # What is recorded is a number, as it always was.
+        settings.guidance = 1.0 if settings.guidance_convention == "linear" else outline.unguided
+    if outline.guidance_kind == "none" and settings.guidance not in (0, 1):
         raise UserError("guidance", f"{settings.guidance:g} with a {outline.name} model that has none", "give 1")
     if settings.lora is not None:
         check_weights(outline, settings.lora, what="lora")

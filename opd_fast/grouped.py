@@ -25,7 +25,7 @@ from opd_fast.errors import UserError
 from opd_fast.forwards import replaced
 from opd_fast.models.base import DiffusionModel, TextEmbeds
 from opd_fast.modulation import Remembered
-from opd_fast.velocity import Conditioning, Velocities, in_rows
+from opd_fast.velocity import Conditioning, Guidance, Velocities, combined, in_rows
 
 Span = tuple[int | None, slice]
 """An adapter's place among those given, None for the bare base, and its rows."""
@@ -217,8 +217,9 @@ def _groups(spans: Sequence[Span], adapters: int) -> tuple[tuple[int | None, int
 class Call:
     """One forward for the rows of several teachers."""
 
-    parts: tuple[tuple[slice, bool], ...]
-    """(rows of the batch, whether a negative branch follows theirs), in the order of the forward's rows."""
+    parts: tuple[tuple[slice, Guidance | None], ...]
+    """(rows of the batch, the guidance of them; None where no negative branch follows theirs), in the order of the
+    forward's rows."""
     spans: tuple[Span, ...]
     condition: Conditioning
     """Text of all rows of the forward: of each part its prompts and, where it is guided, the negative ones."""
@@ -238,8 +239,8 @@ def joined(parts: Sequence[tuple[int, slice, Conditioning]]) -> tuple[Call, ...]
             spans.append((index, slice(end, end + len(condition.text))))
             end += len(condition.text)
         text = TextEmbeds.cat([condition.text for _, _, condition in mine])
-        rows = tuple((rows, condition.guided) for _, rows, condition in mine)
-        calls.append(Call(rows, tuple(spans), Conditioning(text, guided=False, embedded=embedded)))
+        rows = tuple((rows, condition.guidance) for _, rows, condition in mine)
+        calls.append(Call(rows, tuple(spans), Conditioning(text, embedded=embedded)))
     return tuple(calls)
 
 
@@ -272,11 +273,18 @@ def grouped_velocities(
     """
     found: list[tuple[slice, Velocities]] = []
     for i, call in enumerate(calls):
-        state = torch.cat([x[rows] for rows, guided in call.parts for _ in range(1 + guided)])
+        state = torch.cat([x[rows] for rows, guidance in call.parts for _ in range(1 if guidance is None else 2)])
         autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
         table = tables[i].active() if tables else contextlib.nullcontext()
         with grouped.active(call.spans) as transformer, autocast, table:
             v = model.velocity(transformer, state, sigma, call.condition.text, call.condition.embedded)
-        branches = iter(v.split([rows.stop - rows.start for rows, guided in call.parts for _ in range(1 + guided)]))
-        found += [(rows, Velocities(next(branches), next(branches) if guided else None)) for rows, guided in call.parts]
+        start = 0
+        for rows, guidance in call.parts:
+            own = rows.stop - rows.start
+            cond, start = v[start : start + own], start + own
+            if guidance is None:
+                found.append((rows, Velocities(cond, None)))
+                continue
+            found.append((rows, combined(model, guidance, cond, v[start : start + own])))
+            start += own
     return in_rows(sorted(found, key=lambda part: part[0].start))

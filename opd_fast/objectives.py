@@ -67,6 +67,8 @@ class Surrogate:
     kl_scale: float = 1.0
     clamp: float | None = None
     """Largest reward; beyond it the pathwise term is gone. Flow-OPD: 5."""
+    log_prob: Literal["exact", "published"] = "exact"
+    """published: log-probability -mean((x - mu)^2) of the released code under CPS, without 1 / (2 std^2)."""
 
     @property
     def looks_ahead(self) -> bool:
@@ -123,8 +125,13 @@ class Surrogate:
         return cond.to(grad_cond.dtype), uncond.to(grad_uncond.dtype)
 
 
-def score_factors(table: SolverTable) -> Tensor:
-    """b / std of each step, (N,) float64: dlogp/dv for unit noise, before the reduction; 0 where there is no noise."""
+def score_factors(table: SolverTable, log_prob: Literal["exact", "published"] = "exact") -> Tensor:
+    """dlogp/dv of each step for unit noise, before the reduction, (N,) float64; 0 where there is no noise.
+
+    b / std under the normal law; 2 b std where the published log-probability of CPS drops 1 / (2 std^2).
+    """
+    if log_prob == "published":
+        return 2 * table.b * table.std
     return torch.where(table.std > 0, table.b / table.std, 0.0)
 
 

@@ -172,10 +172,13 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     gpu_memory = gpu_memory or _own_memory(resolved.device)
     settings = config.model
     model = outline_model(
-        settings.path, settings.family, dtype=resolved.dtype, max_sequence_length=settings.max_sequence_length
+        settings.path,
+        settings.family,
+        dtype=resolved.dtype,
+        max_sequence_length=settings.max_sequence_length,
+        guidance_convention=settings.guidance_convention,
     )
     check_guidance(config, model)
-    branches = 2 if model.guidance_kind == "cfg" else 1
     s = config.sampler
     table = solver_table(
         s.solver, model.sigmas(s.steps, settings.resolution), s.eta, variance=config.objective.variance
@@ -197,7 +200,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     row, traced = _row_cost(model, config, layers if lora else None)
     trained_steps = _trained_steps(config)
     updates = {"opd": 1, "sft": config.sft.updates}.get(config.train.method, config.rl.updates)
-    own_branches = _branches(config.student.guidance if config.train.method != "sft" else 1.0, branches)
+    own_branches = branches(model, config.student.guidance if config.train.method != "sft" else None)
     latent = model.latent_shape(settings.resolution)
     # States, next states and means of the trained steps, or the last latent alone; float32.
     kept = 4 * math.prod(latent) * (3 * trained_steps if config.train.method == "grpo" else 1)
@@ -233,10 +236,8 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     ):
         load = replace(load, recomputed=again)
         reason = f"{_strategy(config, load, devices, ranks_per_node, gpu_memory)[2]}, as {again} blocks recompute"
-    evaluations, evaluation_rows = _evaluation(config, branches)
-    teacher_rows = {
-        t.name: per_task * _branches(t.guidance, branches) for t in config.teachers if not config.reinforces
-    }
+    evaluations, evaluation_rows = _evaluation(config, model)
+    teacher_rows = {t.name: per_task * branches(model, t.guidance) for t in config.teachers if not config.reinforces}
     turns = {t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)}
     asked = _asked_steps(config, trained_steps)
     rows = (
@@ -415,18 +416,22 @@ def _adapter_values(weights: str) -> int | None:
 
 
 def check_guidance(config: Config, model: DiffusionModel) -> None:
-    """Raise `UserError` for guidance other than 1 with a model that has none."""
-    if model.guidance_kind != "none":
-        return
-    wanted = {"student.guidance": config.student.guidance, "evaluation.guidance": config.evaluation.guidance or 1.0}
+    """Raise `UserError` for guidance with a model that has none, and for any under a method without guidance."""
+    wanted = {"student.guidance": config.student.guidance, "evaluation.guidance": config.evaluation.guidance}
     wanted |= {f"teachers.{t.name}.guidance": t.guidance for t in config.teachers}
     for key, value in wanted.items():
-        if value != 1:
+        if value is None:
+            continue
+        if model.guidance_kind == "none" and value not in (0, 1):
             raise UserError(key, f"{value:g} with a {model.name} model that has no guidance", "give 1")
+        strength = model.strength(value)
+        if key == "student.guidance" and config.train.method == "nft" and strength != 1:
+            raise UserError(key, f"{value:g} under nft, which has none", f"give {model.unguided:g}, or leave it out")
 
 
-def _branches(guidance: float, most: int) -> int:
-    return 1 if guidance == 1 else most
+def branches(model: DiffusionModel, guidance: float | None) -> int:
+    """Rows that a sample takes in a forward under a guidance setting."""
+    return 2 if model.is_guided(guidance) else 1
 
 
 def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[int, int]]:
@@ -450,7 +455,7 @@ def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[
     }
 
 
-def _evaluation(config: Config, branches: int) -> tuple[int, int]:
+def _evaluation(config: Config, model: DiffusionModel) -> tuple[int, int]:
     """(evaluations of the student, rows forwarded in all of them and in judging base and teachers once)."""
     e = config.evaluation
     images = sum(_evaluation_images(teacher, config) for teacher in config.teachers if teacher.reward is not None)
@@ -460,7 +465,7 @@ def _evaluation(config: Config, branches: int) -> tuple[int, int]:
     student = started + len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end
     guidance = config.student.guidance if e.guidance is None else e.guidance
     models = student + 1 + (0 if config.reinforces else len(config.teachers))
-    return student, models * images * e.steps * _branches(guidance, branches)
+    return student, models * images * e.steps * branches(model, guidance)
 
 
 def _evaluation_images(teacher: TeacherConfig, config: Config) -> int:

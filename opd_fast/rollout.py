@@ -122,7 +122,7 @@ class _Inputs:
     course: Course
     anchored: Course | None
     guidance: Tensor
-    """(B,) float32, the student's."""
+    """(B,) float32, g of the student's branches."""
     rows: Tensor
     """(N, 6) float32, the solver's."""
     keys: Tensor
@@ -150,7 +150,8 @@ class _Rollout:
     @functools.cached_property
     def score(self) -> list[float]:
         """`score_factors` of each step."""
-        found: list[float] = score_factors(self.table).tolist()
+        assert self.surrogate is not None
+        found: list[float] = score_factors(self.table, self.surrogate.log_prob).tolist()
         return found
 
     @property
@@ -191,7 +192,7 @@ class _Rollout:
             condition=condition,
             course=self.teachers.course(batch, sigmas),
             anchored=None if self.anchor is None else self.anchor[0].course(whole, sigmas),
-            guidance=torch.full_like(batch.scale, self.student.guidance),
+            guidance=torch.full_like(batch.scale, condition.branch_guidance),
             rows=rows,
             keys=batch.keys,
             scale=batch.scale,
@@ -368,7 +369,7 @@ def sample(
     transformer: nn.Module,
     text: TextEmbeds,
     negative: TextEmbeds | None,
-    guidance: float,
+    guidance: float | None,
     table: SolverTable,
     *,
     shape: tuple[int, int, int] | None = None,
@@ -378,7 +379,8 @@ def sample(
 ) -> Tensor:
     """Sample by all steps of `table`, without gradient; the latents (B, C, H, W) float32.
 
-    The initial state is `x`, or drawn from `keys` (B,) int64 in the latent `shape`; the noise of the steps is `noise`
+    `guidance` is as it is set (`DiffusionModel.strength`); None is unguided, and needs no `negative`. The initial state
+    is `x`, or drawn from `keys` (B,) int64 in the latent `shape`; the noise of the steps is `noise`
     (N, B, C, H, W), or drawn from `keys`. Raises ValueError where neither is given.
     """
     if x is None:
@@ -393,7 +395,7 @@ def sample(
         v = velocities(model, transformer, x, torch.tensor(sigma, device=x.device), condition)
         velocity = v.cond.float()
         if v.uncond is not None:
-            velocity = torch.lerp(v.uncond.float(), velocity, guidance)
+            velocity = torch.lerp(v.uncond.float(), velocity, condition.branch_guidance)
         following = a * x + b * velocity
         if x0 is not None:
             following = following + h * x0

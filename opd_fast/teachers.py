@@ -40,7 +40,7 @@ class Course:
     parts: tuple[tuple[int, slice, Conditioning], ...]
     """(teacher, its rows, their text); the text of another sample where it has none and is asked all the same."""
     guidance: Tensor
-    """(B,) float32: the teacher's guidance of each sample."""
+    """(B,) float32: g of each sample's branches, `Conditioning.branch_guidance` of its teacher."""
     calls: tuple[Call, ...] = ()
     """The forwards of `grouped` teachers; none where each is asked by itself."""
 
@@ -48,7 +48,8 @@ class Course:
 @dataclass(frozen=True)
 class Teacher:
     name: str
-    guidance: float
+    guidance: float | None
+    """As it was set; `DiffusionModel.strength` says what it means, None is unguided."""
     transformer: nn.Module
     adapter: str | None
     """Its adapter on a shared base; None where the weights are merged; BASE: the shared base without any."""
@@ -111,7 +112,7 @@ class TeacherBank:
         return cls(model, teachers, offloaded=offload and placement == "merged")
 
     @classmethod
-    def of_base(cls, model: DiffusionModel, guidance: float) -> TeacherBank:
+    def of_base(cls, model: DiffusionModel, guidance: float | None) -> TeacherBank:
         """A bank of one: the base itself, whatever adapters sit on it. It takes no memory of its own."""
         origin = Origin(BASE, "transformer", 0, 0, 0, (), "")
         return cls(model, [Teacher(BASE, guidance, model.transformer, BASE, origin)])
@@ -169,10 +170,10 @@ class TeacherBank:
             none = rows.start == rows.stop
             if none and not self.together:
                 continue
-            strength = self.teachers[index].guidance
-            guidance[rows] = strength
             text = batch.text.index(slice(0, 1) if none else rows)
-            parts.append((index, rows, Conditioning.build(self.model, text, batch.negative, strength)))
+            condition = Conditioning.build(self.model, text, batch.negative, self.teachers[index].guidance)
+            guidance[rows] = condition.branch_guidance
+            parts.append((index, rows, condition))
         calls = () if self._grouped is None or self.together else joined(parts)
         if self._remembering and sigmas is not None:
             with self._autocast:

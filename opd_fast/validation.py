@@ -114,6 +114,7 @@ def _check_objective(config: Config) -> None:
     default = ObjectiveConfig()
     readers: list[tuple[tuple[str, ...], bool, str]] = [
         (("reward_gradient", "kl_scale", "clamp"), o.kind == "ppo", "objective.kind ppo"),
+        (("log_prob",), o.kind == "ppo" and s.solver == "cps", "objective.kind ppo and sampler.solver cps"),
         (("variance",), o.kind in ("kl", "ppo"), "objective.kind kl"),
         (("anchor_weight",), o.anchor is not None, "objective.anchor"),
         (("query_law", "query_weights"), o.queries is not None, "objective.queries"),
@@ -151,10 +152,12 @@ def _check_reinforcement(config: Config) -> None:
     unread += ["parallel.offload_teachers"]
     unread += [f"teachers[{i}].{name}" for i in range(len(config.teachers)) for name in ("guidance", "partial")]
     unread += ["rl.beta", "rl.decay", "rl.timestep_fraction"] if method == "grpo" else []
-    unread += ["rl.guard", "rl.clip", "rl.window"] if method == "nft" else []
+    unread += ["rl.guard", "rl.clip", "rl.log_prob", "rl.window"] if method == "nft" else []
     _refuse_unread(config, unread, f"train.method {method}")
     _refuse_unread(config, ["rl.window_range"] if rl.window is None else [], "rl.window null")
     _refuse_unread(config, ["rl.statistics"] if rl.std == "group" else [], "rl.std group")
+    # The other solvers' published log-probability is the exact one.
+    _refuse_unread(config, ["rl.log_prob"] if s.solver != "cps" else [], f"sampler.solver {s.solver}")
     _check_replicated(config)
     positive = [("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)]
     for key, value in positive:
@@ -180,8 +183,8 @@ def _check_reinforcement(config: Config) -> None:
     if config.student.start == "merged":
         raise UserError("student.start", f"merged is the mean of teachers, of which {method} has none", "name weights")
     if method == "nft":
-        if config.student.guidance != 1:
-            raise UserError("student.guidance", f"{config.student.guidance} under nft, which has none", "give 1")
+        if (config.student.guidance or 0) > 1:  # up to 1 the model's pipeline decides: plan.check_guidance
+            raise UserError("student.guidance", f"{config.student.guidance} under nft, which has none", "leave it out")
         if not 1 <= s.steps * rl.timestep_fraction <= s.steps:
             raise UserError(
                 "rl.timestep_fraction",
@@ -266,7 +269,7 @@ def _check_teachers(config: Config) -> None:
         if teacher.name in seen:
             raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is used twice", "give each teacher its own name")
         seen.add(teacher.name)
-        if teacher.guidance < 0:
+        if teacher.guidance is not None and teacher.guidance < 0:
             raise UserError(f"teachers[{i}].guidance", f"{teacher.guidance} is below 0", "give 0 or more")
         if teacher.weight <= 0:
             raise UserError(

@@ -16,8 +16,18 @@ class Velocities:
     """What one transformer predicts at one state: v = uncond + g * (cond - uncond), or cond alone."""
 
     cond: Tensor
-    """(B, C, H, W) in the model's dtype."""
+    """(B, C, H, W) in the model's dtype; float32 where it is the guided velocity itself, rescaled by the family."""
     uncond: Tensor | None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the two branches of a prediction become one velocity."""
+
+    strength: float
+    """g of v = u + g (c - u)."""
+    rescaled: bool = False
+    """Whether the family rescales v then (`DiffusionModel.rescale_guided`)."""
 
 
 @dataclass(frozen=True)
@@ -26,29 +36,39 @@ class Conditioning:
 
     text: TextEmbeds
     """B rows, or 2B when guided: all prompts, then the negative prompt B times."""
-    guided: bool
-    """Whether there are two branches (classifier-free guidance)."""
+    guidance: Guidance | None = None
+    """Of two branches (classifier-free guidance); None where there is one."""
     embedded: float = 1.0
     """Guidance that goes into the transformer, where the family has it there."""
 
+    @property
+    def guided(self) -> bool:
+        """Whether there are two branches."""
+        return self.guidance is not None
+
+    @property
+    def branch_guidance(self) -> float:
+        """g with which the branches of `velocities` combine; 1 where it returns one branch, the guided velocity."""
+        return 1.0 if self.guidance is None or self.guidance.rescaled else self.guidance.strength
+
     @classmethod
     def build(
-        cls, model: DiffusionModel, text: TextEmbeds, negative: TextEmbeds | None, guidance: float
+        cls, model: DiffusionModel, text: TextEmbeds, negative: TextEmbeds | None, guidance: float | None
     ) -> Conditioning:
-        """Conditioning of B prompts; guidance 1 needs no negative branch and makes none.
+        """Conditioning of B prompts under a guidance setting (`DiffusionModel.strength`); None is unguided.
 
         Raises ValueError when two branches are asked for and `negative` (one row) is missing, and for any guidance of a
         model that has none.
         """
+        strength = model.strength(guidance)
         if model.guidance_kind == "embedded":
-            return cls(text, guided=False, embedded=guidance)
-        if guidance == 1.0:
-            return cls(text, guided=False)
-        if model.guidance_kind == "none":
-            raise ValueError(f"guidance {guidance} with family {model.name!r}, which has none; give 1")
+            return cls(text, embedded=strength)
+        if strength == 1.0:
+            return cls(text)
         if negative is None:
             raise ValueError(f"guidance {guidance} needs the negative prompt's embedding: give RoundBatch.negative")
-        return cls(TextEmbeds.cat([text, negative.expand(len(text))]), guided=True)
+        rescaled = model.rescales_guidance and model.guidance_convention == "pipeline"
+        return cls(TextEmbeds.cat([text, negative.expand(len(text))]), Guidance(strength, rescaled))
 
 
 def in_rows(parts: Sequence[tuple[slice, Velocities]]) -> Velocities:
@@ -71,8 +91,19 @@ def in_rows(parts: Sequence[tuple[slice, Velocities]]) -> Velocities:
 def velocities(
     model: DiffusionModel, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning
 ) -> Velocities:
-    """Both guidance branches of `transformer` at x (B, C, H, W) float32 and sigma (0-dim float32), in one forward."""
-    if not conditioning.guided:
+    """What `transformer` predicts at x (B, C, H, W) float32 and sigma (0-dim float32), both branches in one forward."""
+    if conditioning.guidance is None:
         return Velocities(model.velocity(transformer, x, sigma, conditioning.text, conditioning.embedded), None)
     both = model.velocity(transformer, torch.cat([x, x]), sigma, conditioning.text)
-    return Velocities(both[: len(x)], both[len(x) :])
+    return combined(model, conditioning.guidance, both[: len(x)], both[len(x) :])
+
+
+def combined(model: DiffusionModel, guidance: Guidance, cond: Tensor, uncond: Tensor) -> Velocities:
+    """Both branches as they are, for the step's kernel to combine; one, the guided velocity, where it is rescaled.
+
+    The kernel's guidance is linear, so a rescaled velocity is formed here, in float32 and with autograd.
+    """
+    if not guidance.rescaled:
+        return Velocities(cond, uncond)
+    c, u = cond.float(), uncond.float()
+    return Velocities(model.rescale_guided(torch.lerp(u, c, guidance.strength), c), None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ def noise(model: DiffusionModel, count: int) -> Tensor:
     return torch.randn(count, *model.latent_shape(RESOLUTION), generator=torch.Generator().manual_seed(1))
 
 
-def draw(model: DiffusionModel, transformer: nn.Module, x: Tensor, prompts: list[str], guidance: float = 1.0) -> Tensor:
-    """The engine's images (B, 3, H, W) by the ODE solver, from x."""
+def draw(
+    model: DiffusionModel, transformer: nn.Module, x: Tensor, prompts: list[str], guidance: float | None = None
+) -> Tensor:
+    """The engine's images (B, 3, H, W) by the ODE solver, from x; without guidance where none is given."""
     table = solver_table("ode", model.sigmas(STEPS, RESOLUTION), 0.0)
     text, negative = model.encode(prompts), model.encode([""])
     return model.decode(sample(model, transformer, text, negative, guidance, table, x=x))
@@ -158,10 +161,29 @@ class World:
         assert relative_error(found, truth) <= TOLERANCE
 
 
+def check_guidance(
+    model: DiffusionModel, theirs: Callable[[Tensor, list[str], float], Tensor], groups: list[list[float]]
+) -> None:
+    """The engine draws what the pipeline draws of the same guidance; `theirs(x, prompts, guidance)` are its images.
+
+    The guidances of a group draw the same images, those of different groups different ones.
+    """
+    x, prompts = noise(model, 2), PROMPTS[:2]
+    found = []
+    for group in groups:
+        for guidance in group:
+            images = draw(model, model.transformer, x, prompts, guidance)
+            torch.testing.assert_close(images, theirs(x, prompts, guidance), rtol=0, atol=1e-4)
+            found.append((group, images))
+    for (group, images), (other, different) in itertools.combinations(found, 2):
+        away = float((images - different).abs().max())
+        assert away == 0 if group is other else away > 1e-3
+
+
 def check_export(model: DiffusionModel, pipe: Any, folder: Path, theirs: Any) -> None:
     """`pipe` with the student's LoRA draws the engine's images; `theirs(pipe, x, prompts)` draws its."""
     mine = on_its_own(model)
-    student = Student.build(mine, StudentConfig(kind="lora", rank=RANK, alpha=ALPHA, guidance=1.0))
+    student = Student.build(mine, StudentConfig(kind="lora", rank=RANK, alpha=ALPHA))
     torch.manual_seed(0)
     for name, parameter in student.named_parameters():
         if ".lora_B." in name:
@@ -246,7 +268,7 @@ def check_captured(model: DiffusionModel, folder: Path) -> None:
         mine = on_its_own(model)
         teacher = TeacherConfig(name="t", weights=str(lora), prompts="bundled/composition", guidance=guidance)
         bank = TeacherBank.load(mine, [teacher], "merged")
-        student = Student.build(mine, StudentConfig(kind="lora", rank=RANK, alpha=ALPHA))
+        student = Student.build(mine, StudentConfig(kind="lora", rank=RANK, alpha=ALPHA, guidance=guidance))
         generator = torch.Generator().manual_seed(2)
         found.append([])
         for index in range(2):

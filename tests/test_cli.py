@@ -69,7 +69,7 @@ MISTAKES: list[tuple[list[str], str, str]] = [
     (["--teachers", "[]"], "teachers", "at least one"),
     (["--teachers", "7"], "teachers", "name: N"),
     (teachers(wieght=2.0), "teachers[0].wieght", "did you mean weight?"),
-    (teachers(guidance="strong"), "teachers[0].guidance", "default is 1.0"),
+    (teachers(guidance="strong"), "teachers[0].guidance", "default is null"),
     (["--teachers", "[{name: t, weights: adapter}]"], "teachers[0].prompts", "bundled/NAME"),
     (teachers(weights="absent/adapter.safetensors"), "teachers[0].weights", "hub id"),
     (teachers(weights="./absent"), "teachers[0].weights", "hub id"),

@@ -102,8 +102,8 @@ def test_null_is_no_value(key: str, tmp_path: Path) -> None:
 
 def test_null_in_a_teacher(tmp_path: Path) -> None:
     file = tmp_path / "null.yaml"
-    file.write_text(yaml.safe_dump({"teachers": [{**fuzz.TEACHERS[0], "guidance": None}]}))
-    with pytest.raises(UserError, match=r"teachers\[0\]\.guidance: null is not a number"):
+    file.write_text(yaml.safe_dump({"teachers": [{**fuzz.TEACHERS[0], "weight": None}]}))
+    with pytest.raises(UserError, match=r"teachers\[0\]\.weight: null is not a number"):
         parse([str(file)])
 
 

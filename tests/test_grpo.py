@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_fast.solvers import sd3_sigmas, solver_table
+from opd_fast.solvers import SolverTable, sd3_sigmas, solver_table
 from opd_fast.trainers.advantages import advantages, varied
-from opd_fast.trainers.grpo import clipped_surrogate, guard_log_ratio, policy_loss
+from opd_fast.trainers.grpo import clipped_surrogate, guard_log_ratio, policy_loss, published_log_ratio
 from opd_kernels import fused_step, log_prob, log_prob_reference
 
 TABLE = solver_table("flow_sde", sd3_sigmas(10), 0.7)
+CPS = solver_table("cps", sd3_sigmas(10), 0.8)  # of Flow-GRPO-Fast's recipe
 GROUPS = torch.tensor([0, 0, 1, 2, 0, 1, 2, 2])
 REWARDS = torch.tensor([0.1, 0.4, 0.7, 0.3, 0.9, 0.7, 0.3, 0.3])
 
@@ -59,17 +60,19 @@ def test_a_reward_that_is_missing_is_refused() -> None:
 # --- ratios and losses ------------------------------------------------------------------------------------------------
 
 
-def drawn(step: int, change: float = 0.0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def drawn(
+    step: int, change: float = 0.0, dtype: torch.dtype = torch.float64, solver: SolverTable = TABLE
+) -> dict[str, Any]:
     """A step drawn under one velocity, seen under another that lies `change` away."""
     generator = torch.Generator().manual_seed(step)
     x, old, other, noise = (torch.randn(6, 4, 4, 4, generator=generator, dtype=torch.float64) for _ in range(4))
-    a, b, std = (float(column[step]) for column in (TABLE.a, TABLE.b, TABLE.std))
+    a, b, std = (float(column[step]) for column in (solver.a, solver.b, solver.std))
     mean_old = a * x + b * old
     found = {"x": x, "sample": mean_old + std * noise, "cond": old + change * other, "mean_old": mean_old}
     found = {name: t.to(dtype) for name, t in found.items()}
-    table = TABLE.rows().to(dtype)
+    table = solver.rows().to(dtype)
     if dtype == torch.float64:
-        columns = (TABLE.a, TABLE.b, TABLE.h, TABLE.std, TABLE.weight, TABLE.sigmas[:-1])
+        columns = (solver.a, solver.b, solver.h, solver.std, solver.weight, solver.sigmas[:-1])
         table = torch.stack(columns, 1)
     return {**found, "uncond": None, "guidance": torch.ones(6, dtype=dtype), "table": table, "step": step}
 
@@ -112,6 +115,50 @@ def test_guard_s_bias_is_each_sample_s_own() -> None:
     assert alone.drift is not None
     assert whole.drift is not None
     assert float(alone.drift) == pytest.approx(float(whole.drift[2]), rel=1e-12)
+
+
+@pytest.mark.parametrize("step", range(9))
+def test_published_log_ratio_is_that_of_the_written_log_probability(step: int) -> None:
+    """-mean((x - mu)^2), as Flow-GRPO's code has it under CPS, at the new mean and at the old one; the exact one's
+    shares of it are those that outside code gave (ALGORITHMS, section 13), in the window's range."""
+    o = drawn(step, change=0.3, solver=CPS)
+    out = log_prob_reference(**o, return_mean=True)
+    assert out.mean is not None
+    assert out.log_ratio is not None
+    new, old = (-((o["sample"] - mean) ** 2).flatten(1).mean(1) for mean in (out.mean, o["mean_old"]))
+    found = published_log_ratio(out.log_ratio, float(CPS.std[step]))
+    assert float(found.abs().min()) > 1e-6
+    torch.testing.assert_close(found, new - old, rtol=1e-10, atol=1e-15)
+    share = float((out.log_ratio / found)[0])
+    assert step > 4 or round(share, 2) == [0.60, 0.66, 0.75, 0.88, 1.11][step]
+    same = drawn(step, dtype=torch.float32, solver=CPS)
+    ratio = log_prob(**(same | {"mean_old": log_prob(**same, return_mean=True).mean})).log_ratio
+    assert ratio is not None
+    assert torch.equal(published_log_ratio(ratio, float(CPS.std[step])).exp(), torch.ones(6))
+
+
+@pytest.mark.parametrize("step", [0, 4, 8])
+def test_gradient_of_the_published_ratio(step: int) -> None:
+    """That of the written loss, past the clip for some of the samples."""
+    o, advantage = drawn(step, change=0.02, dtype=torch.float32, solver=CPS), torch.linspace(-2, 2, 6)
+    o["cond"].requires_grad_()
+    out = log_prob(**o)
+    assert out.log_ratio is not None
+    assert out.drift is not None
+    options: dict[str, Any] = {"guard": False, "log_prob": "published"}
+    small = float(published_log_ratio(out.log_ratio, float(CPS.std[step])).detach().abs().median())
+    loss = policy_loss(out.log_ratio, out.drift, advantage, CPS, step, clip=small, **options)
+    loss.sum().backward()
+    found, o["cond"].grad = o["cond"].grad, None
+    a, b = float(CPS.a[step]), float(CPS.b[step])
+    means = [(a * o["x"] + b * o["cond"]).double(), o["mean_old"].double()]
+    new, old = (-((o["sample"].double() - mean) ** 2).flatten(1).mean(1) for mean in means)
+    ratio = (new - old).exp()
+    written = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - small, 1 + small))
+    written.sum().backward()
+    assert 0 < int(o["cond"].grad.flatten(1).any(1).sum()) < 6
+    torch.testing.assert_close(found, o["cond"].grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(loss.double(), written, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -261,7 +262,7 @@ def test_one_pass_equals_reference(world: World, solver: str) -> None:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def draw(ours: Flux, transformer: Any, x: Tensor, guidance: float) -> Tensor:
+def draw(ours: Flux, transformer: Any, x: Tensor, guidance: float | None) -> Tensor:
     table = solver_table("ode", ours.sigmas(6, RESOLUTION), 0.0)
     text = ours.encode(PROMPTS[: len(x)])
     return ours.decode(sample(ours, transformer, text, None, guidance, table, x=x))
@@ -293,6 +294,23 @@ def test_draws_the_pipelines_images(folder: Path, schnell: Path, model: Flux) ->
     torch.testing.assert_close(
         draw(fast, fast.transformer, x, 1.0), draw_by(pipeline(schnell), x, 0.0), rtol=0, atol=1e-4
     )
+
+
+def test_guidance_is_the_pipelines(folder: Path, schnell: Path, model: Flux) -> None:
+    """dev takes its number into the transformer, 0 too. schnell reads none: 0, as it is published with, and 1 are
+    accepted, and what would be ignored is refused."""
+    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
+    pipe, found = pipeline(folder), []
+    for guidance in (0.0, 1.0, 3.5):
+        found.append(draw(model, model.transformer, x, guidance))
+        torch.testing.assert_close(found[-1], draw_by(pipe, x, guidance), rtol=0, atol=1e-4)
+    assert all(float((a - b).abs().max()) > 1e-3 for a, b in itertools.combinations(found, 2))
+    assert torch.equal(draw(model, model.transformer, x, None), found[1])
+    fast, pipe = load(schnell), pipeline(schnell)
+    for scale in (0.0, 1.0):
+        torch.testing.assert_close(draw(fast, fast.transformer, x, scale), draw_by(pipe, x, scale), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"guidance 3\.5 with family 'flux', which has none; give 1"):
+        draw(fast, fast.transformer, x, 3.5)
 
 
 @pytest.mark.parametrize("targets", ["attention", "all"])

@@ -26,6 +26,7 @@ from tests.family_checks import (
     check_compiled,
     check_export,
     check_foreign_lora,
+    check_guidance,
     check_low_precision,
     check_outline,
     check_padding,
@@ -104,14 +105,16 @@ def predict(network: nn.Module, x: Tensor, level: Tensor, batch: Batch, rows: sl
     assert batch.negative is not None
     sequence, mask = (t.repeat(len(x), *[1] * (t.dim() - 1)) for t in (batch.negative.sequence, batch.negative.mask))
     uncond = call(network, x, level, sequence, mask)
-    return uncond + guidance * (cond - uncond)
+    mixed = pack(uncond + guidance * (cond - uncond))
+    return unpack(mixed * (pack(cond).norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)), x.shape)
 
 
-def theirs(pipe: Any, x: Tensor, prompts: list[str]) -> Tensor:
-    """The pipeline's images (B, 3, H, W) without guidance, from x."""
+def theirs(pipe: Any, x: Tensor, prompts: list[str], scale: float = 1.0) -> Tensor:
+    """The pipeline's images (B, 3, H, W) from x."""
     images: Tensor = pipe(
         prompts,
-        true_cfg_scale=1.0,
+        negative_prompt=[""] * len(prompts),  # without one it has no guidance
+        true_cfg_scale=scale,
         height=RESOLUTION,
         width=RESOLUTION,
         num_inference_steps=STEPS,
@@ -175,6 +178,13 @@ def test_samples_are_the_pipelines(model: QwenImage, folder: Path) -> None:
     assert images.shape == (2, 3, RESOLUTION, RESOLUTION)
     assert float(expected.std()) > 0.02  # not a flat picture that anything would match
     assert float((images - expected).abs().max()) <= 2 / 255
+
+
+def test_guidance_is_the_pipelines(model: QwenImage, folder: Path) -> None:
+    """4 is the pipeline's own default; up to 1 it makes no negative pass."""
+    pipe = pipeline(folder)
+    groups = [[0.0, 0.5, 1.0], [1.5], [4.0]]
+    check_guidance(model, lambda x, prompts, scale: theirs(pipe, x, prompts, scale), groups)
 
 
 def test_decode_in_chunks_is_decode_at_once(model: QwenImage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opd_fast.models import SD3, TextEmbeds, load_model
-from tests.family_checks import COMPILERS, check_compiled
+from tests.family_checks import COMPILERS, STEPS, check_compiled, check_guidance
 from tests.tiny import save_tiny
 
 PROMPTS = ["a red square", "two blue circles", ""]
@@ -90,6 +90,25 @@ def test_reproduces_the_pipeline(folder, t5_folder, t5):
     assert images.shape == (2, 3, 64, 64)
     assert float(theirs.std()) > 0.02  # not a flat picture that anything would match
     torch.testing.assert_close(images, theirs, rtol=0, atol=2e-5)
+
+
+def test_guidance_is_the_pipelines(model, folder):
+    """7 is the pipeline's own default; up to 1 it makes no negative pass."""
+    pipe = pipeline(folder)
+
+    def theirs(x, prompts, scale):
+        return pipe(
+            list(prompts),
+            height=64,
+            width=64,
+            num_inference_steps=STEPS,
+            guidance_scale=scale,
+            max_sequence_length=0,
+            latents=x.clone(),
+            output_type="pt",
+        ).images
+
+    check_guidance(model, theirs, [[0.0, 0.5, 1.0], [1.5], [4.5], [7.0]])
 
 
 @pytest.mark.parametrize("tokens", [None, 0, 16])

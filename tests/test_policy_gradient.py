@@ -26,7 +26,10 @@ from opd_fast.rollout import one_pass
 from opd_fast.solvers import SolverTable, sd3_sigmas, solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
+from opd_fast.trainers.opd import OPD
+from opd_fast.trainers.setup import prepare
 from opd_fast.velocity import Conditioning, Velocities
+from tests.runs import settings
 from tests.tiny import tiny_transformer
 
 TABLE = solver_table("flow_sde", sd3_sigmas(10), 0.7)
@@ -369,6 +372,30 @@ def test_one_pass_is_autograd_of_the_surrogate(
         reduction=reduction,
     )
     assert_equal(found, truth)
+
+
+@pytest.mark.parametrize("log_prob", ["exact", "published"])
+def test_the_score_under_cps_is_that_of_the_named_log_probability(world: World, log_prob: Any) -> None:
+    """The released code's, -mean((x - mu)^2), has 2 std^2 times the exact one's gradient."""
+    team, table = world.team(4.5, 1.0, None), solver_table("cps", world.table.sigmas, 0.8)
+    found = engine_round(world, team, table, table.weight, surrogate=Surrogate("live", log_prob=log_prob))
+    factor = 2 * table.std[:-1, None].float().square() if log_prob == "published" else torch.ones(4, 1)
+    truth = written_round(
+        world,
+        team,
+        table,
+        table.weight,
+        lambda kl, logp, later: written_loss("live", kl, factor * logp, later, 1.0, None),
+    )
+    assert_equal(found, truth)
+    other = engine_round(world, team, table, table.weight, surrogate=Surrogate("live"))
+    assert (relative_error(found[1], other[1]) > 0.01) == (log_prob == "published")
+
+
+def test_a_run_takes_the_log_probability_that_its_settings_name(small_world: Path) -> None:
+    changes = {"objective__kind": "ppo", "objective__log_prob": "published", "sampler__solver": "cps"}
+    method = OPD(prepare(settings(small_world, evaluation__every=0, **changes), say=lambda text: None))
+    assert method.surrogate == Surrogate(log_prob="published")
 
 
 @pytest.mark.parametrize("anchor", ["weights", "base"])

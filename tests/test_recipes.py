@@ -71,7 +71,15 @@ NFT = {
 PUBLISHED: dict[str, list[dict[str, Any]]] = {
     "sd35-flow-grpo": [GRPO | {"rl.guard": False, "rl.clip": 1e-4, "rl.kl": 0.04, "train.lr": 3e-4}],
     "sd35-flow-grpo-fast": [
-        {"sampler.solver": "cps", "sampler.eta": 0.8, "rl.window": 3, "rl.window_range": 5, "rl.clip": 1e-5, "rl.kl": 0}
+        {
+            "sampler.solver": "cps",
+            "sampler.eta": 0.8,
+            "rl.window": 3,
+            "rl.window_range": 5,
+            "rl.clip": 1e-5,
+            "rl.log_prob": "published",
+            "rl.kl": 0,
+        }
     ],
     "sd35-teacher-ocr": [GUARD | {"rl.kl": 0.04}],
     "sd35-teacher-aesthetic": [GUARD | {"rl.kl": 0.01}],

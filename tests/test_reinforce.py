@@ -195,6 +195,8 @@ REFUSED = [
     ("grpo", {"rl__window": 3, "rl__window_range": 4}, "rl.window_range"),
     ("grpo", {"rl__window_range": 3}, "rl.window_range"),
     ("grpo", {"rl__beta": 0.1}, "rl.beta"),
+    ("grpo", {"rl__log_prob": "published"}, "rl.log_prob"),
+    ("grpo", {"rl__log_prob": "published", "sampler__solver": "dance_sde"}, "rl.log_prob"),
     ("grpo", {"rl__kl": -1.0}, "rl.kl"),
     ("grpo", {"rl__updates": 0}, "rl.updates"),
     ("grpo", {"objective__kind": "l2"}, "objective.kind"),
@@ -204,6 +206,7 @@ REFUSED = [
     ("nft", {"parallel__offload_teachers": True}, "parallel.offload_teachers"),
     ("nft", {"rl__guard": True}, "rl.guard"),
     ("nft", {"rl__clip": 1e-3}, "rl.clip"),
+    ("nft", {"rl__log_prob": "published", "sampler__solver": "cps"}, "rl.log_prob"),
     ("nft", {"student__guidance": 2.0}, "student.guidance"),
     ("nft", {"rl__beta": 0.0}, "rl.beta"),
 ]
@@ -272,7 +275,7 @@ def moved(method: Any) -> None:
 def written(method: Any, transformer: Any, x: Tensor, sigma: Tensor, epoch: int, rows: Tensor) -> Tensor:
     """The guided velocity of some images, by the transformer's own call."""
     setup = method.setup
-    text, g = method.text(epoch, rows), setup.student.guidance
+    text, g = method.text(epoch, rows), setup.model.strength(setup.student.guidance)
     v = setup.model.velocity(transformer, x, sigma, text)
     if g == 1:
         return v
@@ -294,9 +297,13 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert error <= 1e-4 * size
 
 
-@pytest.mark.parametrize("guard", [False, True])
-def test_gradient_of_a_later_grpo_update(world: Path, guard: bool) -> None:
+@pytest.mark.parametrize(
+    ("solver", "guard", "published"),
+    [("flow_sde", False, False), ("flow_sde", True, False), ("cps", False, True)],
+)
+def test_gradient_of_a_later_grpo_update(world: Path, solver: str, guard: bool, published: bool) -> None:
     changes: dict[str, Any] = {"rl__guard": guard, "rl__clip": 1e-4, "rl__kl": 0.04, "student__guidance": 2.0}
+    changes |= {"sampler__solver": solver, "rl__log_prob": "published" if published else "exact"}
     method = GRPO(prepare(reinforced(world, "grpo", rl__updates=1, **changes), say=lambda text: None))
     setup, table = method.setup, method.setup.table
     drawn = method._draw(0)
@@ -315,7 +322,7 @@ def test_gradient_of_a_later_grpo_update(world: Path, guard: bool) -> None:
         mean = a * x + b * written(method, setup.student.transformer, x, sigma, 0, rows)
         with torch.no_grad(), setup.student.base() as base:
             frozen = a * x + b * written(method, base, x, sigma, 0, rows)
-        logp = [-((sample - m) ** 2 / (2 * std**2)).flatten(1).mean(1) for m in (mean, old)]
+        logp = [-((sample - m) ** 2).flatten(1).mean(1) / (1 if published else 2 * std**2) for m in (mean, old)]
         change = logp[0] - logp[1]
         if guard:
             bias = ((mean - old) ** 2).flatten(1).mean(1) / (2 * std**2)
@@ -323,7 +330,7 @@ def test_gradient_of_a_later_grpo_update(world: Path, guard: bool) -> None:
         advantage, ratio = drawn["advantage"][rows], change.exp()
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - 1e-4, 1 + 1e-4))
         loss = loss / float(table.sigmas[j] - table.sigmas[j + 1]) if guard else loss
-        g = std / float(table.sigmas[j] - table.sigmas[j + 1]) ** 0.5
+        g = std / (float(table.sigmas[j] - table.sigmas[j + 1]) ** 0.5 if solver == "flow_sde" else 1)
         total = total + (loss + 0.04 * ((mean - frozen) ** 2).flatten(1).mean(1) / (2 * g**2)).mean()
     (total / (table.steps - 1)).backward()
     assert_close(found, gradient(method))

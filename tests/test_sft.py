@@ -126,7 +126,8 @@ def test_loss_is_the_definition(dtype: torch.dtype) -> None:
 def drawn(method: SFT, task: int, prompts: list[str], epoch: int = 0) -> Tensor:
     """A teacher's images by Euler's rule and the transformer's own call, one prompt after the other."""
     setup, found = method.setup, []
-    transformer, g = setup.teachers.teachers[task].transformer, setup.teachers.teachers[task].guidance
+    transformer = setup.teachers.teachers[task].transformer
+    g = setup.model.strength(setup.teachers.teachers[task].guidance)
     keys = noise_keys(setup.config.train.seed, ROLLOUT_STREAM, epoch, task, samples=len(prompts))
     sigmas = setup.table.sigmas.float()
     for i, prompt in enumerate(prompts):

@@ -7,6 +7,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -30,22 +31,30 @@ def load_model(
     dtype: torch.dtype,
     max_sequence_length: int | None = None,
     text_device: torch.device | str | None = None,
+    guidance_convention: Literal["pipeline", "linear"] = "pipeline",
 ) -> DiffusionModel:
     """Load a model's frozen components onto ``device`` in ``dtype`` (the VAE stays float32).
 
     ``path``: a diffusers pipeline folder, a hub id, or "bundled".  ``family``: see ``find_family``.
     ``max_sequence_length``: tokens of the family's long text encoder; None takes the family's own default.
-    ``text_device``: of the text encoders; None takes ``device``.
+    ``text_device``: of the text encoders; None takes ``device``.  ``guidance_convention``: what a guidance means
+    (``DiffusionModel.strength``).
     Raises ValueError, in one line that names the remedy, for anything missing, damaged or of another family.
     """
     kind = find_family(family, lambda: resolve_pipeline(path))
     model = kind.load(path, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
     model.text_device = None if text_device is None else torch.device(text_device)
+    model.guidance_convention = guidance_convention
     return model
 
 
 def outline_model(
-    path: str | Path, family: str = "auto", *, dtype: torch.dtype, max_sequence_length: int | None = None
+    path: str | Path,
+    family: str = "auto",
+    *,
+    dtype: torch.dtype,
+    max_sequence_length: int | None = None,
+    guidance_convention: Literal["pipeline", "linear"] = "pipeline",
 ) -> DiffusionModel:
     """The model of ``path`` without weights, from its configuration files; see ``DiffusionModel.outline``.
 
@@ -54,7 +63,9 @@ def outline_model(
     """
     folder = resolve_configs(path)
     kind = find_family(family, lambda: folder)
-    return kind.outline(folder, dtype=dtype, max_sequence_length=max_sequence_length)
+    model = kind.outline(folder, dtype=dtype, max_sequence_length=max_sequence_length)
+    model.guidance_convention = guidance_convention
+    return model
 
 
 def find_family(name: str, folder: Callable[[], Path]) -> type[DiffusionModel]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,11 @@ class DiffusionModel(ABC):
     # cfg: two branches, v = uncond + g * (cond - uncond).  embedded: g is an input of the transformer, one branch.
     # none: the model has no guidance, g is 1.  Checkpoints of a family may differ: FLUX.1 sets it on the instance.
     guidance_kind: ClassVar[Literal["cfg", "embedded", "none"]]
+    # What a guidance setting is the value of: this argument of the pipeline, and the value that makes no negative pass.
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    unguided: ClassVar[float] = 1.0
+    rescales_guidance: ClassVar[bool] = False  # whether the pipeline rescales a guided velocity: ``rescale_guided``
+    guidance_convention: Literal["pipeline", "linear"] = "pipeline"  # model.guidance_convention, set when it is loaded
 
     masks_text: ClassVar[bool] = False  # whether attention has a mask over padded text
 
@@ -164,6 +170,49 @@ class DiffusionModel(ABC):
         x (B, C, H, W) float32; sigma (B,) or 0-dim, float32, on x's device; text B rows; ``guidance`` is read by
         families whose ``guidance_kind`` is "embedded" alone.  Returns (B, C, H, W) in the model's dtype.
         """
+
+    def strength(self, guidance: float | None) -> float:
+        """The number that the engine computes with for a guidance setting; None is unguided.
+
+        Classifier-free guidance: g of v = u + g (c - u).  Under the convention "pipeline" it is what makes the
+        pipeline's own formula of ``guidance``, g = 1 (the prompt's branch alone) up to its unguided value; under
+        "linear" it is ``guidance`` itself.  Guidance that is an input of the transformer: that input.
+
+        Raises ValueError for a guidance that is negative or not finite, and for any of a model that has none.
+        """
+        if guidance is None:
+            return 1.0
+        if not math.isfinite(guidance) or guidance < 0:
+            raise ValueError(f"guidance {guidance} is not a finite number of at least 0; give one")
+        if self.guidance_kind == "none":
+            # 0 is what the pipelines of such models are published with; they do not read it.
+            if guidance not in (0.0, 1.0):
+                raise ValueError(f"guidance {guidance} with family {self.name!r}, which has none; give 1")
+            return 1.0
+        if self.guidance_kind == "embedded" or self.guidance_convention == "linear":
+            return float(guidance)
+        return max(guidance + (1.0 - self.unguided), 1.0)
+
+    @property
+    def guidance_meaning(self) -> str:
+        """What a guidance setting is the value of, in words."""
+        if self.guidance_kind == "none":
+            return "none, the model has no guidance"
+        if self.guidance_kind == "cfg" and self.guidance_convention == "linear":
+            return "g of v = u + g (c - u), 1 is unguided"
+        unguided = f", {self.unguided:g} is unguided" if self.guidance_kind == "cfg" else ""
+        return f"{self.guidance_argument} of {self.pipeline_class}{unguided}"
+
+    def is_guided(self, guidance: float | None) -> bool:
+        """Whether a guidance setting asks for the negative prompt's branch beside the prompt's."""
+        return self.guidance_kind == "cfg" and self.strength(guidance) != 1.0
+
+    def rescale_guided(self, guided: Tensor, cond: Tensor) -> Tensor:
+        """What the pipeline makes of the guided velocity; of families whose ``rescales_guidance`` is True alone.
+
+        guided, cond (B, C, H, W) float32: u + g (c - u), and c.  Returns (B, C, H, W) float32, with autograd to both.
+        """
+        raise NotImplementedError(f"family {self.name!r} sets rescales_guidance and defines no rescale_guided")
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

@@ -27,13 +27,14 @@ _VARIANTS = {
 class QwenImage(PaddedTextModel):
     """Qwen-Image: Qwen2.5-VL as text encoder, packed 2x2 latents, 8x VAE on single-frame video latents.
 
-    Guidance is linear, v = u + g (c - u).  QwenImagePipeline has the same g as ``true_cfg_scale``, and then rescales
-    the guided prediction of each packed token to the norm of the conditional one, which this engine does not: the two
-    agree at guidance 1 alone.
+    QwenImagePipeline takes v = u + g (c - u), g being its ``true_cfg_scale``, and then gives each packed token of it
+    the norm of the token of c.
     """
 
     name: ClassVar[str] = "qwen_image"
     pipeline_class: ClassVar[str] = "QwenImagePipeline"
+    guidance_argument: ClassVar[str] = "true_cfg_scale"
+    rescales_guidance: ClassVar[bool] = True
     lora_targets: ClassVar[dict[str, list[str]]] = {
         "attention": [f"attn.{name}" for name in _ATTENTION],
         "all": [f"attn.{name}" for name in _ATTENTION] + _FEED_FORWARD,
@@ -99,6 +100,14 @@ class QwenImage(PaddedTextModel):
             img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch,
         )
         return unpack(tokens, height, width)
+
+    def rescale_guided(self, guided: Tensor, cond: Tensor) -> Tensor:
+        """The norm of each packed token (2x2 latents of all channels) becomes that of the conditional prediction's."""
+        _, _, height, width = guided.shape
+        tokens = pack(guided)
+        norms = [torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (pack(cond), tokens)]
+        # The pipeline divides by a norm of 0 where a token is 0; such a token stays 0 here.
+        return unpack(tokens * (norms[0] / norms[1].clamp(min=torch.finfo(tokens.dtype).tiny)), height, width)
 
     def _pixels(self, z: Tensor) -> Tensor:
         config = self.vae.config

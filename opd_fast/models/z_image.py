@@ -23,13 +23,14 @@ class ZImage(PaddedTextModel):
 
     The transformer's clock runs the other way (t = 1 - sigma), and what it predicts is -v.
 
-    Guidance is linear, v = u + g (c - u).  ZImagePipeline counts from 0, c + s (c - u), so its ``guidance_scale`` s is
-    g - 1: guidance 1 is its 0, its default 5 is guidance 6.  Its optional ``cfg_normalization`` (off by default), which
-    bounds the norm of the guided prediction, and ``cfg_truncation`` are not done here.
+    ZImagePipeline counts its ``guidance_scale`` s from 0: v = c + s (c - u), which is u + (1 + s) (c - u).  Its
+    ``cfg_normalization`` (off by default), which bounds the norm of the guided prediction, and ``cfg_truncation`` below
+    1 are not done here.
     """
 
     name: ClassVar[str] = "z_image"
     pipeline_class: ClassVar[str] = "ZImagePipeline"
+    unguided: ClassVar[float] = 0.0
     # Of the refiners' blocks too: they are built alike.
     lora_targets: ClassVar[dict[str, list[str]]] = {"attention": _ATTENTION, "all": _ATTENTION + _FEED_FORWARD}
 

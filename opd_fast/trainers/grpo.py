@@ -1,11 +1,14 @@
 """GRPO for flow-matching models (Flow-GRPO, arXiv 2505.05470) and GRPO-Guard (arXiv 2510.22319).
 
 The log-probability of a drawn step, mean over the elements, and its ratio to the policy that drew come from
-`opd_kernels.log_prob`; the KL to the base, mean((mu - mu_base)^2) / (2 g^2), is the loss of `opd_kernels.fused_step`
-with the base for a teacher and the `published` weights.
+`opd_kernels.log_prob`, which `rl.log_prob: published` scales to the released code's under CPS; the KL to the base,
+mean((mu - mu_base)^2) / (2 g^2), is the loss of `opd_kernels.fused_step` with the base for a teacher and the
+`published` weights.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +33,14 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tens
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
+def published_log_ratio(log_ratio: Tensor, std: float) -> Tensor:
+    """The log-ratio of -mean((x - mu)^2), (B,), from that of the normal law, log_ratio.
+
+    The released code's log-probability under CPS has neither the constants, which no ratio keeps, nor 1 / (2 std^2).
+    """
+    return 2 * std**2 * log_ratio
+
+
 def guard_log_ratio(log_ratio: Tensor, drift: Tensor, std: float) -> Tensor:
     """GRPO-Guard's normalised log-ratio, (B,).
 
@@ -39,18 +50,34 @@ def guard_log_ratio(log_ratio: Tensor, drift: Tensor, std: float) -> Tensor:
     return std * (log_ratio + drift)
 
 
+def ratio_change(
+    log_ratio: Tensor, drift: Tensor, std: float, *, guard: bool, log_prob: Literal["exact", "published"] = "exact"
+) -> Tensor:
+    """The log-ratio that is clipped, (B,), of a step drawn with `std`: Guard's, the released code's, or log_ratio."""
+    if guard:
+        return guard_log_ratio(log_ratio, drift, std)
+    return published_log_ratio(log_ratio, std) if log_prob == "published" else log_ratio
+
+
 def policy_loss(
-    log_ratio: Tensor, drift: Tensor, advantage: Tensor, table: SolverTable, step: int, *, guard: bool, clip: float
+    log_ratio: Tensor,
+    drift: Tensor,
+    advantage: Tensor,
+    table: SolverTable,
+    step: int,
+    *,
+    guard: bool,
+    clip: float,
+    log_prob: Literal["exact", "published"] = "exact",
 ) -> Tensor:
     """The loss of one drawn step, (B,), from `log_prob`'s log_ratio and drift under reduction mean.
 
-    Flow-GRPO: the clipped surrogate. Guard: that of the normalised ratio, divided by the step length sigma_j -
-    sigma_{j+1}, which evens out the gradients of the steps.
+    Flow-GRPO: the clipped surrogate, of the log-probability that `log_prob` names. Guard: that of the normalised ratio,
+    divided by the step length sigma_j - sigma_{j+1}, which evens out the gradients of the steps.
     """
-    if not guard:
-        return clipped_surrogate(log_ratio, advantage, clip)
-    length = float(table.sigmas[step] - table.sigmas[step + 1])
-    return clipped_surrogate(guard_log_ratio(log_ratio, drift, float(table.std[step])), advantage, clip) / length
+    change = ratio_change(log_ratio, drift, float(table.std[step]), guard=guard, log_prob=log_prob)
+    loss = clipped_surrogate(change, advantage, clip)
+    return loss / float(table.sigmas[step] - table.sigmas[step + 1]) if guard else loss
 
 
 # --- the method -------------------------------------------------------------------------------------------------------
@@ -101,7 +128,7 @@ class GRPO(Reinforcement):
         with torch.no_grad(), setup.student.at_rest():
             for part in self.micro_batches(self.mine):
                 condition, mine = self.condition(epoch, part), keys[part.to(keys.device)]
-                guidance = torch.full((len(part),), setup.student.guidance, device=keys.device)
+                guidance = torch.full((len(part),), condition.branch_guidance, device=keys.device)
                 x = philox_normal(mine, setup.shape, INITIAL_NOISE)
                 path: dict[str, list[Tensor]] = {name: [] for name in kept}
                 for j in range(setup.table.steps):
@@ -128,7 +155,7 @@ class GRPO(Reinforcement):
         with setup.student.at_rest():
             for part, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
                 condition = self.condition(epoch, part)
-                guidance = torch.full((len(part),), setup.student.guidance, device=rows.device)
+                guidance = torch.full((len(part),), condition.branch_guidance, device=rows.device)
                 advantage = drawn["advantage"][part]
                 for i, j in enumerate(steps):
                     x, sample, mean = (drawn[name][self.places(part), i] for name in ("x", "sample", "mean"))
@@ -138,7 +165,10 @@ class GRPO(Reinforcement):
                     assert out.log_ratio is not None
                     assert out.drift is not None
                     loss = policy_loss(
-                        out.log_ratio, out.drift, advantage, setup.table, j, guard=self.rl.guard, clip=self.clip
+                        *(out.log_ratio, out.drift, advantage, setup.table, j),
+                        guard=self.rl.guard,
+                        clip=self.clip,
+                        log_prob=self.rl.log_prob,
                     )
                     if self.kl > 0:
                         base = self.base_velocities(x, sigma, condition)
@@ -152,9 +182,10 @@ class GRPO(Reinforcement):
                     scaler.scale(weighed.sum()).backward()
                     losses[i, part] = weighed.detach()
                     with torch.no_grad():
-                        change = out.log_ratio
-                        if self.rl.guard:
-                            change = guard_log_ratio(change, out.drift, float(setup.table.std[j]))
+                        std = float(setup.table.std[j])
+                        change = ratio_change(
+                            out.log_ratio, out.drift, std, guard=self.rl.guard, log_prob=self.rl.log_prob
+                        )
                         beyond = (change.exp() - 1).abs() > self.clip
                         counts["clipped"] += (share * beyond).sum() / len(steps)
         return losses, counts

@@ -36,7 +36,7 @@ class SharedImages(ABC):
     everywhere: tuple[str, ...] = ()
     """What every process holds of all images, by its name in `_drawn`."""
 
-    def __init__(self, setup: Setup, *, updates: int, repeats: int, guidance: float) -> None:
+    def __init__(self, setup: Setup, *, updates: int, repeats: int, guidance: float | None) -> None:
         self.setup, self.updates, self.repeats = setup, updates, repeats
         config = setup.config
         self.images = config.train.samples_per_task * setup.schedule.per_round

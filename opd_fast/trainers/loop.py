@@ -205,7 +205,7 @@ class Run:
 
     # --- judging -----------------------------------------------------------------------------------------------------
 
-    def _judge(self, transformer: Any, guidance: float) -> Evaluation:
+    def _judge(self, transformer: Any, guidance: float | None) -> Evaluation:
         evaluation = evaluate(
             self.setup.model,
             transformer,
@@ -225,7 +225,7 @@ class Run:
             self.failures.setdefault(reason, words)
         return evaluation
 
-    def _guidance(self) -> float:
+    def _guidance(self) -> float | None:
         """The guidance of base and student; a teacher is judged with its own, as it teaches."""
         asked = self.config.evaluation.guidance
         return self.config.student.guidance if asked is None else asked

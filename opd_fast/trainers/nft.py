@@ -118,7 +118,7 @@ class NFT(Reinforcement):
                 mine = keys[part.to(keys.device)]
                 text = self.text(epoch, part)
                 latents.append(
-                    sample(setup.model, transformer, text, None, 1.0, setup.table, shape=setup.shape, keys=mine)
+                    sample(setup.model, transformer, text, None, None, setup.table, shape=setup.shape, keys=mine)
                 )
         x0 = torch.cat(latents)
         return x0, {"x0": x0}

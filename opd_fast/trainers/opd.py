@@ -35,7 +35,7 @@ class OPD:
         config = setup.config
         self.weight = step_weights(setup.table, config.objective.kind)
         o = config.objective
-        self.surrogate = Surrogate(o.reward_gradient, o.kl_scale, o.clamp) if o.kind == "ppo" else None
+        self.surrogate = Surrogate(o.reward_gradient, o.kl_scale, o.clamp, o.log_prob) if o.kind == "ppo" else None
         self.anchor = None if setup.anchor is None else (setup.anchor, o.anchor_weight)
         per_task = config.train.samples_per_task
         trained = setup.table.steps if config.sampler.train_last else setup.table.steps - 1

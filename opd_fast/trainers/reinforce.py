@@ -71,7 +71,7 @@ class Reinforcement(SharedImages):
 
     def base_velocities(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
         """The base's, without gradient."""
-        guidance = torch.full((len(x),), self.setup.student.guidance, device=x.device)
+        guidance = torch.full((len(x),), condition.branch_guidance, device=x.device)
         course = Course(((0, slice(0, len(x)), condition),), guidance)
         return self._base.velocities(x, sigma, course)
 

@@ -16,7 +16,7 @@ from opd_fast.evaluate import EvalTask
 from opd_fast.models import load_model, outline_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.parallel import World
-from opd_fast.plan import check_guidance, lora_modules, make_plan, resolve
+from opd_fast.plan import branches, check_guidance, lora_modules, make_plan, resolve
 from opd_fast.prompts import Prompt, PromptSource, TaskSchedule, held_out, load_prompts
 from opd_fast.rewards import judged_rewards
 from opd_fast.seeds import noise_keys
@@ -95,10 +95,14 @@ def prepare(
         dtype=dtype,
         max_sequence_length=config.model.max_sequence_length,
         text_device="cpu" if config.model.text_device == "cpu" else None,
+        guidance_convention=config.model.guidance_convention,
     )
     if world.sharded:
         model.device = device
         model.vae.to(device)
+    guidances = [config.student.guidance, config.evaluation.guidance, *(t.guidance for t in config.teachers)]
+    if any(guidance is not None for guidance in guidances):
+        say(f"guidance: {model.guidance_meaning}")
     if config.evaluation.vae_tiling:
         model.vae.enable_tiling()
     resolution = config.model.resolution
@@ -151,7 +155,7 @@ def prepare(
     teachers.together = world.sharded and placement == "shared"
     sigma = table.sigmas[0].float().to(device)
     probe = philox_normal(noise_keys(config.train.seed, samples=1).to(device), shape, INITIAL_NOISE)
-    teachers.check(probe, sigma, Conditioning.build(model, text.negative, None, 1.0))
+    teachers.check(probe, sigma, Conditioning.build(model, text.negative, None, None))
     trainable = sum(p.numel() for p in student.parameters())
     say(f"student starts from {student.began}")
     say(f"student trains {trainable:,} parameters in {dtype}".replace("torch.", "") + f" on {device}")
@@ -180,11 +184,10 @@ def forwards(config: Config, model: DiffusionModel, world: World) -> Forwards:
     tasks = train.tasks_per_round or len(config.trained)
     samples = -(-tasks * train.samples_per_task // world.size)
     at_once = min(train.micro_batch or samples, samples)
-    branches = 2 if model.guidance_kind == "cfg" else 1
     return Forwards(
-        student_rows=at_once * (branches if config.student.guidance != 1 else 1),
+        student_rows=at_once * branches(model, config.student.guidance),
         teacher_rows=min(at_once, train.samples_per_task)
-        * (branches if any(teacher.guidance != 1 for teacher in config.teachers) else 1),
+        * max(branches(model, teacher.guidance) for teacher in config.teachers),
         resolution=config.model.resolution,
     )
 
@@ -213,7 +216,11 @@ def check_fit(config: Config, dtype: torch.dtype) -> None:
     """Raise ValueError for settings that the model's configuration files contradict, before any weight is read."""
     settings = config.model
     outline = outline_model(
-        settings.path, settings.family, dtype=dtype, max_sequence_length=settings.max_sequence_length
+        settings.path,
+        settings.family,
+        dtype=dtype,
+        max_sequence_length=settings.max_sequence_length,
+        guidance_convention=settings.guidance_convention,
     )
     outline.latent_shape(settings.resolution)
     check_guidance(config, outline)

@@ -51,7 +51,7 @@ class SFT(SharedImages):
 
     def __init__(self, setup: Setup) -> None:
         self.sft = setup.config.sft
-        self.guidance = setup.student.guidance if setup.model.guidance_kind == "embedded" else 1.0
+        self.guidance = setup.student.guidance if setup.model.guidance_kind == "embedded" else None
         super().__init__(setup, updates=self.sft.updates, repeats=1, guidance=self.guidance)
 
     def trained_steps(self, epoch: int) -> range:
