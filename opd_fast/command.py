@@ -371,11 +371,14 @@ def check_paths(config: Config) -> None:
 
 
 def problems(config: Config) -> Iterator[UserError]:
-    """What keeps a run from beginning: weights and prompt files in the configuration's order, resolution, rewards.
+    """What keeps a run from beginning: weights and prompt files in the configuration's order, resolution, rewards, and
+    what the rewards miss in the prompts.
 
     A name of the form `org/name` that is no local path is taken for a hub id, and is looked up when it is loaded.
     """
-    checks: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+    from opd_fast.prompt_checks import metadata_problems, read_prompts
+
+    checks: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     checks.append((_check_weights, ("model.path", config.model.path, "pipeline")))
     if config.student.start not in (None, "merged"):
         checks.append((_check_weights, ("student.start", config.student.start, "teachers")))
@@ -385,15 +388,18 @@ def problems(config: Config) -> Iterator[UserError]:
         of = f" of teacher {teacher.name!r}"
         if not config.reinforces:
             checks.append((_check_weights, (f"teachers[{i}].weights", teacher.weights, "teachers", of)))
-        checks.append((_check_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
+        checks.append((read_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
         if teacher.eval_prompts is not None and config.evaluation.every > 0:
-            checks.append((_check_prompts, (f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")))
+            checks.append((read_prompts, (f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")))
     checks += [(_check_resolution, (config,)), (_check_rewards, (config,))]
     for check, arguments in checks:
         try:
             check(*arguments)
         except UserError as error:
             yield error
+            if check is _check_rewards:
+                return
+    yield from metadata_problems(config)
 
 
 def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
@@ -401,7 +407,7 @@ def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
         folder = package_file("assets", kind)
         target = folder if path == "bundled" else folder / path.removeprefix("bundled/")
         if not target.exists() or (path == "bundled" and kind != "pipeline"):
-            raise UserError(key, f"{path}{of} is not in the package", _bundled_remedy(path, folder))
+            raise UserError(key, f"{path}{of} is not in the package", bundled_remedy(path, folder))
         return
     target = Path(path).expanduser()
     if target.exists():
@@ -412,35 +418,9 @@ def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
         raise UserError(key, f"{path}{of} does not exist", "give a path that does, a hub id org/name or bundled/NAME")
 
 
-def _bundled_remedy(name: str, folder: Path) -> str:
+def bundled_remedy(name: str, folder: Path) -> str:
     known = [f"bundled/{p.name}" for p in sorted(folder.glob("*")) if p.is_dir()]
     return did_you_mean(name, known) if known else "build the bundle with python -m opd_fast.worlds.build"
-
-
-def _check_prompts(key: str, source: str, split: str) -> None:
-    from opd_fast.prompts import SUFFIXES
-
-    remedy = f"give a file ({', '.join(SUFFIXES)}), a folder with one for each split, or bundled/NAME"
-    path = Path(source).expanduser()
-    if source.startswith("bundled/"):
-        path = package_file("assets", "prompts", source.removeprefix("bundled/"))
-        if not path.is_dir():
-            raise UserError(key, f"{source} is not in the package", _bundled_remedy(source, path.parent))
-    if path.is_dir():
-        files = [p for p in sorted(path.glob(f"{split}*")) if p.suffix in SUFFIXES]
-        if not files:
-            raise UserError(key, f"{source} has no prompt file {split}*", remedy)
-        path = files[0]
-    if not path.is_file():
-        raise UserError(key, f"{source} does not exist", remedy)
-    if path.suffix == ".parquet":  # no text: the loader looks inside
-        return
-    try:
-        with path.open(encoding="utf-8") as lines:
-            if not any(line.strip() for line in lines):
-                raise UserError(key, f"{source} holds no prompt", "write one prompt on each line")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(key, f"{source} cannot be read ({one_line(error)})", "give a UTF-8 text file") from error
 
 
 def _check_resolution(config: Config) -> None:

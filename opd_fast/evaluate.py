@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -208,6 +209,7 @@ def build_parser() -> Any:
 
 def _settings(argv: list[str]) -> Any:
     from opd_fast.command import check_options, strict
+    from opd_fast.validation import check_text
 
     parser = build_parser()
     hints = {
@@ -218,6 +220,11 @@ def _settings(argv: list[str]) -> Any:
     known = [option for action in parser._actions if action.dest in hints for option in action.option_strings]
     check_options(argv, known, "python -m opd_fast.evaluate --help lists all")
     found = strict(lambda: parser.parse_args(argv), hints=hints)
+    for option in ("model", "lora", "out", "text_cache"):
+        if (given := getattr(found, option)) is not None:
+            check_text(option.replace("_", "-"), given)
+    for source in found.prompts.split(","):
+        check_text("prompts", source.strip())
     for name, least in (("steps", 1), ("limit", 1), ("batch", 1), ("seed", 0), ("guidance", 0), ("grid", 0)):
         value = getattr(found, name)
         if value is not None and not value >= least:
@@ -251,13 +258,14 @@ def main(argv: list[str]) -> int:
     pairs = _pair(settings.prompts, settings.rewards)
     quiet_libraries()
     from opd_fast.prompts import load_prompts
-    from opd_fast.rewards import get_reward
+    from opd_fast.rewards.metadata import check_metadata
 
     tasks: list[EvalTask] = []
     for source, rewards in pairs:
+        prompts = load_prompts(source, "test")[: settings.limit]
         for name in rewards:
-            get_reward(name)
-        tasks.append(EvalTask(_task_name(source, tasks), load_prompts(source, "test")[: settings.limit], rewards))
+            check_metadata(name, prompts, "prompts")
+        tasks.append(EvalTask(_task_name(source, tasks), prompts, rewards))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(settings.out or f"runs/evaluate-{stamp}").expanduser()
     try:
@@ -286,7 +294,8 @@ def main(argv: list[str]) -> int:
 def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
     name = source.removeprefix("bundled/") if source.startswith("bundled/") else Path(source).stem
     taken = {task.name for task in tasks}
-    return name if name not in taken else f"{name}-{len(tasks)}"
+    numbered = (f"{name}-{number}" for number in itertools.count(len(tasks)))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
@@ -369,6 +378,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) -> None:
     """Print the table and write an image grid for each task."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from opd_fast.report import image_grid
@@ -382,7 +392,7 @@ def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) ->
     for task in tasks:
         for name, value in found.rewards[task.name].items():
             shown = f"{value:.3f}" if math.isfinite(value) else "-"
-            table.add_row(task.name, str(len(task.prompts)), name.replace("_", " "), shown)
+            table.add_row(escape(task.name), str(len(task.prompts)), name.replace("_", " "), shown)
     console.print(table)
     for task in tasks:
         if task.name in found.images:

@@ -466,6 +466,7 @@ def _evaluation(config: Config, branches: int) -> tuple[int, int]:
 def print_plan(plan: Plan, config: Config, run_dir: Path, missing: Iterable[UserError] = ()) -> None:
     """Print the settings and the plan, and what a run would miss."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -476,7 +477,7 @@ def print_plan(plan: Plan, config: Config, run_dir: Path, missing: Iterable[User
     console.rule("plan", align="left")
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in _facts(plan, config, run_dir):
-        facts.add_row(f"[dim]{name}", value)
+        facts.add_row(f"[dim]{name}", escape(value))
     console.print(facts)
     t = plan.table
     variance = f", {config.objective.variance}" if plan.weight else ""

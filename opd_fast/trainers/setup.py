@@ -17,6 +17,7 @@ from opd_fast.models import load_model, outline_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.parallel import World
 from opd_fast.plan import check_guidance, lora_modules, make_plan, resolve
+from opd_fast.prompt_checks import metadata_problems
 from opd_fast.prompts import Prompt, PromptSource, TaskSchedule, load_prompts
 from opd_fast.rewards import REPORTED, reward_terms
 from opd_fast.seeds import noise_keys
@@ -85,6 +86,8 @@ def prepare(
     shares = [teacher.share for teacher in config.teachers]
     schedule = TaskSchedule(shares, train.tasks_per_round, train.task_schedule, train.seed, config.trained)
     tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config)) is not None]
+    for problem in metadata_problems(config):
+        raise problem
 
     torch.backends.cuda.matmul.allow_tf32 = resolved.tf32
     model = load_model(
