@@ -96,7 +96,8 @@ def build_parser() -> Any:
         "recipe",
         nargs="?",
         type=str,
-        help=f"a recipe ({', '.join(recipes())}) or a YAML file laid over the defaults; bundled when not given",
+        help=f"a recipe ({', '.join(recipes())}) or a YAML file laid over the defaults; when not given, "
+        "bundled for the bundled model, and for another the defaults with --teachers",
     )
     parser.add_argument("--run-dir", type=str, help="where the run writes; runs/RECIPE-TIME when not given")
     parser.add_argument("--resume", type=str, help="run directory whose run goes on from its newest checkpoint")
@@ -130,7 +131,7 @@ def parse(argv: list[str]) -> Command:
     if first.resume is not None:
         return _resumed(parser, argv, first)
     recipe = first.recipe or "bundled"
-    stages = _checked(_read_stages(parser, argv, _recipe_file(recipe), recipe))
+    stages = _checked(_read_stages(parser, argv, *_beneath(first, recipe)))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = Path(first.run_dir or f"runs/{Path(recipe).stem}-{stamp}").expanduser()
     if first.run_dir is None and not first.dry_run and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
@@ -140,17 +141,35 @@ def parse(argv: list[str]) -> Command:
     return _command(stages, run_dir, again, recipe, first)
 
 
+def _beneath(first: Any, recipe: str) -> tuple[Path | None, str]:
+    """(YAML file that the command line is laid over, its name); no file: the defaults alone.
+
+    Where no recipe is named, the bundled one serves the bundled model: its teachers, resolution and learning rate are
+    that model's own, and another model has its teachers from the command line.
+    """
+    path = first.model.path
+    if first.recipe is not None or path == "bundled":
+        return _recipe_file(recipe), recipe
+    if not first.teachers:
+        raise UserError(
+            "model.path",
+            f"{path} is given without teachers, and those of the bundled recipe fit the bundled pipeline alone",
+            "name them with --teachers '[{name: N, weights: W, prompts: P}]', or in a YAML file",
+        )
+    return None, "the command line"
+
+
 def _command(stages: list[Stage], run_dir: Path, resume: bool, recipe: str, first: Any) -> Command:
     staged = tuple(stages) if stages[0].name else ()
     plan = (first.dry_run, recipe, first.devices, first.gpu_memory, first.profile)
     return Command(stages[0].config, run_dir, resume, *plan, staged)
 
 
-def _read_stages(parser: Any, argv: list[str], path: Path, source: str) -> list[Stage]:
-    """The stages of a YAML file, `argv` laid over each of them; one without name where it has none."""
+def _read_stages(parser: Any, argv: list[str], path: Path | None, source: str) -> list[Stage]:
+    """The stages of a YAML file, `argv` laid over each of them; one without name where it has none, or for no file."""
     return [
         Stage(name, _overlaid(parser, argv, base, source=f"{source}, stage {name}" if name else source))
-        for name, base in split(read_yaml(path), source)
+        for name, base in split(read_yaml(path) if path is not None else {}, source)
     ]
 
 
@@ -424,7 +443,9 @@ def bundled_remedy(name: str, folder: Path) -> str:
 
 
 def _check_resolution(config: Config) -> None:
-    """Latents must be whole patches: pixels divide by (VAE factor * patch size)."""
+    """Latents must be whole patches: pixels divide by (VAE factor * patch size). The pipeline's own is asked later."""
+    if config.model.resolution is None:
+        return
     root = (
         package_file("assets", "pipeline") if config.model.path == "bundled" else Path(config.model.path).expanduser()
     )

@@ -309,8 +309,7 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
     dtype = pick_dtype(settings.dtype, "auto", device)
     _check_fit(settings, dtype)
     model = load_model(settings.model, device=device, dtype=dtype)
-    resolution = settings.resolution
-    shape = _own_shape(model) if resolution is None else model.latent_shape(resolution)
+    resolution = model.resolution(settings.resolution)
     transformer = model.transformer
     if settings.lora is not None:
         transformer = load_transformer(model, settings.lora, what="lora")
@@ -319,14 +318,14 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
     with encoding_progress() as encoded:
         text = EmbeddingCache.build(model, prompts, progress=encoded, store=store)
     model.release_text_encoders()
-    table = solver_table(settings.solver, model.sigmas(settings.steps, resolution or 0), settings.eta)
+    table = solver_table(settings.solver, model.sigmas(settings.steps, resolution), settings.eta)
     with _progress() as advance:
         return evaluate(
             model,
             transformer,
             tasks,
             table,
-            shape=shape,
+            shape=model.latent_shape(resolution),
             guidance=settings.guidance,
             seed=settings.seed,
             text=text,
@@ -343,23 +342,11 @@ def _check_fit(settings: Any, dtype: torch.dtype) -> None:
     from opd_fast.weights import check_weights
 
     outline = outline_model(settings.model, dtype=dtype)
-    if settings.resolution is None:
-        _own_shape(outline)
-    else:
-        outline.latent_shape(settings.resolution)
+    outline.latent_shape(outline.resolution(settings.resolution))
     if outline.guidance_kind == "none" and settings.guidance != 1:
         raise UserError("guidance", f"{settings.guidance:g} with a {outline.name} model that has none", "give 1")
     if settings.lora is not None:
         check_weights(outline, settings.lora, what="lora")
-
-
-def _own_shape(model: DiffusionModel) -> tuple[int, int, int]:
-    """The latent shape the pipeline's transformer is configured for."""
-    config = getattr(model.transformer, "config", None)
-    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    if not isinstance(channels, int) or not isinstance(size, int):
-        raise UserError("resolution", "the pipeline does not say its own", "give --resolution PIXELS")
-    return channels, size, size
 
 
 @contextlib.contextmanager

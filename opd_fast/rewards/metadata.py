@@ -34,7 +34,7 @@ def scene_fault(metadata: dict[str, Any]) -> str | None:
     for index, entry in enumerate(include):
         if fault := entry_fault(entry, len(include)):
             return f"has an entry of 'include' that {fault}"
-        known = [("class", entry["class"], SHAPES)]
+        known: list[tuple[str, Any, tuple[str, ...]]] = [("class", entry["class"], SHAPES)]
         known += [("color", entry["color"], tuple(COLOURS))] if "color" in entry else []
         known += [("position", entry["position"][0], RELATIONS)] if "position" in entry else []
         for key, word, words in known:

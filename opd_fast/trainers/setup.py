@@ -103,7 +103,7 @@ def prepare(
         model.vae.to(device)
     if config.evaluation.vae_tiling:
         model.vae.enable_tiling()
-    resolution = config.model.resolution
+    resolution = model.resolution(config.model.resolution)
     shape = model.latent_shape(resolution)
     sampler = config.sampler
     table = solver_table(
@@ -187,7 +187,7 @@ def forwards(config: Config, model: DiffusionModel, world: World) -> Forwards:
         student_rows=at_once * (branches if config.student.guidance != 1 else 1),
         teacher_rows=min(at_once, train.samples_per_task)
         * (branches if any(teacher.guidance != 1 for teacher in config.teachers) else 1),
-        resolution=config.model.resolution,
+        resolution=model.resolution(config.model.resolution),
     )
 
 
@@ -217,7 +217,7 @@ def check_fit(config: Config, dtype: torch.dtype) -> None:
     outline = outline_model(
         settings.path, settings.family, dtype=dtype, max_sequence_length=settings.max_sequence_length
     )
-    outline.latent_shape(settings.resolution)
+    outline.latent_shape(outline.resolution(settings.resolution))
     check_guidance(config, outline)
     if config.student.kind == "lora":
         lora_modules(outline.transformer, outline.targets(config.student.targets))
