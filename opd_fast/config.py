@@ -41,8 +41,8 @@ class ModelConfig:
         "auto",
     )
     resolution: int | None = option(
-        "height and width of the images, in pixels; null: the pipeline's own, as diffusers takes it (1024 for SD3.5 and "
-        "FLUX.1, 32 for the bundled one)",
+        "height and width of the images, in pixels; null: the pipeline's own, as diffusers takes it (1024 for SD3.5 "
+        "and FLUX.1, 32 for the bundled one)",
         None,
     )
     max_sequence_length: int | None = option(
