@@ -143,8 +143,8 @@ def test_errors_of_float8() -> None:
     many = {9: "nine"}[len(sizes)]
     states(
         page("docs/engine.md"),
-        f"the steps' losses move by {100 * min(sizes):.1f} to {100 * max(sizes):.1f} %, {above} of {many} by more than 1 %, "
-        f"the round's by {100 * abs(found['round_loss_change']):.1f} %",
+        f"the steps' losses move by {100 * min(sizes):.1f} to {100 * max(sizes):.1f} %, "
+        f"{above} of {many} by more than 1 %, the round's by {100 * abs(found['round_loss_change']):.1f} %",
     )
 
 
