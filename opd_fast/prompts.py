@@ -42,7 +42,6 @@ _ENCODINGS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-_OTHER_LINE_ENDS = {"\x85": "U+0085", "\u2028": "U+2028", "\u2029": "U+2029"}
 _SPLIT_FILES = ("{split}_metadata.jsonl", *(f"{{split}}{suffix}" for suffix in SUFFIXES))
 
 
@@ -82,13 +81,12 @@ def load_prompts(source: str | Path, split: Split = "train") -> list[Prompt]:
     if path.suffix == ".jsonl":
         return [_geneval(text, f"{path}, line {number}") for number, text in lines]
     prompts = [_made(text, _target(text), f"{path}, line {number}") for number, text in lines]
-    if len(prompts) == 1:
-        for end, name in _OTHER_LINE_ENDS.items():
-            if end in prompts[0].text:
-                raise ValueError(
-                    f"{prompts[0].where}: the only line holds {name}, which ends no line here; end lines with a line "
-                    f"feed"
-                )
+    if len(prompts) == 1 and len(parts := prompts[0].text.splitlines()) > 1:
+        end = prompts[0].text[len(parts[0])]
+        raise ValueError(
+            f"{prompts[0].where}: the only line holds U+{ord(end):04X}, which ends no line here; end lines with a line "
+            f"feed"
+        )
     return prompts
 
 
