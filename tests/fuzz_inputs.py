@@ -175,8 +175,9 @@ def fuzz_weights(count: int, seed: int) -> Tally:
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
 
-def returned(rng: random.Random, count: int) -> tuple[Any, list[float] | None, str]:
-    """What a reward returns for `count` images, the numbers that it means (None: none), and its kind."""
+def returned(rng: random.Random, count: int) -> tuple[Any, list[float] | None, bool, str]:
+    """What a reward returns for `count` images, the numbers that it means (None: none), whether they must be taken
+    (else they may be refused), and its kind."""
     values = [round(rng.uniform(-2, 2), 3) for _ in range(count)]
     wide = np.array([*values, 9.0])
     good: list[tuple[str, Any]] = [
@@ -191,15 +192,20 @@ def returned(rng: random.Random, count: int) -> tuple[Any, list[float] | None, s
         ("numbers of numpy", [np.float64(v) for v in values]),
         ("tensors", [torch.tensor(v) for v in values]),
     ]
+    open_: list[tuple[str, Any]] = [
+        ("column", torch.tensor(values)[:, None]),
+        ("sparse", torch.tensor(values).to_sparse()),
+        ("generator", (v for v in values)),
+        *([("one", values[0])] if count == 1 else []),
+    ]
     bad: list[tuple[str, Any]] = [
         ("None", None),
         ("text", "1" * count),
         ("texts", [str(v) for v in values]),
-        ("one", 1.0),
+        *([("one", 1.0)] if count > 1 else []),
         ("dict", {0: values}),
         ("too many", [*values, 1.0]),
         ("too few", values[1:]),
-        ("column", torch.tensor(values)[:, None]),
         ("empty", []),
         ("NaN", [math.nan, *values[1:]]),
         ("infinite", torch.tensor([math.inf, *values[1:]])),
@@ -210,18 +216,14 @@ def returned(rng: random.Random, count: int) -> tuple[Any, list[float] | None, s
         ("objects", np.array([object()] * count)),
         ("itself", returned),
         ("ragged", [values, 1.0]),
-        ("sparse", torch.tensor(values).to_sparse()),
         ("meta", torch.empty(count, device="meta")),
         ("huge integer", [10**400, *values[1:]]),
         ("bytes", b"x" * count),
-        ("generator", (v for v in values)),
         ("set", {1.0}),
     ]
-    if rng.random() < 0.4:
-        kind, value = rng.choice(good)
-        return value, values, kind
-    kind, value = rng.choice(bad)
-    return value, None, kind
+    group, means = rng.choice([(good, "numbers"), (good, "numbers"), (open_, "perhaps"), (bad, "none"), (bad, "none")])
+    kind, value = rng.choice(group)
+    return value, values if means != "none" else None, means == "numbers", kind
 
 
 ERRORS = (ValueError, KeyError, SystemExit, MemoryError, RecursionError, StopIteration, AssertionError, AttributeError)
@@ -229,7 +231,7 @@ ERRORS = (ValueError, KeyError, SystemExit, MemoryError, RecursionError, StopIte
 
 def check_reward(rng: random.Random) -> tuple[str, Callable[[], str]]:
     count = rng.choice([1, 2, 5])
-    value, meant, kind = returned(rng, count)
+    value, meant, plain, kind = returned(rng, count)
     raising = rng.choice(ERRORS) if rng.random() < 0.15 else None
 
     def reward(images: torch.Tensor, prompts: Any) -> Any:
@@ -242,15 +244,15 @@ def check_reward(rng: random.Random) -> tuple[str, Callable[[], str]]:
             scores = judge(reward, torch.zeros(count, 3, 8, 8), [Prompt("x")] * count, rng.choice([None, 20.0]))
         except RewardFailure as failure:
             fine = "\n" not in str(failure) and failure.values.shape == (count,)
-            if meant is not None and raising is None:
+            if plain and raising is None:
                 return f"numbers are refused: {failure}"
             return "refused" if fine else f"an unreadable failure: {failure!r}"[:300]
         if raising is not None or scores.dtype != torch.float32 or not bool(scores.isfinite().all()):
             return f"{scores} taken"
-        if meant is None and kind not in ("generator", "sparse"):  # both hold the numbers, and may be read
+        if meant is None:
             return f"{kind} taken as {scores.tolist()}"
-        wanted = torch.tensor(meant) if meant is not None else scores
-        return "taken" if scores.shape == (count,) and torch.allclose(scores, wanted) else f"{scores} for {meant}"
+        right = scores.shape == (count,) and torch.allclose(scores, torch.tensor(meant))
+        return "taken" if right else f"{scores} for {meant}"
 
     return kind if raising is None else raising.__name__, run
 
