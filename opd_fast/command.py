@@ -150,6 +150,7 @@ def _beneath(first: Any, recipe: str) -> tuple[Path | None, str]:
     path = first.model.path
     if first.recipe is not None or path == "bundled":
         return _recipe_file(recipe), recipe
+    check_text("model.path", path)
     if not first.teachers:
         raise UserError(
             "model.path",

@@ -284,9 +284,9 @@ def _separated(path: Path) -> list[Prompt]:
         except StopIteration:
             break
         except csv.Error as error:
-            raise ValueError(
-                f"{where}: not readable as a table ({error}); put it in double quotes, doubled inside"
-            ) from None
+            quotes = "put it in double quotes, doubled inside"
+            remedy = "close its double quotes, or shorten the cell" if "field limit" in str(error) else quotes
+            raise ValueError(f"{where}: not readable as a table ({error}); {remedy}") from None
         if not any(cell.strip() for cell in cells):
             continue
         if columns is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +11,15 @@ import torch
 
 from opd_fast.embeddings import EmbeddingCache
 from opd_fast.evaluate import EvalTask, evaluate, task_keys
-from opd_fast.lora import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, merge_into, read_lora, save_lora
+from opd_fast.lora import DIFFUSERS_WEIGHTS, merge_into, read_lora
 from opd_fast.models import DiffusionModel, load_model
 from opd_fast.models.base import ASSETS
 from opd_fast.prompts import load_prompts
 from opd_fast.rollout import INITIAL_NOISE, sample
 from opd_fast.solvers import solver_table
 from opd_fast.trainers.loop import train
-from opd_fast.worlds.build import keep_teacher
 from opd_kernels import philox_normal
-from tests.runs import random_lora, settings
+from tests.runs import settings
 
 TASKS = ("composition", "text", "colour")
 PROMPTS = 64
@@ -70,22 +68,6 @@ def test_teachers_lie_in_both_layouts(task: str) -> None:
     for module, pair in peft.tensors.items():
         assert all(torch.equal(one, other) for one, other in zip(pair, own.tensors[module], strict=True))
     assert peft.tensors.keys() == own.tensors.keys()
-
-
-def test_the_builder_keeps_both_layouts(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    save_lora(run / "student", random_lora(0), rank=3, alpha=6, base_model="somewhere")
-    (run / "results.json").write_text(json.dumps({"rows": {}, "seed": 0}))
-    (run / "metrics.jsonl").write_text(json.dumps({"round": 1, "time": 2.0, "loss": 1.0, "reward/text": 0.5}) + "\n")
-    keep_teacher(run, tmp_path / "teachers" / "text")
-    kept = {file.name for file in (tmp_path / "teachers" / "text").iterdir()}
-    assert kept == {PEFT_CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS, "training.json"}
-    own = read_lora(tmp_path / "teachers" / "text" / DIFFUSERS_WEIGHTS)
-    assert set(own.scale.values()) == {2.0}
-    assert (
-        json.loads((tmp_path / "teachers/text/adapter_config.json").read_text())["base_model_name_or_path"] == "bundled"
-    )
-    assert json.loads((tmp_path / "teachers/text/training.json").read_text())["training_rewards"] == [0.5]
 
 
 def test_base_is_a_weak_generalist(rewards: dict[str, dict[str, float]]) -> None:

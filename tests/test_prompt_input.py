@@ -50,6 +50,7 @@ def test_any_line_end(tmp_path: Path, name: str, end: bytes) -> None:
         ("a.txt", "one\x85two".encode(), 1, "the only line holds U+0085, which ends no line here"),
         ("a.txt", b"one\n\n" + b"x" * (LONGEST + 1), 3, f"a prompt of {LONGEST + 1} characters"),
         ("a.csv", b"prompt\none\n" + b"x" * (LONGEST + 1), 3, f"a prompt of {LONGEST + 1} characters"),
+        ("a.csv", b'prompt\n"' + b"x" * 200_000, 2, "field limit (131072)); close its double quotes, or shorten"),
         ("a.csv", b"prompt,tag\none,b\n\xe2\x80\x8b,b", 3, "the column 'prompt' holds no text"),
         ("a.csv", b"prompt,tag\none,\x00", 2, "holds a NUL byte"),
     ],
