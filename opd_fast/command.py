@@ -35,7 +35,7 @@ from opd_fast.settings import (
 )
 from opd_fast.stages import Stage, split, stages_to_yaml
 from opd_fast.stages import check as check_stages
-from opd_fast.validation import check_text, no_held_out, validate
+from opd_fast.validation import check_text, validate
 
 Hints = dict[str, tuple[Any, Any]]  # key to its type and default
 _OPTION_HINTS: Hints = {"seed": (int, 0), "devices": (int, 8), "gpu_memory": (float, 80.0)}
@@ -97,7 +97,8 @@ def build_parser() -> Any:
         "recipe",
         nargs="?",
         type=str,
-        help=f"a recipe ({', '.join(recipes())}) or a YAML file laid over the defaults; bundled when not given",
+        help=f"a recipe ({', '.join(recipes())}) or a YAML file laid over the defaults; when not given, "
+        "bundled for the bundled model, and for another the defaults with --teachers",
     )
     parser.add_argument("--run-dir", type=str, help="where the run writes; runs/RECIPE-TIME when not given")
     parser.add_argument("--resume", type=str, help="run directory whose run goes on from its newest checkpoint")
@@ -131,7 +132,7 @@ def parse(argv: list[str]) -> Command:
     if first.resume is not None:
         return _resumed(parser, argv, first)
     recipe = first.recipe or "bundled"
-    stages = _checked(_read_stages(parser, argv, _recipe_file(recipe), recipe))
+    stages = _checked(_read_stages(parser, argv, *_beneath(first, recipe)))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = Path(first.run_dir or f"runs/{Path(recipe).stem}-{stamp}").expanduser()
     if first.run_dir is None and not first.dry_run and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
@@ -141,15 +142,34 @@ def parse(argv: list[str]) -> Command:
     return _command(stages, run_dir, again, recipe, first)
 
 
+def _beneath(first: Any, recipe: str) -> tuple[Path | None, str]:
+    """(YAML file that the command line is laid over, its name); no file: the defaults alone.
+
+    Where no recipe is named, the bundled one serves the bundled model: its teachers, resolution and learning rate are
+    that model's own, and another model has its teachers from the command line.
+    """
+    path = first.model.path
+    if first.recipe is not None or path == "bundled":
+        return _recipe_file(recipe), recipe
+    check_text("model.path", path)
+    if not first.teachers:
+        raise UserError(
+            "model.path",
+            f"{path} is given without teachers, and those of the bundled recipe fit the bundled pipeline alone",
+            "name them with --teachers '[{name: N, weights: W, prompts: P}]', or in a YAML file",
+        )
+    return None, "the command line"
+
+
 def _command(stages: list[Stage], run_dir: Path, resume: bool, recipe: str, first: Any) -> Command:
     staged = tuple(stages) if stages[0].name else ()
     plan = (first.dry_run, recipe, first.devices, first.gpu_memory, first.profile)
     return Command(stages[0].config, run_dir, resume, *plan, staged)
 
 
-def _read_stages(parser: Any, argv: list[str], path: Path, source: str) -> list[Stage]:
-    """The stages of a YAML file, `argv` laid over each of them; one without name where it has none."""
-    data = read_yaml(path)
+def _read_stages(parser: Any, argv: list[str], path: Path | None, source: str) -> list[Stage]:
+    """The stages of a YAML file, `argv` laid over each of them; one without name where it has none, or for no file."""
+    data = read_yaml(path) if path is not None else {}
     if is_earlier_run(data):
         data = in_todays_settings(data)
     return [
@@ -375,11 +395,14 @@ def check_paths(config: Config) -> None:
 
 
 def problems(config: Config) -> Iterator[UserError]:
-    """What keeps a run from beginning: weights and prompt files in the configuration's order, resolution, rewards.
+    """What keeps a run from beginning: weights and prompt files in the configuration's order, resolution, rewards, and
+    what the rewards miss in the prompts.
 
     A name of the form `org/name` that is no local path is taken for a hub id, and is looked up when it is loaded.
     """
-    checks: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+    from opd_fast.prompt_checks import metadata_problems, read_held_out, read_prompts
+
+    checks: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     checks.append((_check_weights, ("model.path", config.model.path, "pipeline")))
     if config.student.start not in (None, "merged"):
         checks.append((_check_weights, ("student.start", config.student.start, "teachers")))
@@ -389,17 +412,20 @@ def problems(config: Config) -> Iterator[UserError]:
         of = f" of teacher {teacher.name!r}"
         if not config.reinforces:
             checks.append((_check_weights, (f"teachers[{i}].weights", teacher.weights, "teachers", of)))
-        checks.append((_check_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
+        checks.append((read_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
         if teacher.eval_prompts is not None and config.evaluation.every > 0:
-            checks.append((_check_prompts, (f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")))
+            checks.append((read_prompts, (f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")))
         elif teacher.reward is not None and config.evaluation.every > 0:
-            checks.append((_check_held_out, (f"teachers[{i}].eval_prompts", teacher.prompts)))
+            checks.append((read_held_out, (f"teachers[{i}].eval_prompts", teacher.prompts)))
     checks += [(_check_resolution, (config,)), (_check_rewards, (config,))]
     for check, arguments in checks:
         try:
             check(*arguments)
         except UserError as error:
             yield error
+            if check is _check_rewards:
+                return
+    yield from metadata_problems(config)
 
 
 def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
@@ -407,7 +433,7 @@ def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
         folder = package_file("assets", kind)
         target = folder if path == "bundled" else folder / path.removeprefix("bundled/")
         if not target.exists() or (path == "bundled" and kind != "pipeline"):
-            raise UserError(key, f"{path}{of} is not in the package", _bundled_remedy(path, folder))
+            raise UserError(key, f"{path}{of} is not in the package", bundled_remedy(path, folder))
         return
     target = Path(path).expanduser()
     if target.exists():
@@ -418,54 +444,15 @@ def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
         raise UserError(key, f"{path}{of} does not exist", "give a path that does, a hub id org/name or bundled/NAME")
 
 
-def _bundled_remedy(name: str, folder: Path) -> str:
+def bundled_remedy(name: str, folder: Path) -> str:
     known = [f"bundled/{p.name}" for p in sorted(folder.glob("*")) if p.is_dir()]
     return did_you_mean(name, known) if known else "build the bundle with python -m opd_fast.worlds.build"
 
 
-def _check_prompts(key: str, source: str, split: str) -> None:
-    from opd_fast.prompts import SUFFIXES
-
-    remedy = f"give a file ({', '.join(SUFFIXES)}), a folder with one for each split, or bundled/NAME"
-    path = Path(source).expanduser()
-    if source.startswith("bundled/"):
-        path = package_file("assets", "prompts", source.removeprefix("bundled/"))
-        if not path.is_dir():
-            raise UserError(key, f"{source} is not in the package", _bundled_remedy(source, path.parent))
-    if path.is_dir():
-        files = [p for p in sorted(path.glob(f"{split}*")) if p.suffix in SUFFIXES]
-        if not files:
-            raise UserError(key, f"{source} has no prompt file {split}*", remedy)
-        path = files[0]
-    if not path.is_file():
-        raise UserError(key, f"{source} does not exist", remedy)
-    if path.suffix == ".parquet":  # no text: the loader looks inside
-        return
-    try:
-        with path.open(encoding="utf-8") as lines:
-            if not any(line.strip() for line in lines):
-                raise UserError(key, f"{source} holds no prompt", "write one prompt on each line")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(key, f"{source} cannot be read ({one_line(error)})", "give a UTF-8 text file") from error
-
-
-def _check_held_out(key: str, prompts: str) -> None:
-    """Raise where training prompts, which are there, have no test split beside them."""
-    from opd_fast.prompts import held_out
-
-    if prompts.startswith("bundled/") or not Path(prompts).expanduser().exists():
-        return  # `_check_prompts` looks after them
-    try:
-        file = held_out(prompts)
-    except ValueError as error:
-        raise UserError(key, f"is missing, and {one_line(error)}", "name held-out prompts") from error
-    if file is None:
-        raise no_held_out(key, prompts)
-    _check_prompts(key, str(file), "test")
-
-
 def _check_resolution(config: Config) -> None:
-    """Latents must be whole patches: pixels divide by (VAE factor * patch size)."""
+    """Latents must be whole patches: pixels divide by (VAE factor * patch size). The pipeline's own is asked later."""
+    if config.model.resolution is None:
+        return
     root = (
         package_file("assets", "pipeline") if config.model.path == "bundled" else Path(config.model.path).expanduser()
     )

@@ -40,7 +40,11 @@ class ModelConfig:
         "trains with a gradient scaler",
         "auto",
     )
-    resolution: int = option("height and width of the images, in pixels", 32)
+    resolution: int | None = option(
+        "height and width of the images, in pixels; null: the pipeline's own, as diffusers takes it (1024 for SD3.5 "
+        "and FLUX.1, 32 for the bundled one)",
+        None,
+    )
     max_sequence_length: int | None = option(
         "tokens of a prompt in the long text encoder; SD3: 0 leaves T5 out, null: 128; elsewhere null: the pipeline's",
         None,

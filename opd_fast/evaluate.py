@@ -261,6 +261,7 @@ def build_parser() -> Any:
 
 def _settings(argv: list[str]) -> Any:
     from opd_fast.command import check_options, strict
+    from opd_fast.validation import check_text
 
     parser = build_parser()
     hints = {
@@ -271,6 +272,11 @@ def _settings(argv: list[str]) -> Any:
     known = [option for action in parser._actions if action.dest in hints for option in action.option_strings]
     check_options(argv, known, "python -m opd_fast.evaluate --help lists all")
     found = strict(lambda: parser.parse_args(argv), hints=hints)
+    for option in ("model", "lora", "out", "text_cache"):
+        if (given := getattr(found, option)) is not None:
+            check_text(option.replace("_", "-"), given)
+    for source in found.prompts.split(","):
+        check_text("prompts", source.strip())
     at_least = (("steps", 1), ("limit", 1), ("images-per-prompt", 1), ("batch", 1), ("seed", 0), ("guidance", 0))
     for name, least in (*at_least, ("grid", 0)):
         value = getattr(found, name.replace("-", "_"))
@@ -314,13 +320,13 @@ def main(argv: list[str]) -> int:
     pairs = _pair(settings.prompts, settings.rewards)
     quiet_libraries()
     from opd_fast.prompts import load_prompts
-    from opd_fast.rewards import get_reward
+    from opd_fast.rewards.metadata import check_metadata
 
     tasks: list[EvalTask] = []
     for source, rewards in pairs:
-        for name in rewards:
-            get_reward(name)
         every, limit = load_prompts(source, "test"), settings.limit
+        for name in rewards:
+            check_metadata(name, every[:limit], "prompts")
         if limit is not None and len(every) < limit:
             print(f"{source}: {len(every)} prompts, fewer than limit = {limit}; all are taken", file=sys.stderr)
         prompts = every[:limit]
@@ -360,11 +366,8 @@ def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
     path = Path(source)
     name = path.name if source.startswith("bundled/") else path.stem or path.resolve().name
     taken = {task.name for task in tasks}
-    numbers = itertools.count(len(tasks))
-    found = name
-    while found in taken:
-        found = f"{name}-{next(numbers)}"
-    return found
+    numbered = (f"{name}-{number}" for number in itertools.count(len(tasks)))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
@@ -379,8 +382,7 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
     _check_fit(settings, dtype)
     convention = settings.guidance_convention
     model = load_model(settings.model, device=device, dtype=dtype, guidance_convention=convention)
-    resolution = settings.resolution
-    shape = _own_shape(model) if resolution is None else model.latent_shape(resolution)
+    resolution = model.resolution(settings.resolution)
     transformer = model.transformer
     if settings.lora is not None:
         transformer = load_transformer(model, settings.lora, what="lora")
@@ -389,14 +391,14 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
     with encoding_progress() as encoded:
         text = EmbeddingCache.build(model, prompts, progress=encoded, store=store)
     model.release_text_encoders()
-    table = solver_table(settings.solver, model.sigmas(settings.steps, resolution or 0), settings.eta)
+    table = solver_table(settings.solver, model.sigmas(settings.steps, resolution), settings.eta)
     with _progress() as advance:
         return evaluate(
             model,
             transformer,
             tasks,
             table,
-            shape=shape,
+            shape=model.latent_shape(resolution),
             guidance=settings.guidance,
             seed=settings.seed,
             text=text,
@@ -413,10 +415,7 @@ def _check_fit(settings: Any, dtype: torch.dtype) -> None:
     from opd_fast.weights import check_weights
 
     outline = outline_model(settings.model, dtype=dtype, guidance_convention=settings.guidance_convention)
-    if settings.resolution is None:
-        _own_shape(outline)
-    else:
-        outline.latent_shape(settings.resolution)
+    outline.latent_shape(outline.resolution(settings.resolution))
     if settings.guidance is None:
         # What is recorded is a number, as it always was.
         settings.guidance = 1.0 if settings.guidance_convention == "linear" else outline.unguided
@@ -424,15 +423,6 @@ def _check_fit(settings: Any, dtype: torch.dtype) -> None:
         raise UserError("guidance", f"{settings.guidance:g} with a {outline.name} model that has none", "give 1")
     if settings.lora is not None:
         check_weights(outline, settings.lora, what="lora")
-
-
-def _own_shape(model: DiffusionModel) -> tuple[int, int, int]:
-    """The latent shape the pipeline's transformer is configured for."""
-    config = getattr(model.transformer, "config", None)
-    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    if not isinstance(channels, int) or not isinstance(size, int):
-        raise UserError("resolution", "the pipeline does not say its own", "give --resolution PIXELS")
-    return channels, size, size
 
 
 @contextlib.contextmanager
@@ -451,6 +441,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) -> None:
     """Print the table and write an image grid for each task."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from opd_fast.report import image_grid, print_failures
@@ -464,7 +455,7 @@ def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) ->
     for task in tasks:
         for name, value in found.rewards[task.name].items():
             shown = f"{value:.3f}" if math.isfinite(value) else "-"
-            table.add_row(task.name, str(task.count), name.replace("_", " "), shown)
+            table.add_row(escape(task.name), str(task.count), name.replace("_", " "), shown)
     console.print(table)
     print_failures(found.failures, console)
     for task in tasks:

@@ -117,6 +117,8 @@ class Plan:
     """Trained steps that a round has a loss at, on average: fewer where steps are queried."""
     round_rows: dict[str, int]
     """Transformer rows of a round, by what they are for."""
+    resolution: int
+    """Pixels along the side of an image."""
     latent: tuple[int, int, int]
     image_tokens: int
     text_tokens: int
@@ -178,11 +180,10 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         max_sequence_length=settings.max_sequence_length,
         guidance_convention=settings.guidance_convention,
     )
+    resolution = model.resolution(settings.resolution)
     check_guidance(config, model)
     s = config.sampler
-    table = solver_table(
-        s.solver, model.sigmas(s.steps, settings.resolution), s.eta, variance=config.objective.variance
-    )
+    table = solver_table(s.solver, model.sigmas(s.steps, resolution), s.eta, variance=config.objective.variance)
     per_task = config.train.samples_per_task
     shares = [teacher.share for teacher in config.teachers]
     schedule = TaskSchedule(shares, config.train.tasks_per_round, config.train.task_schedule, among=config.trained)
@@ -201,7 +202,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     trained_steps = _trained_steps(config)
     updates = {"opd": 1, "sft": config.sft.updates}.get(config.train.method, config.rl.updates)
     own_branches = branches(model, config.student.guidance if config.train.method != "sft" else None)
-    latent = model.latent_shape(settings.resolution)
+    latent = model.latent_shape(resolution)
     # States, next states and means of the trained steps, or the last latent alone; float32.
     kept = 4 * math.prod(latent) * (3 * trained_steps if config.train.method == "grpo" else 1)
     load = Load(
@@ -223,7 +224,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         steps=trained_steps,
         tasks=schedule.per_round,
         blocks=len(blocks),
-        boundary=_boundary(model, settings.resolution) * own_branches,
+        boundary=_boundary(model, resolution) * own_branches,
         drawn=0 if config.train.method == "opd" else samples,
         kept=kept,
         old_policy=config.train.method == "nft",
@@ -257,8 +258,9 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         trained_steps=trained_steps,
         asked_steps=asked,
         round_rows=rows,
+        resolution=resolution,
         latent=latent,
-        image_tokens=model.image_tokens(settings.resolution),
+        image_tokens=model.image_tokens(resolution),
         text_tokens=model.text_tokens,
         table=table,
         weight=step_weights(table, config.objective.kind).tolist() if config.train.method == "opd" else [],
@@ -374,7 +376,7 @@ def _row_cost(model: DiffusionModel, config: Config, layers: dict[str, tuple[int
     from opd_fast.cost import RowCost, row_cost
 
     lora = None if layers is None else dict.fromkeys(layers, config.student.rank)
-    resolution = config.model.resolution
+    resolution = model.resolution(config.model.resolution)
     try:
         return row_cost(model, lora, resolution), True
     except ValueError:
@@ -483,6 +485,7 @@ def _evaluation_images(teacher: TeacherConfig, config: Config) -> int:
 def print_plan(plan: Plan, config: Config, run_dir: Path, missing: Iterable[UserError] = ()) -> None:
     """Print the settings and the plan, and what a run would miss."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -493,7 +496,7 @@ def print_plan(plan: Plan, config: Config, run_dir: Path, missing: Iterable[User
     console.rule("plan", align="left")
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in _facts(plan, config, run_dir):
-        facts.add_row(f"[dim]{name}", value)
+        facts.add_row(f"[dim]{name}", escape(value))
     console.print(facts)
     t = plan.table
     variance = f", {config.objective.variance}" if plan.weight else ""
@@ -521,6 +524,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
         tasks += " (" + ", ".join(f"{name} {turns:.2f}" for name, turns in plan.turns.items()) + " turns on average)"
     work = ", ".join(f"{name} {rows}" for name, rows in plan.round_rows.items())
     c, h, w = plan.latent
+    own = " (the pipeline's own)" if config.model.resolution is None else ""
     again = f"; {plan.load.recomputed} of {plan.blocks} blocks recompute theirs" if plan.load.recomputed else ""
     lora = "" if plan.lora_modules is None else f" in {plan.lora_modules} LoRA modules of rank {config.student.rank}"
     teachers = ", ".join(f"{name} ({rows},{c},{h},{w})" for name, rows in plan.teacher_rows.items())
@@ -544,6 +548,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     return [
         ("run directory", str(run_dir)),
         ("device", f"{r.device}, {str(r.dtype).removeprefix('torch.')}{', TF32' if r.tf32 else ''}, {switches}"),
+        ("resolution", f"{plan.resolution} pixels{own}, latents ({c},{h},{w})"),
         ("rounds", rounds),
         ("solver steps", steps),
         (

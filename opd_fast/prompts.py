@@ -1,16 +1,21 @@
 """Prompt files, and the order in which a run draws from them.
 
 Formats: GenEval's metadata lines (https://arxiv.org/abs/2310.11513), one JSON object a line with the prompt and what
-the picture must show; plain text, one prompt a line; text whose every line quotes exactly one target, as the OCR
-reward's files do; and tables (comma- or tab-separated, or parquet) with a column of prompts, as DrawBench's list
-(https://arxiv.org/abs/2205.11487) is published.
+the picture must show; plain text, one prompt a line, where a line that quotes exactly one piece has it as its target,
+as in the OCR reward's files; and tables (comma- or tab-separated, or parquet) with a column of prompts, as DrawBench's
+list (https://arxiv.org/abs/2205.11487) is published.
+
+Whatever a later part (tokenizer, reward, report) could not take is refused here, with the file and the line.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import math
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,17 +32,31 @@ ASSETS = package_file("assets")
 SUFFIXES = (".jsonl", ".txt", ".csv", ".tsv", ".parquet")
 COLUMNS = ("prompt", "prompts", "caption", "text")
 """What the column of prompts may be called, in any case."""
+LONGEST = 10_000
+"""Characters of a prompt: several times what any text encoder reads. A longer one is a file whose lines do not end."""
+MOST_OBJECTS = 1000
+"""The largest count of a GenEval entry."""
+_ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, whose mark its own begins with
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 _SPLIT_FILES = ("{split}_metadata.jsonl", *(f"{{split}}{suffix}" for suffix in SUFFIXES))
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """``metadata`` is the GenEval record, ``{"target": words}`` for a line of an OCR file, the other columns of a
-    table's row, or ``{}``.
+    """A prompt with what its file says beside it.
+
+    ``metadata`` is the GenEval record, ``{"target": words}`` for a line of text that quotes exactly one piece, the
+    other columns of a table's row, or ``{}``.  ``where`` names the file and the line in messages; it makes no prompt
+    differ from another.
     """
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    where: str = field(default="", compare=False, repr=False)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -47,8 +66,9 @@ def load_prompts(source: str | Path, split: Split = "train") -> list[Prompt]:
     """The prompts of ``source``: a file of any format above, a folder with train/test files, or ``bundled/NAME``.
 
     ``split`` chooses the file in a folder (``{split}_metadata.jsonl``, or ``{split}`` with one of ``SUFFIXES``); a file
-    is taken as it is.  Blank lines are skipped, spaces around a prompt are dropped.
-    Raises ValueError naming the file and the line for anything that cannot be read, and for a file without prompts.
+    is taken as it is.  Lines end with LF, CRLF or CR.  Blank lines are skipped, spaces around a prompt are dropped.
+    Raises ValueError naming the file and the line for anything that cannot be read, for a prompt that no text encoder
+    could take (half a character, a NUL, more than ``LONGEST`` characters), and for a file without prompts.
     """
     path = prompt_file(source, split)
     if path.suffix == ".parquet":
@@ -57,13 +77,17 @@ def load_prompts(source: str | Path, split: Split = "train") -> list[Prompt]:
     if path.suffix in (".csv", ".tsv") or (path.suffix == ".txt" and lines and _is_drawbench(lines[0][1])):
         return _separated(path)
     if not lines:
-        raise ValueError(f"{path} holds no prompt; write one on each line")
+        raise ValueError(f"{path} holds no prompt; write one prompt on each line")
     if path.suffix == ".jsonl":
         return [_geneval(text, f"{path}, line {number}") for number, text in lines]
-    targets = [_target(text) for _, text in lines]
-    if all(target is not None for target in targets):
-        return [Prompt(text, {"target": target}) for (_, text), target in zip(lines, targets, strict=True)]
-    return [Prompt(text) for _, text in lines]
+    prompts = [_made(text, _target(text), f"{path}, line {number}") for number, text in lines]
+    if len(prompts) == 1 and len(parts := prompts[0].text.splitlines()) > 1:
+        end = prompts[0].text[len(parts[0])]
+        raise ValueError(
+            f"{prompts[0].where}: the only line holds U+{ord(end):04X}, which ends no line here; end lines with a line "
+            f"feed"
+        )
+    return prompts
 
 
 def prompt_file(source: str | Path, split: Split = "train") -> Path:
@@ -78,7 +102,11 @@ def prompt_file(source: str | Path, split: Split = "train") -> Path:
             remedy = f"choose one of {', '.join(known)}" if known else "build them: python -m opd_fast.worlds.build"
             raise ValueError(f"no prompts named {name}; {remedy}")
     else:
-        path = Path(source).expanduser()
+        try:
+            path = Path(source).expanduser()
+            path.is_dir()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f"prompt file {name!r} cannot be looked for ({error}); give its path in full") from error
     if path.is_dir():
         names = [pattern.format(split=split) for pattern in _SPLIT_FILES]
         found = [path / file for file in names if (path / file).is_file()]
@@ -130,26 +158,74 @@ def write_geneval(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
 def write_lines(path: str | Path, lines: Sequence[str]) -> None:
     """Write prompts, one a line.  Raises ValueError for an empty prompt, or one that breaks over lines."""
     for number, line in enumerate(lines, 1):
-        if not line.strip() or "\n" in line or "\r" in line:
+        if _is_blank(line) or "\n" in line or "\r" in line:
             raise ValueError(f"prompt {number} is empty or spans several lines: {line!r}")
+        if fault := _fault(line):
+            raise ValueError(f"prompt {number} {fault}")
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, stripped text) of the lines that are not blank."""
     for number, line in enumerate(_raw_lines(path), 1):
-        if text := line.strip():
+        # Files that were joined keep their byte-order marks, in front of lines.
+        text = line.strip().lstrip("\ufeff").strip()
+        if not _is_blank(text):
             yield number, text
 
 
 def _raw_lines(path: Path) -> Iterator[str]:
-    """Every line as it stands, without its line feed."""
-    # Split at line feeds only: str.splitlines also breaks at characters that may stand inside a prompt.
-    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    """Every line as it stands, without its end: LF, CRLF or CR."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}); give a file you may read") from error
+    for mark, name in _ENCODINGS:
+        if data.startswith(mark):
+            raise ValueError(f"{path}, line 1: not UTF-8 but {name}; convert the file to UTF-8")
+    # str.splitlines also breaks at characters that may stand inside a prompt.
+    for number, raw in enumerate(re.split(rb"\r\n|\r|\n", data.removeprefix(codecs.BOM_UTF8)), 1):
         try:
-            yield raw.decode("utf-8")
+            line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+        if "\0" in line:
+            raise ValueError(f"{path}, line {number}: holds a NUL byte, as UTF-16 does; convert the file to UTF-8")
+        yield line
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: spaces, control and formatting characters alone."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
+
+
+def _fault(value: Any) -> str | None:
+    """What no later part can take in a text, or in the texts of a record: half a character, or a NUL."""
+    if isinstance(value, dict):
+        return next((fault for pair in value.items() for fault in map(_fault, pair) if fault), None)
+    if isinstance(value, list):
+        return next((fault for fault in map(_fault, value) if fault), None)
+    if not isinstance(value, str):
+        return None
+    half = next((c for c in value if 0xD800 <= ord(c) < 0xE000), None)
+    if half is not None:
+        return f"holds half a character (the lone surrogate \\u{ord(half):04x}); write the whole character"
+    return "holds a NUL character; take it out" if "\0" in value else None
+
+
+def _made(text: str, metadata: Any, where: str) -> Prompt:
+    """A prompt that every later part can take; ``metadata``: a record, or the target of a line of text."""
+    if isinstance(metadata, str) or metadata is None:
+        metadata = {} if metadata is None else {"target": metadata}
+    text = text.strip()
+    if fault := _fault(text) or _fault(metadata):
+        raise ValueError(f"{where}: {fault}")
+    if len(text) > LONGEST:
+        raise ValueError(
+            f"{where}: a prompt of {len(text)} characters, of which no text encoder reads more than {LONGEST}; look "
+            f"how the file's lines end, or shorten it"
+        )
+    return Prompt(text, metadata, where)
 
 
 def _target(line: str) -> str | None:
@@ -160,37 +236,54 @@ def _target(line: str) -> str | None:
 
 def _geneval(line: str, where: str) -> Prompt:
     """A GenEval record: prompt; and, where given, tag, include [{class, count, color?, position?}], exclude."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two keys named {twice!r}")
+        return found
+
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}); each line must be one JSON object") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a {type(record).__name__}, not a JSON object")
     prompt = record.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or _is_blank(prompt):
         raise ValueError(f'{where}: lacks the text "prompt"')
     for clause in ("include", "exclude"):
         entries = record.get(clause, [])
         if not isinstance(entries, list):
             raise ValueError(f'{where}: "{clause}" must be a list of {{"class", "count"}}')
         for entry in entries:
-            _check_entry(entry, len(record.get("include", [])), f"{where}: an entry of {clause!r}")
-    return Prompt(prompt.strip(), record)
+            if fault := entry_fault(entry, len(record.get("include", []))):
+                raise ValueError(f"{where}: an entry of {clause!r} {fault}")
+    return _made(prompt, record, where)
 
 
-def _check_entry(entry: Any, included: int, where: str) -> None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("class"), str):
-        raise ValueError(f'{where} names no "class"')
+def entry_fault(entry: Any, included: int) -> str | None:
+    """What is wrong with an entry of a GenEval record's ``include`` or ``exclude``, in words; None: nothing.
+
+    ``included``: how many entries ``include`` has, which a position may name.
+    """
+    named = isinstance(entry, dict) and isinstance(entry.get("class"), str) and not _is_blank(entry["class"])
+    if not named:
+        return 'names no "class"'
     count = entry.get("count")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f'{where} has "count" {count!r}; give a whole number from 1')
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_OBJECTS:
+        return f'has "count" {str(count)[:40]}; give a whole number from 1 to {MOST_OBJECTS}'
     if "color" in entry and not isinstance(entry["color"], str):
-        raise ValueError(f'{where} has "color" {entry["color"]!r}; give a word')
+        return f'has "color" {entry["color"]!r}; give a word'
     if "position" in entry:
         position = entry["position"]
         good = isinstance(position, list) and len(position) == 2 and isinstance(position[0], str)
-        if not good or not isinstance(position[1], int) or not 0 <= position[1] < included:
-            raise ValueError(f'{where} has "position" {position!r}; give [relation, index of an entry of "include"]')
+        good = good and isinstance(position[1], int) and not isinstance(position[1], bool)
+        if not good or not 0 <= position[1] < included:
+            return f'has "position" {position!r}; give [relation, index of an entry of "include"]'
+    return None
 
 
 def _is_drawbench(line: str) -> bool:
@@ -214,9 +307,9 @@ def _separated(path: Path) -> list[Prompt]:
         except StopIteration:
             break
         except csv.Error as error:
-            raise ValueError(
-                f"{where}: not readable as a table ({error}); put it in double quotes, doubled inside"
-            ) from None
+            quotes = "put it in double quotes, doubled inside"
+            remedy = "close its double quotes, or shorten the cell" if "field limit" in str(error) else quotes
+            raise ValueError(f"{where}: not readable as a table ({error}); {remedy}") from None
         if not any(cell.strip() for cell in cells):
             continue
         if columns is None:
@@ -273,9 +366,9 @@ def _prompt_column(path: Path, columns: Sequence[str]) -> int:
 
 def _row(cells: dict[str, Any], column: str, where: str) -> Prompt:
     text = cells.pop(column)
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or _is_blank(text):
         raise ValueError(f"{where}: the column {column!r} holds no text; write a prompt there or drop the row")
-    return Prompt(text.strip(), cells)
+    return _made(text, cells, where)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------

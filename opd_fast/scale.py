@@ -147,6 +147,7 @@ def _positive(name: str, value: float) -> None:
 
 def _show(found: list[Row], given: Any, network: Network) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -160,7 +161,7 @@ def _show(found: list[Row], given: Any, network: Network) -> None:
     for row in found:
         t = row.time
         table.add_row(
-            Path(row.recipe).stem,
+            escape(Path(row.recipe).stem),
             row.kind,
             row.strategy,
             str(row.world),

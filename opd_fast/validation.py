@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from opd_fast.config import DETERMINISTIC, Config, ObjectiveConfig, RLConfig, SFTConfig
 from opd_fast.errors import UserError, did_you_mean
-from opd_fast.settings import flatten, leaves, teacher_leaves
+from opd_fast.settings import flatten, leaves, package_file, teacher_leaves
 
 # The largest whole numbers, where 2**31 - 1 is too many or too few.
 MOST = {"train.seed": 2**63 - 1, "sampler.steps": 10_000, "evaluation.steps": 10_000, "student.rank": 65_536}
@@ -29,6 +29,7 @@ def validate(config: Config) -> None:
     _check_sampler(config)
     _check_objective(config)
     _check_teachers(config)
+    _check_bundled(config)
     _check_reinforcement(config)
     _check_finetuning(config)
     _check_engine(config)
@@ -291,6 +292,23 @@ def no_held_out(key: str, prompts: str) -> UserError:
     """The mistake of a task that a reward judges, on prompts that are nowhere."""
     why = f"is missing while a reward is set, and {prompts} has no test split beside it"
     return UserError(key, why, "name held-out prompts")
+
+
+def _check_bundled(config: Config) -> None:
+    """Raise for a bundled LoRA on another pipeline than the bundled one: it is a difference to that base alone, and
+    says nothing about another of the same shapes."""
+    own = os.path.abspath(package_file("assets", "pipeline"))
+    if config.model.path == "bundled" or os.path.abspath(os.path.expanduser(config.model.path)) == own:
+        return
+    named = [("student.start", config.student.start), ("objective.anchor", config.objective.anchor)]
+    named += [(f"teachers[{i}].weights", teacher.weights) for i, teacher in enumerate(config.teachers)]
+    for key, weights in named:
+        if weights is not None and weights.startswith("bundled/"):
+            raise UserError(
+                key,
+                f"{weights} is a LoRA of the bundled pipeline, and model.path is {config.model.path}",
+                "name weights that were made for this model, or set model.path bundled",
+            )
 
 
 def _check_engine(config: Config) -> None:

@@ -1,6 +1,10 @@
-"""Random settings and damaged files against everything that reads them: each ends in one clean line, or wholly right.
+"""Random settings, files and other inputs against everything that reads them: each ends in one clean line, or right.
 
-    python -m tests.fuzz [--configs 2000] [--files 500] [--seed 0] [--out FILE.json]
+    python -m tests.fuzz [--configs 2000] [--files 500] [--prompts 1000] [--weights 300] [--rewards 500] [--draws 50]
+                         [--seed 0] [--out FILE.json]
+
+Prompt files are made in tests/fuzz_prompts.py; weights under other names, rewards and evaluations in
+tests/fuzz_inputs.py.
 
 A case is made from (seed, index) alone, so that any one can be made again. Prints what went wrong, and ends with
 status 1 if anything did.
@@ -573,13 +577,29 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--configs", type=int, default=2000, help="random command lines with YAML files")
     parser.add_argument("--files", type=int, default=500, help="damaged files")
+    parser.add_argument("--prompts", type=int, default=1000, help="prompt files")
+    parser.add_argument("--weights", type=int, default=300, help="LoRA files and transformers under other names")
+    parser.add_argument("--rewards", type=int, default=500, help="rewards that return anything")
+    parser.add_argument("--draws", type=int, default=50, help="evaluations with any guidance and number of prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file of the counts")
     settings = parser.parse_args(argv)
     prepare()
+    from tests import fuzz_inputs as inputs  # both import this file
+    from tests.fuzz_prompts import fuzz_prompts
+
     results: dict[str, Any] = {"seed": settings.seed}
     faults: list[str] = []
-    for name, count, fuzz in (("files", settings.files, fuzz_files), ("configs", settings.configs, fuzz_configs)):
+    parts = {
+        "files": fuzz_files,
+        "prompts": fuzz_prompts,
+        "weights": inputs.fuzz_weights,
+        "rewards": inputs.fuzz_rewards,
+        "draws": inputs.fuzz_draws,
+        "configs": fuzz_configs,
+    }
+    for name, fuzz in parts.items():
+        count = getattr(settings, name)
         begun = time.monotonic()
         tally = fuzz(count, settings.seed)
         seconds = round(time.monotonic() - begun, 1)

@@ -45,7 +45,7 @@ def write_world(folder: Path) -> Path:
         )
     path = folder / "run.yaml"
     path.write_text(
-        f"model: {{path: {folder / 'pipeline'}}}\n"
+        f"model: {{path: {folder / 'pipeline'}, resolution: 32}}\n"
         "student: {rank: 4, alpha: 8}\n"
         "teachers:\n" + "\n".join(teachers) + "\n"
         "sampler: {steps: 4}\n"

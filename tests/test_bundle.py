@@ -11,7 +11,7 @@ import torch
 
 from opd_fast.embeddings import EmbeddingCache
 from opd_fast.evaluate import EvalTask, evaluate, task_keys
-from opd_fast.lora import merge_into, read_lora
+from opd_fast.lora import DIFFUSERS_WEIGHTS, merge_into, read_lora
 from opd_fast.models import DiffusionModel, load_model
 from opd_fast.models.base import ASSETS
 from opd_fast.prompts import load_prompts
@@ -55,6 +55,19 @@ def rewards(model: DiffusionModel) -> dict[str, dict[str, float]]:
 def test_size(model: DiffusionModel) -> None:
     assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) < 24 * 10**6
     assert 3e6 < sum(p.numel() for p in model.transformer.parameters()) < 8e6
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_teachers_lie_in_both_layouts(task: str) -> None:
+    """Diffusers looks for its own file alone, and draws the base where there is none."""
+    folder = ASSETS / "teachers" / task
+    peft, own = read_lora(folder), read_lora(folder / DIFFUSERS_WEIGHTS)
+    assert (peft.format, own.format) == ("peft", "diffusers")
+    assert peft.scale == own.scale
+    assert set(peft.scale.values()) == {2.0}
+    for module, pair in peft.tensors.items():
+        assert all(torch.equal(one, other) for one, other in zip(pair, own.tensors[module], strict=True))
+    assert peft.tensors.keys() == own.tensors.keys()
 
 
 def test_base_is_a_weak_generalist(rewards: dict[str, dict[str, float]]) -> None:

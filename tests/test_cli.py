@@ -262,7 +262,7 @@ def test_errors_are_one_line_and_survive_pickling() -> None:
         (["--prompts", "prompts.txt", "--rewards", "text", "--batch", "x"], "batch", "default is 64"),
         (["--prompts", "prompts.txt,empty.txt", "--rewards", "text"], "rewards", "one for each file"),
         (["--prompts", "empty.txt", "--rewards", "text"], "", "no prompt"),
-        (["--prompts", "prompts.txt", "--rewards", "text", "--out", "file/x"], "out", "may write"),
+        (["--prompts", "prompts.txt", "--rewards", "colour", "--out", "file/x"], "out", "may write"),
     ],
 )
 def test_evaluate_mistakes(

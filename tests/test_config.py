@@ -27,7 +27,7 @@ def test_defaults_are_the_documented_ones() -> None:
     flat = flatten(made())
     for key, value in {
         "model.path": "bundled",
-        "model.resolution": 32,
+        "model.resolution": None,
         "student.rank": 32,
         "student.alpha": 64.0,
         "model.guidance_convention": "pipeline",

@@ -20,7 +20,7 @@ from opd_fast.errors import UserError
 from opd_fast.lora import match, read_lora
 from opd_fast.settings import leaves
 from opd_fast.weights import load_with_origin
-from tests import fuzz
+from tests import fuzz, fuzz_inputs, fuzz_prompts
 
 SEED = 7
 
@@ -42,6 +42,31 @@ def test_files() -> None:
     tally = fuzz.fuzz_files(40, SEED)
     assert not tally.faults, "\n\n".join(tally.faults)
     assert sum(count for name, count in tally.counts.items() if name.endswith("refused")) > 20
+
+
+@pytest.mark.parametrize(
+    ("run", "count"),
+    [
+        (fuzz_prompts.fuzz_prompts, 120),
+        (fuzz_inputs.fuzz_weights, 40),
+        (fuzz_inputs.fuzz_rewards, 120),
+        (fuzz_inputs.fuzz_draws, 6),
+    ],
+)
+def test_inputs(run: Callable[[int, int], fuzz.Tally], count: int) -> None:
+    tally = run(count, SEED)
+    assert not tally.faults, "\n\n".join(tally.faults)
+    for outcome, least in (("refused", count // 6), ("taken", count // 6)):
+        assert sum(n for name, n in tally.counts.items() if name.endswith(outcome)) >= least, tally.counts
+
+
+def test_a_fault_of_prompts_is_seen(tmp_path: Path) -> None:
+    """One giant prompt for several, and a refusal that leaves the file out."""
+    (tmp_path / "case.txt").write_text("one\vtwo\nthree\n")
+    assert "are not the file's prompts" in fuzz_prompts.check_prompts(tmp_path / "case.txt", ["one", "two", "three"])
+    assert fuzz_prompts.check_prompts(tmp_path / "case.txt", ["one\vtwo", "three"]) == "taken"
+    with pytest.raises(ValueError, match="does not exist"):
+        fuzz_prompts.check_prompts(tmp_path / "absent.txt", None)
 
 
 def test_a_fault_is_seen() -> None:

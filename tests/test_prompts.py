@@ -62,13 +62,17 @@ def test_geneval_round_trip(tmp_path: Path) -> None:
     assert load_prompts(tmp_path) == prompts
 
 
-def test_ocr_lines_need_one_quoted_piece_each(tmp_path: Path) -> None:
+def test_a_line_with_one_quoted_piece_has_it_as_its_target(tmp_path: Path) -> None:
     lines = ['A sign that says "Open Late" in neon', 'A cup with "Tea", steaming']
     write_lines(tmp_path / "a.txt", lines)
-    assert [p.metadata for p in load_prompts(tmp_path / "a.txt")] == [{"target": "Open Late"}, {"target": "Tea"}]
+    targets = [{"target": "Open Late"}, {"target": "Tea"}]
+    assert [p.metadata for p in load_prompts(tmp_path / "a.txt")] == targets
     for other in ('two "a" and "b"', "none", 'open "quote', 'empty ""'):
-        write_lines(tmp_path / "b.txt", [*lines, other])
-        assert load_prompts(tmp_path / "b.txt") == [Prompt(line) for line in [*lines, other]]
+        write_lines(tmp_path / "b.txt", [other, *lines])
+        assert load_prompts(tmp_path / "b.txt") == [
+            Prompt(other),
+            *(Prompt(line, target) for line, target in zip(lines, targets, strict=True)),
+        ]
 
 
 def test_plain_lines_keep_everything_but_blanks(tmp_path: Path) -> None:
@@ -277,14 +281,18 @@ def test_reading_prompts_needs_no_torch(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_command_line_takes_every_format(tmp_path: Path) -> None:
+def test_the_command_line_takes_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_lines(tmp_path / "a.txt", ["a"])
     (tmp_path / "a.csv").write_text("prompt\na\n")
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "train.tsv").write_text("prompt\na\n")
-    for name in ("a.txt", "a.csv", "a.parquet", "folder"):
+    for name in ("a.txt", "a.csv", "folder"):
         assert not list(problems(made(prompts=str(tmp_path / name)))), name
+    parquet(monkeypatch, tmp_path / "a.parquet", [{"prompt": "a"}])
+    assert not list(problems(made(prompts=str(tmp_path / "a.parquet"))))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (problem,) = problems(made(prompts=str(tmp_path / "a.parquet")))
+    assert (problem.key, problem.remedy.split(",")[0]) == ("teachers[0].prompts", "pip install 'opd_fast[datasets]'")
     (tmp_path / "folder" / "train.tsv").unlink()
     (problem,) = problems(made(prompts=str(tmp_path / "folder")))
     assert problem.key == "teachers[0].prompts"

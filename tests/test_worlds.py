@@ -143,7 +143,7 @@ def test_unknown_reward_names_the_nearest() -> None:
 
 
 def test_a_teacher_is_what_its_recipe_ends_with(tmp_path: Path) -> None:
-    """In PEFT's layout, loadable, with seed, seconds and curve beside it."""
+    """In PEFT's and in diffusers' layout, loadable, with seed, seconds and curve beside it."""
     options = ("--train.rounds", "2", "--train.samples_per_task", "12", "--evaluation.prompts", "4")
     options += ("--evaluation.every", "1", "--logging.tensorboard", "false")
     out = tmp_path / "bundle"
@@ -152,9 +152,11 @@ def test_a_teacher_is_what_its_recipe_ends_with(tmp_path: Path) -> None:
     build.make_teacher(recipe, out, tmp_path / "work", "colour")
     folder = out / "teachers" / "colour"
     assert {path.name for path in folder.iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "training.json"),
+        *("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "training.json"),
     }
-    lora = read_lora(folder)
+    lora, own = read_lora(folder), read_lora(folder / "pytorch_lora_weights.safetensors")
+    assert lora.scale == own.scale
+    assert all(torch.equal(one, own.tensors[name][0]) for name, (one, _) in lora.tensors.items())
     assert sum(bool(b.any()) for _, b in lora.tensors.values()) > len(lora.tensors) // 2
     assert str(tmp_path) not in (folder / "adapter_config.json").read_text()
     told = json.loads((folder / "training.json").read_text())

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from opd_fast.errors import UserError
 from opd_fast.transfer import send
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -152,6 +153,17 @@ class DiffusionModel(ABC):
     @abstractmethod
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of a square image of ``resolution`` pixels.  Raises ValueError if it does not divide."""
+
+    def own_resolution(self) -> int | None:
+        """Pixels along the side of the images that the pipeline makes by default; None where it states none."""
+        return None
+
+    def resolution(self, pixels: int | None) -> int:
+        """``pixels``, or the pipeline's own resolution for None.  Raises ValueError where it states none."""
+        found = self.own_resolution() if pixels is None else pixels
+        if found is None:
+            raise UserError("model.resolution", f"a {self.name} model does not state its own", "give it in pixels")
+        return found
 
     @abstractmethod
     def image_tokens(self, resolution: int) -> int:

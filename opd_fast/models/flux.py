@@ -21,6 +21,7 @@ from opd_fast.models.folder import (
     resolve_pipeline,
 )
 from opd_fast.models.latents import (
+    DEFAULT_SIZE,
     PATCH,
     decode_in_chunks,
     kl_pixels,
@@ -137,6 +138,10 @@ class Flux(DiffusionModel):
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""
         size = latent_size(resolution, vae_factor(self.vae), PATCH)
         return int(self._config.in_channels) // PATCH**2, size, size
+
+    def own_resolution(self) -> int:
+        """128 latents a side, as FluxPipeline takes it."""
+        return DEFAULT_SIZE * vae_factor(self.vae)
 
     def image_tokens(self, resolution: int) -> int:
         _, height, width = self.latent_shape(resolution)

@@ -12,6 +12,11 @@ PATCH = 2  # latents that a packed token holds in each direction
 _DECODE_IMAGES = 64  # decoded at once, however small
 
 
+DEFAULT_SIZE = 128
+"""Latents along the side of a default image, where diffusers' pipeline has it as a constant: FLUX.1 and
+Qwen-Image."""
+
+
 def vae_factor(vae: Any) -> int:
     """Pixels that a latent of an AutoencoderKL stands for, along each side."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))

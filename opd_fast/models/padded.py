@@ -22,7 +22,7 @@ from opd_fast.models.folder import (
     read_config,
     resolve_pipeline,
 )
-from opd_fast.models.latents import PATCH, decode_in_chunks, latent_size
+from opd_fast.models.latents import DEFAULT_SIZE, PATCH, decode_in_chunks, latent_size
 from opd_fast.models.schedule import check_schedule, flow_sigmas
 
 _COMPONENTS = ("scheduler", "vae", "transformer", "tokenizer", "text_encoder")
@@ -184,6 +184,10 @@ class PaddedTextModel(DiffusionModel):
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""
         size = latent_size(resolution, self._vae_factor, PATCH)
         return self._channels, size, size
+
+    def own_resolution(self) -> int:
+        """128 latents a side, as QwenImagePipeline takes it."""
+        return DEFAULT_SIZE * self._vae_factor
 
     def image_tokens(self, resolution: int) -> int:
         _, height, width = self.latent_shape(resolution)

@@ -138,6 +138,11 @@ class SD3(DiffusionModel):
             )
         return int(self._config.in_channels), size, size
 
+    def own_resolution(self) -> int | None:
+        """The transformer's sample_size in pixels, as StableDiffusion3Pipeline takes it."""
+        size = self._config.sample_size
+        return size * vae_factor(self.vae) if isinstance(size, int) else None
+
     def sigmas(self, steps: int, resolution: int) -> Tensor:
         """SD3's levels do not depend on the resolution."""
         return sd3_sigmas(steps, self._shift, num_train_timesteps=self._timesteps)

@@ -81,6 +81,10 @@ class ZImage(PaddedTextModel):
     def _vae_factor(self) -> int:
         return vae_factor(self.vae)
 
+    def own_resolution(self) -> int:
+        """1024 pixels, as ZImagePipeline takes it."""
+        return 1024
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must divide, and fit the transformer's position tables."""
         shape = super().latent_shape(resolution)

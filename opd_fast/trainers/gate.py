@@ -57,7 +57,7 @@ class Gate:
             tasks=tuple((i, slice(i * SAMPLES, (i + 1) * SAMPLES)) for i in range(len(prompts))),
             keys=noise_keys(config.train.seed, _STREAM, samples=count).to(model.device),
             scale=torch.full((count,), 1 / count, device=model.device),
-            shape=model.latent_shape(config.model.resolution),
+            shape=model.latent_shape(model.resolution(config.model.resolution)),
         )
         weight = step_weights(table, config.objective.kind).clone()
         if not config.sampler.train_last:

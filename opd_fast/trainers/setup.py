@@ -17,6 +17,7 @@ from opd_fast.models import load_model, outline_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.parallel import World
 from opd_fast.plan import branches, check_guidance, lora_modules, make_plan, resolve
+from opd_fast.prompt_checks import metadata_problems
 from opd_fast.prompts import Prompt, PromptSource, TaskSchedule, held_out, load_prompts
 from opd_fast.rewards import judged_rewards
 from opd_fast.seeds import noise_keys
@@ -86,6 +87,8 @@ def prepare(
     shares = [teacher.share for teacher in config.teachers]
     schedule = TaskSchedule(shares, train.tasks_per_round, train.task_schedule, train.seed, config.trained)
     tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config, say)) is not None]
+    for problem in metadata_problems(config):
+        raise problem
 
     torch.backends.cuda.matmul.allow_tf32 = resolved.tf32
     model = load_model(
@@ -105,7 +108,7 @@ def prepare(
         say(f"guidance: {model.guidance_meaning}")
     if config.evaluation.vae_tiling:
         model.vae.enable_tiling()
-    resolution = config.model.resolution
+    resolution = model.resolution(config.model.resolution)
     shape = model.latent_shape(resolution)
     sampler = config.sampler
     table = solver_table(
@@ -188,7 +191,7 @@ def forwards(config: Config, model: DiffusionModel, world: World) -> Forwards:
         student_rows=at_once * branches(model, config.student.guidance),
         teacher_rows=min(at_once, train.samples_per_task)
         * max(branches(model, teacher.guidance) for teacher in config.teachers),
-        resolution=config.model.resolution,
+        resolution=model.resolution(config.model.resolution),
     )
 
 
@@ -222,7 +225,7 @@ def check_fit(config: Config, dtype: torch.dtype) -> None:
         max_sequence_length=settings.max_sequence_length,
         guidance_convention=settings.guidance_convention,
     )
-    outline.latent_shape(settings.resolution)
+    outline.latent_shape(outline.resolution(settings.resolution))
     check_guidance(config, outline)
     if config.student.kind == "lora":
         lora_modules(outline.transformer, outline.targets(config.student.targets))

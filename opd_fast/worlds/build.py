@@ -442,12 +442,13 @@ def make_teacher(recipe: Recipe, out: Path, work: Path, task: str) -> None:
 
 
 def keep_teacher(run_dir: Path, folder: Path) -> None:
-    """Put a finished run's student into `folder` in PEFT's layout, with its settings and a `training.json` that tells
-    seed, seconds, rewards on held-out prompts and their curve, and each round's mean reward in training."""
+    """Put a finished run's student into `folder` in PEFT's and in diffusers' layout, with its settings and a
+    `training.json` that tells seed, seconds, rewards on held-out prompts and their curve, and each round's mean reward
+    in training."""
     from opd_fast.telemetry import read_metrics
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
         shutil.copyfile(run_dir / "student" / name, folder / name)
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     adapter["base_model_name_or_path"] = "bundled"

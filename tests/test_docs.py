@@ -1,0 +1,309 @@
+"""Every fenced block of README.md and docs/*.md is run by a test, or stands in a list with the reason why none runs it.
+
+A page's command is run as it stands but for the replacements that stand beside it here: real weights by small ones,
+folders by those of the test, and sizes by smaller ones. A block that a page gains is in neither list, and fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opd_fast import train
+from opd_fast.embeddings import EmbeddingCache
+from opd_fast.lora import merge_into, read_lora
+from opd_fast.models import load_model
+from opd_fast.models.base import ASSETS
+from opd_fast.prompts import write_geneval, write_lines
+from opd_fast.rewards.text import read
+from opd_fast.rollout import sample
+from opd_fast.solvers import solver_table
+from tests.runs import PROMPTS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+RUN: dict[str, str] = {
+    "README.md: python -m venv .venv && . .venv/bin/activate && pip install -e . &&": "test_the_first_command",
+    "README.md: # mine.yaml": "test_a_model_and_teachers_of_ones_own",
+    "README.md: python -m opd_fast.train mine.yaml --dry-run": "test_a_model_and_teachers_of_ones_own",
+    "README.md: import torch": "test_diffusers_draws_what_the_teacher_draws",
+    "families.md: python -m opd_fast.train --model.family my_package.my_module:MyFamily": "test_a_family",
+    "families.md: import zlib": "test_a_family",
+    "launch.md: torchrun --standalone --nproc-per-node 8 -m opd_fast.train sd35-mopd": "test_launches",
+    "launch.md: torchrun --standalone --nproc-per-node 8 -m opd_fast.train --resume": "test_launches",
+    "launch.md: torchrun --standalone --nproc-per-node 4 -m opd_fast.train --resume": "test_launches",
+    "launch.md: stopping after round 7: saving what was learnt": "test_launches",
+    "reinforcement.md: # rewards.py, anywhere on the Python path": "test_a_reward",
+    "reinforcement.md: teachers:": "test_a_reward",
+    "scaling.md: python -m opd_fast.train sd35-mopd --dry-run --devices 8": "test_plans",
+    "scaling.md: $ python -m opd_fast.scale --reshard block": "test_scale:test_the_page_shows_what_the_commands_print",
+    "scaling.md: $ python -m opd_fast.scale\n": "test_scale:test_the_page_shows_what_the_commands_print",
+}
+"""Beginning of a block to the test that runs it, here or in another file."""
+
+NODES = "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:29500"
+NOT_RUN: dict[str, str] = {
+    'README.md: python -m venv .venv && . .venv/bin/activate && pip install -e ".[test]"': "it runs these very tests; "
+    ".ci/run takes it from the page, word for word",
+    "README.md: flowchart LR": "a picture",
+    "engine.md: attention of the student": "lines of one GPU, times among them; a CPU says others",
+    f"launch.md: {NODES} --rdzv-id sd35": "four machines; test_launch has torchrun and the engine parse it",
+    f"launch.md: {NODES} --rdzv-id full": "four machines; test_launch has torchrun and the engine parse it",
+    "launch.md: torchrun --standalone --nproc-per-node 8 --max-restarts 3": "minutes, as a process has to die for it; "
+    "test_parallel launches the same and kills one, test_launch has torchrun and the engine parse it",
+    "launch.md: sbatch docs/slurm.sh": "SLURM; test_launch runs the script with stand-ins for its commands",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its page's name, the language after the fence, and the text."""
+
+    page: str
+    language: str
+    text: str
+
+    def begins(self, key: str) -> bool:
+        return f"{self.page}: {self.text}".startswith(key)
+
+
+def blocks() -> list[Block]:
+    return [
+        Block(path.name, language, text)
+        for path in PAGES
+        for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    ]
+
+
+def block(key: str) -> str:
+    """The text of the one block that begins so; `key` is in `RUN`."""
+    assert key in RUN
+    (found,) = [b for b in blocks() if b.begins(key)]
+    return found.text
+
+
+def replaced(text: str, changes: Mapping[str, object]) -> str:
+    for old, new in changes.items():
+        assert old in text, f"the page no longer says {old!r}"
+        text = text.replace(old, str(new))
+    return text
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command, whose lines a backslash joins."""
+    return [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+
+
+def run(words: list[str]) -> None:
+    """A command `python -m MODULE ...` in this process."""
+    assert words[:2] == ["python", "-m"], words
+    assert importlib.import_module(words[2]).main(words[3:]) == 0
+
+
+def test_every_block_is_run_or_listed() -> None:
+    keys = [*RUN, *NOT_RUN]
+    for found in blocks():
+        first = found.text.splitlines()[0]
+        assert [key for key in keys if found.begins(key)], f"{found.page}: {first!r} is neither run nor listed"
+    for key in keys:
+        assert len([b for b in blocks() if b.begins(key)]) == 1, f"{key!r} begins no block, or several"
+    assert len(blocks()) == len(keys)
+    fences = sum(len(re.findall(r"^ *(?:```|~~~)", path.read_text("utf-8"), re.MULTILINE)) for path in PAGES)
+    assert fences == 2 * len(blocks()), "a fence is indented, or of another form"
+
+
+@pytest.mark.parametrize("key", RUN)
+def test_what_runs_a_block_takes_it_from_the_page(key: str) -> None:
+    file, _, name = RUN[key].rpartition(":")
+    module = importlib.import_module(f"tests.{file}") if file else sys.modules[__name__]
+    source = inspect.getsource(getattr(module, name))
+    assert ("PAGE.read_text()" if file else json.dumps(key)) in source
+
+
+def test_the_first_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Less of everything; what it ends with in full is held by test_docs_results and test_bundle."""
+    monkeypatch.chdir(tmp_path)
+    text = block("README.md: python -m venv .venv && . .venv/bin/activate && pip install -e . &&")
+    installing = "python -m venv .venv && . .venv/bin/activate && pip install -e . && "
+    (words,) = commands(replaced(text, {installing: ""}))
+    less = {"train.rounds": 1, "train.samples_per_task": 1, "sampler.steps": 2, "evaluation.prompts": 1}
+    run([*words, *(f"--{key}={value}" for key, value in less.items()), "--evaluation.steps=1"])
+    (folder,) = (tmp_path / "runs").glob("bundled-*")
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert list(rows) == ["base", "teacher:composition", "teacher:text", "teacher:colour", "student"]
+    assert "teacher composition" in capsys.readouterr().out
+
+
+def test_a_model_and_teachers_of_ones_own(
+    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rewards.py").write_text("def ocr(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    for name in ("geneval", "ocr"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    write_geneval(tmp_path / "data/geneval/train_metadata.jsonl", [{"prompt": text} for text in PROMPTS["plain"]])
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"data/ocr/{split}.txt", PROMPTS["words"])
+    world = small_world.parent
+    pipeline = {"/models/stable-diffusion-3.5-medium": world / "pipeline"}
+    settings = {
+        **pipeline,
+        "/loras/geneval": world / "words",
+        "/loras/ocr/": f"{world}/plain/",
+        "resolution: 512": "resolution: 32",
+        "steps: 10": "steps: 2",
+        "rounds: 400": "rounds: 2",
+    }
+    (tmp_path / "mine.yaml").write_text(replaced(block("README.md: # mine.yaml"), settings))
+    page = commands(block("README.md: python -m opd_fast.train mine.yaml --dry-run"))
+    dry, begin, resume, judge = page
+    run(dry)
+    assert "resolution 32 pixels" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "runs").exists()
+    run(begin)
+    (folder,) = (tmp_path / "runs").glob("mine-*")
+    assert "lr: 0.0001" in (folder / "config.yaml").read_text()
+    written = {"runs/mine-20260101-120000": f"runs/{folder.name}"}
+    run([replaced(word, written) if "mine-" in word else word for word in resume])
+    here = {**written, **pipeline}
+    run([replaced(word, {k: v for k, v in here.items() if k in word}) for word in judge] + ["--out", "judged"])
+    results = json.loads((tmp_path / "judged" / "results.json").read_text())
+    assert results["prompts"] == {"test": 3}
+    assert 0 < results["rewards"]["test"]["rewards:ocr"] < 1
+
+
+def test_diffusers_draws_what_the_teacher_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's last line, from noise that both draw: the engine's image of the teacher's, not the base's."""
+    text = replaced(block("README.md: import torch"), {'"opd_fast/assets': f'"{ASSETS}'})
+    code = ast.parse(text)
+    last = code.body.pop()
+    assert isinstance(last, ast.Expr)
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    names["pipe"].set_progress_bar_config(disable=True)
+    torch.manual_seed(5)
+    image = np.asarray(eval(compile(ast.Expression(last.value), "README.md", "eval"), names)) / 255
+
+    prompt = 'a sign that says "HK"'
+    assert prompt in text
+    model = load_model("bundled", device="cpu", dtype=torch.float32)
+    rows = EmbeddingCache.build(model, [prompt]).rows([prompt])
+    table = solver_table("ode", model.sigmas(28, 32), 0.0)  # 28 steps are the pipeline's default
+    torch.manual_seed(5)
+    x = torch.randn(1, *model.latent_shape(32))
+
+    def drawn() -> torch.Tensor:
+        return model.decode(sample(model, model.transformer, rows, None, 1.0, table, x=x))
+
+    base = drawn()
+    merge_into(model.transformer, read_lora("bundled/text"))
+    teacher = drawn()
+    assert np.abs(teacher[0].permute(1, 2, 0).numpy() - image).max() <= 2 / 255
+    assert np.abs(base[0].permute(1, 2, 0).numpy() - image).max() > 0.1
+    assert read(teacher) == ["HK"]
+
+
+def test_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan for it; test_families trains a student of it."""
+    (tmp_path / "toy_family.py").write_text(block("families.md: import zlib"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "toy_family", raising=False)
+    importlib.import_module("toy_family").ToyNet().save_pretrained(tmp_path / "model" / "transformer")
+    write_lines(tmp_path / "p.txt", ["a red circle"])
+    teachers = "[{name: a, weights: model, prompts: p.txt}]"
+    text = block("families.md: python -m opd_fast.train --model.family my_package.my_module:MyFamily")
+    names = {"my_package.my_module:MyFamily": "toy_family:Toy", "PATH ...": f"model --teachers '{teachers}' --dry-run"}
+    (words,) = commands(replaced(text, names))
+    run(words)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "resolution 8 pixels (the pipeline's own), latents (3,8,8)" in text
+    assert "missing" not in text
+    monkeypatch.delitem(sys.modules, "toy_family")
+
+
+def test_a_reward(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's reward and task, learnt from for a round."""
+    (tmp_path / "rewards.py").write_text(block("reinforcement.md: # rewards.py, anywhere on the Python path"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "rewards", raising=False)
+    (tmp_path / "data" / "plain").mkdir(parents=True)
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"data/plain/{split}.txt", PROMPTS["plain"])
+    smaller = f"model: {{path: {small_world.parent / 'pipeline'}, resolution: 32}}\nsampler: {{steps: 2}}\n"
+    smaller += "train: {method: grpo, rounds: 1, samples_per_task: 2}\nrl: {images_per_prompt: 2, updates: 1}\n"
+    smaller += "evaluation: {every: 1, prompts: 2, steps: 1}\n"
+    (tmp_path / "mine.yaml").write_text(smaller + block("reinforcement.md: teachers:"))
+    assert train.main(["mine.yaml", "--run-dir", "run"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert -1 < results["rows"]["student"]["rewards:redness"] < 1
+    monkeypatch.delitem(sys.modules, "rewards")
+
+
+def test_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of models that are not here, from the configurations in the package."""
+    first, second = commands(block("scaling.md: python -m opd_fast.train sd35-mopd --dry-run --devices 8"))
+    run(first)
+    assert "ddp on 8 device(s) of 80 GiB" in " ".join(capsys.readouterr().out.split())
+    run(second)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "fsdp2 on 64 device(s) of 80 GiB" in text
+    assert "reshard: block" in text
+
+
+@pytest.mark.slow
+def test_launches(small_world: Path, tmp_path: Path) -> None:
+    """One machine's launches, on two processes of it; then the run goes on with one, is told to stop, and ends."""
+
+    def launch(text: str) -> subprocess.Popen[str]:
+        (words,) = commands(text)
+        start = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
+        command = [sys.executable, *start, *words[1:]]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def finished(text: str) -> str:
+        process = launch(text)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+        return out
+
+    two = {"--nproc-per-node 8": "--nproc-per-node 2"}
+    begin = block("launch.md: torchrun --standalone --nproc-per-node 8 -m opd_fast.train sd35-mopd")
+    said = finished(replaced(begin, {**two, "sd35-mopd": small_world}))
+    for once in ("encoded 7 distinct prompts", "teacher words: ", "student starts from ", "student trains "):
+        assert said.count(once) == 1, said
+    again = block("launch.md: torchrun --standalone --nproc-per-node 8 -m opd_fast.train --resume")
+    assert commands(again)[0][-2:] == ["--resume", "runs/x"]
+    finished(replaced(again, two))
+    elsewhere = block("launch.md: torchrun --standalone --nproc-per-node 4 -m opd_fast.train --resume")
+    four, longer = elsewhere.splitlines()
+    finished(replaced(four, {"--nproc-per-node 4": "--nproc-per-node 1"}))
+    process = launch(replaced(longer, {"--train.rounds 600": "--train.rounds 5000"}))
+    metrics, before = tmp_path / "runs/x/metrics.jsonl", len((tmp_path / "runs/x/metrics.jsonl").read_text())
+    deadline = time.monotonic() + 120
+    while len(metrics.read_text()) == before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    for line in block("launch.md: stopping after round 7: saving what was learnt").splitlines():
+        assert re.search(re.escape(line).replace("7", r"\d+"), out), out

@@ -1,0 +1,190 @@
+"""Results that README.md and docs/*.md name, held against the files that they come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import reinforcement
+from opd_fast.models import outline_model
+from opd_fast.objectives import step_weights
+from opd_fast.report import gain_recovered
+from opd_fast.solvers import solver_table
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+TASKS = ("composition", "text", "colour")
+
+
+def page(name: str) -> str:
+    """A page with every run of blanks as one space."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def result(name: str) -> Any:
+    return json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def states(text: str, *sentences: str) -> None:
+    missing = [sentence for sentence in sentences if " ".join(sentence.split()) not in text]
+    assert not missing, missing
+
+
+def percents(recovered: dict[str, float]) -> str:
+    first, second, third = (f"{100 * recovered[task]:.0f}" for task in TASKS)
+    return f"{first}, {second} and {third} %"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def test_the_bundled_run() -> None:
+    text, found = page("README.md"), result("bundled-ode")
+    names = ("composition", "composition_strict", "text", "colour")
+    for row, means in found["rows"].items():
+        own = row.removeprefix("teacher:")
+        cells = [f"**{means[name]:.3f}**" if name == own else f"{means[name]:.3f}" for name in names]
+        share = f" {100 * found['recovered'][own]:.0f} % |" if row.startswith("teacher:") else " |"
+        states(text, f"| {row.replace(':', ' ')} | {' | '.join(cells)} |{share}")
+    base, student = found["rows"]["base"], found["rows"]["student"]
+    for task in TASKS:
+        teacher = found["rows"][f"teacher:{task}"][task]
+        assert found["recovered"][task] == pytest.approx(gain_recovered(base[task], teacher, student[task]))
+    states(text, f"{duration(found['seconds']['total'])} in all, {duration(found['seconds']['train'])} of it training")
+    states(text, f"mean reward on 128 held-out prompts a task, seed {found['seed']}")
+
+
+def test_its_other_seeds_solvers_and_objectives() -> None:
+    text, runs = page("README.md"), result("same-rewards")["runs"]
+    seeds = {run["seed"]: run["recovered"] for run in runs if run["techniques"] == "on"}
+    first, second = (percents(seeds[seed]) for seed in (1, 2))
+    states(text, f"Seeds 1 and 2 recovered {first}, and {second}")
+    states(text, f"`--sampler.solver flow_sde` a run recovers {percents(result('bundled-flow_sde')['recovered'])}")
+    kl = result("bundled-ode-kl")
+    states(text, f"it took {kl['rounds']} rounds for {percents(kl['recovered'])} under the ODE")
+    states(text, f"stood still at {percents(result('bundled-flow_sde-kl')['recovered'])} under Flow-SDE")
+
+
+def test_on_and_off_end_alike() -> None:
+    on, off = (
+        next(run for run in result("same-rewards")["runs"] if run["seed"] == 0 and run["techniques"] == word)
+        for word in ("on", "off")
+    )
+    assert all(abs(on["student"][name] - off["student"][name]) <= 1e-7 for name in on["student"])
+    states(page("docs/engine.md"), "all on and all off, ended at the same rewards to 1e-7")
+
+
+def test_weights_of_the_kl() -> None:
+    model = outline_model("bundled", dtype=torch.float32)
+    ratios = []
+    for solver in ("ode", "flow_sde"):
+        weight = step_weights(solver_table(solver, model.sigmas(10, 32), 0.7), "kl")
+        ratios.append(float(weight[-2] / weight[0]))
+    assert 44.5 <= ratios[0] <= 46  # the page says 45
+    assert 650 <= ratios[1] < 750  # the page says 700
+    states(
+        page("README.md"), "under the ODE 45 times as much at the last trained step as at the first, under Flow-SDE 700"
+    )
+
+
+ROUNDS = {
+    "the bundled model's round, 4 samples a task, Flow-SDE": "round/bundled",
+    "the same, ODE": "round/bundled/ode",
+    "3 samples a task, guided": "round/tiny/guided",
+    "8 samples a task, Flow-SDE": "round/tiny",
+    "8 samples a task, ODE": "round/tiny/ode",
+}
+STEPS = {
+    "step, (24, 4, 16, 16)": ("step/tiny", 1e6, "µs", ".0f"),
+    "step, (9, 16, 64, 64)": ("step/sd35m-512", 1e3, "ms", ".3g"),
+}
+
+
+def test_speed() -> None:
+    text = page("README.md")
+    newest = sorted((ROOT / "benchmarks" / "results").glob("*.json"))[-1]
+    rows = {row["name"]: row for row in json.loads(newest.read_text())["rows"]}
+    for words, name in ROUNDS.items():
+        row = rows[name]
+        states(text, f"| {words} | {row['seconds']['p50']:.2f} s | {row['ratio_vs_reference']:.2f}x |")
+    for words, (name, unit, symbol, form) in STEPS.items():
+        row = rows[name]
+        states(text, f"| {words} | {row['seconds']['p50'] * unit:{form}} {symbol} | {row['ratio_vs_reference']:.2g}x |")
+
+
+def test_time_to_quality() -> None:
+    text, sides = page("README.md"), result("time-to-quality")["sides"]
+    engine = sides["engine"]["reached_seconds"]
+    for words, name in (
+        ("engine, the bundled recipe", "engine"),
+        ("published loop, the same settings", "published, tuned"),
+        ("published loop, published settings", "published"),
+    ):
+        seconds, rounds = sides[name]["reached_seconds"], sides[name]["reached_round"]
+        times = "" if name == "engine" else f"{seconds / engine:.2g}x "
+        states(text, f"| {words} | {rounds} | {seconds / rounds:.2f} s | {seconds:.0f} | {times}|")
+    engine_round, published_round = (
+        sides[name]["reached_seconds"] / sides[name]["reached_round"] for name in ("engine", "published, tuned")
+    )
+    states(text, f"A round is {published_round / engine_round:.1f} times as fast as the published loop's")
+    assert result("time-to-quality")["share"] == 0.9  # nine tenths
+
+
+def test_errors_of_float8() -> None:
+    found = result("fp8-error")["changes"]["teachers and student"]
+    sizes = [abs(change) for change in found["step_loss_change"]]
+    above = {3: "three"}[sum(size > 0.01 for size in sizes)]
+    many = {9: "nine"}[len(sizes)]
+    states(
+        page("docs/engine.md"),
+        f"the steps' losses move by {100 * min(sizes):.1f} to {100 * max(sizes):.1f} %, "
+        f"{above} of {many} by more than 1 %, the round's by {100 * abs(found['round_loss_change']):.1f} %",
+    )
+
+
+def test_gains_of_reinforcement_learning() -> None:
+    text, runs = (DOCS / "reinforcement.md").read_text(encoding="utf-8"), result("reinforcement")["runs"]
+    assert f"<!-- gains: begin -->\n{reinforcement.table(runs)}\n<!-- gains: end -->" in text
+    student = result("bundled-ode")["rows"]["student"]
+    first, second, third = (f"{student[task]:.3f}" for task in TASKS)
+    (cascade,) = (run["stages"] for run in runs if run["run"] == "cascade-nft")
+    fallen = f"{cascade['text']['composition']:.3f} to {cascade['colour']['composition']:.3f}"
+    states(
+        page("docs/reinforcement.md"),
+        f"ends at {first}, {second} and {third}",
+        f"In the cascade composition went from {fallen} while colour was learnt",
+    )
+
+
+def test_two_processes_and_a_world_of_one() -> None:
+    text = page("docs/scaling.md")
+    rows = {row["name"]: row for row in result("weak-scaling")["rows"]}
+    for name in ("lora-ddp", "full-ddp", "full-fsdp2", "full-fsdp2-block"):
+        one, two = rows[f"{name}/1"], rows[f"{name}/2"]
+        seconds = " | ".join(f"{s:.2f} s" for s in (one["seconds"], two["seconds"], two["predicted_seconds"]))
+        states(text, f"| {name} | {seconds} | {two['efficiency']:.0%} | {two['predicted_efficiency']:.0%} |")
+    full = sorted(rows[f"{name}/1"]["seconds"] for name in ("full-ddp", "full-fsdp2", "full-fsdp2-block"))
+    states(text, f"the three full-weight settings took {full[0]:.2f} s to {full[-1]:.2f} s")
+    alone = result("world-of-one")
+    low, high = alone["interval"]
+    states(text, f"{alone['ratio']:.3f} of a process alone, {low:.3f} to {high:.3f}, {alone['pairs']} pairs")
+
+
+def test_pages_name_files_that_exist() -> None:
+    """Every relative link of a page, and every file of the package or the tests that it names."""
+    import re
+
+    for name in ["README.md", *(f"docs/{path.name}" for path in DOCS.glob("*.md"))]:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+        assert all((path.parent / link).exists() for link in links), name
+        named = re.findall(r"`((?:opd_fast|opd_kernels|tests|benchmarks|docs|kernels)/[\w/.-]+)`", text)
+        gone = [file for file in named if not (ROOT / file).exists() and file != "benchmarks/results/"]
+        assert not gone, (name, gone)
