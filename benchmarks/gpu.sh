@@ -8,7 +8,7 @@
 #
 # Needs no network. Wheels in .whl/ are used where Python lacks a package. A part that fails or takes too long stops no
 # other, and every row is written as soon as it is measured. What is compiled stays in /tmp/opd_fast_cache for the next
-# command. OUT (default: benchmarks/results/gpu) takes the results, summary.txt and logs.tar.gz, at most eight files;
+# command. OUT (default: runs/gpu) takes the results, summary.txt and logs.tar.gz, at most eight files;
 # `python -m benchmarks.report --take OUT` brings the results into benchmarks/results. PYTHON (default: python3) is the
 # interpreter; OPD_COMMIT names the commit where .git is not there.
 set -uo pipefail
@@ -26,7 +26,7 @@ case $command in
     exit 2
     ;;
 esac
-OUT=${OUT:-benchmarks/results/gpu}
+OUT=${OUT:-runs/gpu}
 PYTHON=${PYTHON:-python3}
 slower=${rehearse:+4} # a small or busy machine takes longer
 slower=${slower:-1}

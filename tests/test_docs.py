@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import report
 from opd_fast import train
 from opd_fast.embeddings import EmbeddingCache
 from opd_fast.lora import merge_into, read_lora
@@ -35,6 +36,7 @@ from opd_fast.rewards.text import read
 from opd_fast.rollout import sample
 from opd_fast.solvers import solver_table
 from tests.runs import PROMPTS
+from tests.test_benchmarks import ENVIRONMENT, row
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,8 +52,11 @@ RUN: dict[str, str] = {
     "launch.md: torchrun --standalone --nproc-per-node 8 -m opd_fast.train --resume": "test_launches",
     "launch.md: torchrun --standalone --nproc-per-node 4 -m opd_fast.train --resume": "test_launches",
     "launch.md: stopping after round 7: saving what was learnt": "test_launches",
-    "reinforcement.md: # rewards.py, anywhere on the Python path": "test_a_reward",
-    "reinforcement.md: teachers:": "test_a_reward",
+    "gpu.md: python -m benchmarks.report --take /tmp/out": "test_results_of_a_gpu_are_taken",
+    "rewards.md: # my_rewards.py": "test_a_reward_is_learnt_from",
+    "rewards.md: prompt,colour": "test_a_reward_is_learnt_from",
+    "rewards.md: # tint.yaml": "test_a_reward_is_learnt_from",
+    "rewards.md: python -m opd_fast.evaluate --prompts tint.csv": "test_evaluate:test_the_documented_reward",
     "scaling.md: python -m opd_fast.train sd35-mopd --dry-run --devices 8": "test_plans",
     "scaling.md: $ python -m opd_fast.scale --reshard block": "test_scale:test_the_page_shows_what_the_commands_print",
     "scaling.md: $ python -m opd_fast.scale\n": "test_scale:test_the_page_shows_what_the_commands_print",
@@ -63,6 +68,9 @@ NOT_RUN: dict[str, str] = {
     'README.md: python -m venv .venv && . .venv/bin/activate && pip install -e ".[test]"': "it runs these very tests; "
     ".ci/run takes it from the page, word for word",
     "README.md: flowchart LR": "a picture",
+    "gpu.md: benchmarks/gpu.sh 1": "a GPU; test_gpu_script rehearses it",
+    "gpu.md: OPD_COMMIT=$(git describe": "a GPU; test_gpu_script rehearses it, test_benchmarks reads OPD_COMMIT",
+    "gpu.md: python3.12 -m venv .venv312": "another Python, and 800 MB",
     "engine.md: attention of the student": "lines of one GPU, times among them; a CPU says others",
     f"launch.md: {NODES} --rdzv-id sd35": "four machines; test_launch has torchrun and the engine parse it",
     f"launch.md: {NODES} --rdzv-id full": "four machines; test_launch has torchrun and the engine parse it",
@@ -240,23 +248,36 @@ def test_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.delitem(sys.modules, "toy_family")
 
 
-def test_a_reward(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's reward and task, learnt from for a round."""
-    (tmp_path / "rewards.py").write_text(block("reinforcement.md: # rewards.py, anywhere on the Python path"))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "rewards", raising=False)
-    (tmp_path / "data" / "plain").mkdir(parents=True)
-    for split in ("train", "test"):
-        write_lines(tmp_path / f"data/plain/{split}.txt", PROMPTS["plain"])
+def test_a_reward_is_learnt_from(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's reward, prompts and task, for a round; test_evaluate has its command judge with them."""
+    (tmp_path / "my_rewards.py").write_text(block("rewards.md: # my_rewards.py"))
+    (tmp_path / "tint.csv").write_text(block("rewards.md: prompt,colour"))
+    task = replaced(
+        block("rewards.md: # tint.yaml"), {"rounds: 40, samples_per_task: 48": "rounds: 1, samples_per_task: 2"}
+    )
     smaller = f"model: {{path: {small_world.parent / 'pipeline'}, resolution: 32}}\nsampler: {{steps: 2}}\n"
-    smaller += "train: {method: grpo, rounds: 1, samples_per_task: 2}\nrl: {images_per_prompt: 2, updates: 1}\n"
-    smaller += "evaluation: {every: 1, prompts: 2, steps: 1}\n"
-    (tmp_path / "mine.yaml").write_text(smaller + block("reinforcement.md: teachers:"))
-    assert train.main(["mine.yaml", "--run-dir", "run"]) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert -1 < results["rows"]["student"]["rewards:redness"] < 1
-    monkeypatch.delitem(sys.modules, "rewards")
+    smaller += "rl: {images_per_prompt: 2, updates: 1}\nevaluation: {every: 1, prompts: 2, steps: 1}\n"
+    (tmp_path / "tint.yaml").write_text(smaller + task)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert train.main(["tint.yaml", "--run-dir", "run"]) == 0
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert -1 < rows["student"]["my_rewards:tinted"] < 1
+    sys.modules.pop("my_rewards")
+
+
+def test_results_of_a_gpu_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "benchmarks"
+    monkeypatch.setattr(report.take, "__defaults__", (here / "results",))
+    monkeypatch.setattr(report, "README", here / "README.md")
+    monkeypatch.setattr(report.load_results, "__defaults__", (here / "results",))
+    report.write_results(ENVIRONMENT, [row("step/1GB", 1.0)], tmp_path / "out" / "step")
+    run(
+        shlex.split(
+            replaced(block("gpu.md: python -m benchmarks.report --take /tmp/out"), {"/tmp/out": tmp_path / "out"})
+        )
+    )
+    assert "| `step/1GB` | 1 s |" in (here / "README.md").read_text()
 
 
 def test_plans(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,8 @@ from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
 SHAPE = (4, 4, 4)
 PROMPTS = [Prompt(f"a red circle {i}") for i in range(5)]
 
+PAGE = Path(__file__).parents[1] / "docs" / "rewards.md"
+
 
 class World:
     def __init__(self, folder: Path, prompts: list[Prompt] = PROMPTS) -> None:
@@ -192,8 +194,7 @@ def test_rewards_do_not_see_what_others_do_to_their_images(
 
 def test_the_documented_reward(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/rewards.md: its function and prompts, judged by its command, and its recipe read."""
-    text = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
-    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL))
     assert set(blocks) == {"python", "csv", "bash", "yaml"}
     for name, language in (("my_rewards.py", "python"), ("tint.csv", "csv"), ("tint.yaml", "yaml")):
         (tmp_path / name).write_text(blocks[language])
