@@ -22,7 +22,7 @@ from opd_fast.trainers.loop import train
 
 def train_stages(
     stages: Sequence[Stage],
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     resume: bool = False,
     profile: bool = False,
@@ -33,7 +33,7 @@ def train_stages(
     It has the base's rewards, the teachers', those after each stage (rows `stage:NAME`) and the last student's, and the
     rounds and seconds of all together. An interrupted run returns what its stage did.
     """
-    world = world or World()
+    world, run_dir = world or World(), Path(run_dir).expanduser()
     done: list[dict[str, Any]] = []
     folders = [run_dir / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):

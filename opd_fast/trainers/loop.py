@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +18,17 @@ import torch
 from torch import Tensor
 
 from opd_fast.checkpoint import Checkpoints, replace_folder
+from opd_fast.command import check_paths
 from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.evaluate import Evaluation, evaluate
+from opd_fast.identity import Sources, compare, identify, judged_otherwise
 from opd_fast.parallel import World, whole
 from opd_fast.profiler import RoundProfiler
 from opd_fast.report import gain_recovered, image_grid, new_results, print_table, write_report, write_results
+from opd_fast.resuming import check_rounds, ended, finished
+from opd_fast.run_dir import make_run_dir, write_settings
+from opd_fast.settings import to_dict
 from opd_fast.student import Student
 from opd_fast.teachers import BASE
 from opd_fast.telemetry import Silence, Telemetry, annotate, read_metrics
@@ -31,6 +37,7 @@ from opd_fast.trainers.nft import NFT
 from opd_fast.trainers.opd import OPD
 from opd_fast.trainers.setup import ANCHOR, Setup, prepare
 from opd_fast.trainers.sft import SFT
+from opd_fast.validation import validate
 
 METHODS: dict[str, Any] = {"opd": OPD, "grpo": GRPO, "nft": NFT, "sft": SFT}
 GRID_COLUMNS = 8
@@ -38,7 +45,7 @@ GRID_COLUMNS = 8
 
 def train(
     config: Config,
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     resume: bool = False,
     profile: bool = False,
@@ -47,18 +54,38 @@ def train(
 ) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`, or on from its newest checkpoint; returns the content of results.json.
 
-    `profile` records some rounds of rank 0 (`opd_fast.profiler`); `within` is the run that this one is a stage of.
-    Every process of `world` calls it alike. Ctrl-C or SIGTERM ends it after the round in hand, everything learnt saved.
-    Raises ValueError for what cannot run.
+    `run_dir` is made where it does not exist. `profile` records some rounds of rank 0 (`opd_fast.profiler`); `within`
+    is the run that this one is a stage of. Every process of `world` calls it alike. Ctrl-C or SIGTERM ends it after the
+    round in hand, everything learnt saved. A run that is finished is told at once and not loaded again.
+    Raises ValueError for what cannot run, before anything is loaded where that can be seen then.
     """
     started = time.monotonic()
     world = world or World()
+    run_dir = Path(run_dir).expanduser()
+    validate(config)
+    check_paths(config)
+    if resume and (results := world.on_first(partial(finished, run_dir, config))) is not None:
+        if world.first:
+            _say(ended(run_dir, results))
+        return results
+    world.on_first(partial(make_run_dir, run_dir, resume=resume))
+    say = _say if world.first else _silent
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, world)
     saved = checkpoints.find() if resume and world.on_first(lambda: checkpoints.latest() is not None) else None
-    backends = () if saved is None else saved[1].get("attention", ())
-    setup = prepare(config, _say if world.first else _silent, world, backends)
-    run = Run(setup, run_dir, checkpoints, started)
+    staged, notes = within is not None, list[str]()
     if saved is not None:
+        check_rounds(run_dir, config, saved[1]["round"])
+        notes = compare(*saved, config, world.on_first(partial(identify, config)), staged=staged)
+        for line in notes:
+            say(line)
+    world.on_first(partial(write_settings, run_dir, config))
+    backends = () if saved is None else saved[1].get("attention", ())
+    setup = prepare(config, say, world, backends)
+    run = Run(setup, run_dir, checkpoints, started, world.on_first(partial(identify, config)))
+    if saved is not None:
+        for line in compare(*saved, config, run.sources, staged=staged):  # what loading fetched from the hub among them
+            if line not in notes:
+                say(line)
         run.load(*saved)
     elif resume and world.first:
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
@@ -84,8 +111,10 @@ def _silent(text: str) -> None:
 class Run:
     """The state of a run between rounds."""
 
-    def __init__(self, setup: Setup, run_dir: Path, checkpoints: Checkpoints, started: float) -> None:
+    def __init__(self, setup: Setup, run_dir: Path, checkpoints: Checkpoints, started: float, sources: Sources) -> None:
         self.setup, self.config, self.run_dir, self.checkpoints = setup, setup.config, run_dir, checkpoints
+        self.sources = sources
+        """What identifies the files and prompts that the numbers follow from."""
         self.method = METHODS[self.config.train.method](setup)
         self.optimizer = make_optimizer(setup.student, self.config)
         # Half precision has no room for small gradients: scale them up, and leave out a round that overflows.
@@ -96,6 +125,8 @@ class Run:
         self.images: dict[str, dict[str, Tensor]] = {}
         self.train_seconds, self.seconds_before, self.started = 0.0, 0.0, started
         self.interrupted = False
+        self.judged_again = ""
+        """The settings of evaluations that a resumed run has changed, if any."""
         self.skipped, self.skipped_in_a_row = 0, 0
 
     @property
@@ -108,9 +139,11 @@ class Run:
         """All rounds that are left, each within `around()`."""
         every = self.config.evaluation.every
         if not self.rows and self.setup.tasks:
-            telemetry.message("judging the base and the teachers")
+            again = f" again, since {self.judged_again} changed" if self.judged_again else ""
+            telemetry.message(f"judging the base and the teachers{again}")
             self._judge_frozen()
-            telemetry.evaluation(0, self._by_task(self.rows["base"]))
+            if not again:
+                telemetry.evaluation(0, self._by_task(self.rows["base"]))
         with _interruption() as interrupted:
             while self.rounds < self.config.train.rounds:
                 with around():
@@ -254,6 +287,8 @@ class Run:
             "skipped_in_a_row": self.skipped_in_a_row,
             "scaler": self.scaler.state_dict(),
             "teachers": self._frozen(),
+            "settings": to_dict(self.config),
+            "sources": self.sources,
             "attention": list(self.setup.engaged.backends),
         }
         write = self.setup.student.exporter()
@@ -288,6 +323,9 @@ class Run:
         self.rounds, self.rows = meta["round"], meta["rows"]
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
         self.train_seconds, self.seconds_before = meta["train_seconds"], meta["total_seconds"]
+        if changed := judged_otherwise(meta, self.config):
+            # Base and teachers were judged under the former settings: beside them the student's rewards mean nothing.
+            self.rows, self.images, self.judged_again = {}, {}, ", ".join(changed)
 
     def _total_seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
