@@ -19,12 +19,14 @@ from opd_fast import identity
 from opd_fast.checkpoint import Checkpoints
 from opd_fast.config import Config
 from opd_fast.errors import UserError
+from opd_fast.files import open_to_umask
 from opd_fast.identity import compare, digest, identify
 from opd_fast.settings import to_dict, to_yaml
 from opd_fast.telemetry import read_metrics
 from opd_fast.train import main
 from opd_fast.trainers import loop
 from opd_fast.trainers.loop import train
+from opd_kernels.tuning import replace_json
 from tests.runs import change, settings, write_world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +43,12 @@ SMALL = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a world, `world/run.yaml`, and a finished run of two rounds, `run`."""
     folder = tmp_path_factory.mktemp("whole")
-    train(settings(write_world(folder / "world"), **SMALL), str(folder / "run"))
+    config = settings(write_world(folder / "world"), **SMALL, model__text_cache=str(folder / "text"))
+    before = os.umask(0o027)  # a group that may read
+    try:
+        train(config, str(folder / "run"))
+    finally:
+        os.umask(before)
     return folder
 
 
@@ -324,6 +331,30 @@ def test_base_and_teachers_are_judged_again_where_evaluations_changed(
     assert "judging the base and the teachers again, since evaluation.prompts changed" in capsys.readouterr().err
     rounds = [line["round"] for line in read_metrics(run / "metrics.jsonl") if "evaluation" in line]
     assert rounds == sorted(rounds)
+
+
+# --- what others may do with it ---------------------------------------------------------------------------------------
+
+
+def test_the_umask_decides_who_may_read_a_run(whole: Path) -> None:
+    written = [*(whole / "run").rglob("*"), *(whole / "text").rglob("*")]
+    assert {path.suffix for path in written} >= {".safetensors", ".json", ".jsonl", ".yaml", ".html", ".png"}
+    modes = {path: oct(path.stat().st_mode & 0o777) for path in written}
+    assert modes == {path: "0o750" if path.is_dir() else "0o640" for path in written}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_permissions_of_any_new_file(tmp_path: Path, umask: int, mode: int) -> None:
+    file, cache = tmp_path / "a.safetensors", tmp_path / "cache" / "b.json"
+    before = os.umask(umask)
+    try:
+        save_file({"x": torch.zeros(1)}, file)
+        open_to_umask(file)
+        replace_json(cache, {})
+    finally:
+        os.umask(before)
+    assert [file.stat().st_mode & 0o777, cache.stat().st_mode & 0o777] == [mode, mode]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.safetensors", "b.json", "cache"]
 
 
 # --- from Python ------------------------------------------------------------------------------------------------------
