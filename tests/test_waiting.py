@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 
+from benchmarks import waiting as benchmark
 from opd_fast import waiting
 from opd_fast.waiting import bound_spinning
 
@@ -78,3 +86,53 @@ def test_only_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     found.clear()
     bound_spinning()
     assert found == waiting.BOUNDED
+
+
+def test_the_benchmark_tells_each_way_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each process gets the variables of its way and none of the user's; medians and ranges are over all of them."""
+    begun: list[dict[str, str]] = []
+    neighbours: list[int] = []
+
+    def run(words: list[str], env: dict[str, str], **options: Any) -> SimpleNamespace:
+        begun.append({name: env[name] for name in waiting.VARIABLES if name in env})
+        assert words[words.index("--rounds") + 1] == "3"
+        assert words[-2:] == ["--train.lr", "1e-4"]
+        return SimpleNamespace(stdout=f"a line\n[{len(begun)}, 20, 30]\n")
+
+    @contextlib.contextmanager
+    def neighbour() -> Iterator[None]:
+        neighbours.append(len(begun))
+        yield
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(benchmark, "neighbour", neighbour)
+    monkeypatch.setattr("benchmarks.environment.environment", lambda device, command: {"command": command})
+    out = tmp_path / "waiting.json"
+    argv = ["--rounds", "3", "--repeats", "2", "--train.lr", "1e-4", "--out", str(out)]
+    assert benchmark.main(argv) == 0
+    ways = len(benchmark.WAYS)
+    assert begun == list(benchmark.WAYS.values()) * 4
+    assert neighbours == [*range(ways, 2 * ways), *range(3 * ways, 4 * ways)]
+    found = json.loads(out.read_text())
+    assert found["environment"]["command"].endswith("--train.lr 1e-4 --out " + str(out))
+    assert found["ways"]["opd_fast's"]["variables"] == waiting.BOUNDED
+    first = found["ways"]["libgomp's default"]
+    assert first["idle"] == {"seconds": 20.0, "least": 1, "most": 30, "rounds": 6}  # 1, 20, 30, 9, 20, 30
+    assert first["busy"] == {"seconds": 20.0, "least": ways + 1, "most": 30, "rounds": 6}
+    assert "libgomp's default   idle 20.00 s  busy 20.00 s" in capsys.readouterr().out
+
+
+def test_the_neighbour_computes_and_ends() -> None:
+    with benchmark.neighbour():
+        children = psutil.Process().children()
+        (process,) = [child for child in children if "while True" in " ".join(child.cmdline())]
+        for _ in range(200):
+            if process.cpu_affinity() == [max(os.sched_getaffinity(0))] and process.cpu_times().user > 0:
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("it does not compute")
+    assert not process.is_running()

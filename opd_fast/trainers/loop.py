@@ -22,7 +22,7 @@ from opd_fast.command import check_paths
 from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.evaluate import Evaluation, evaluate
-from opd_fast.identity import Sources, compare, identify, judged_otherwise
+from opd_fast.identity import compare, identify, judged_otherwise
 from opd_fast.parallel import World, whole
 from opd_fast.profiler import RoundProfiler
 from opd_fast.report import gain_recovered, image_grid, new_results, print_table, write_report, write_results
@@ -81,7 +81,7 @@ def train(
     world.on_first(partial(write_settings, run_dir, config))
     backends = () if saved is None else saved[1].get("attention", ())
     setup = prepare(config, say, world, backends)
-    run = Run(setup, run_dir, checkpoints, started, world.on_first(partial(identify, config)))
+    run = Run(setup, run_dir, checkpoints, started)
     if saved is not None:
         for line in compare(*saved, config, run.sources, staged=staged):  # what loading fetched from the hub among them
             if line not in notes:
@@ -111,9 +111,9 @@ def _silent(text: str) -> None:
 class Run:
     """The state of a run between rounds."""
 
-    def __init__(self, setup: Setup, run_dir: Path, checkpoints: Checkpoints, started: float, sources: Sources) -> None:
+    def __init__(self, setup: Setup, run_dir: Path, checkpoints: Checkpoints, started: float) -> None:
         self.setup, self.config, self.run_dir, self.checkpoints = setup, setup.config, run_dir, checkpoints
-        self.sources = sources
+        self.sources = self.world.on_first(partial(identify, self.config))
         """What identifies the files and prompts that the numbers follow from."""
         self.method = METHODS[self.config.train.method](setup)
         self.optimizer = make_optimizer(setup.student, self.config)
