@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from opd_fast import identity
 from opd_fast.checkpoint import Checkpoints
+from opd_fast.command import read_config
 from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.files import open_to_umask
@@ -365,6 +366,7 @@ def test_a_run_from_python_needs_no_folder(whole: Path, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     config = settings(whole / "world" / "run.yaml", **(SMALL | {"train__rounds": 1, "evaluation__every": 0}))
     assert train(config, "runs/py")["rounds"] == 1
+    assert read_config("runs/py/config.yaml") == config
     assert main(["--resume", "runs/py", "--train.rounds", "2"]) == 0
     assert Checkpoints(tmp_path / "runs" / "py" / "checkpoints", 3).load()[1]["round"] == 2
     with pytest.raises(UserError, match=r"^run_dir: runs/py holds the checkpoints of a run; give another folder"):
