@@ -57,8 +57,8 @@ Every figure on this page is rendered from a file in `benchmarks/results`, which
 Beside these, with files of their own: seconds until a student has recovered its teachers' gains (`time_to_quality.py`,
 `docs/time-to-quality.json`), what `ddp` costs a process alone (`world_of_one.py`, `docs/world-of-one.json`), rounds on
 several processes (`weak_scaling.py`), the engine's techniques on and off to a run's end (`same_rewards.py`), errors of
-float8 (`fp8_error.py`), gains of the methods that learn from rewards (`reinforcement.py`), rounds beside another process
-by how OpenMP's threads wait (`waiting.py`, `docs/waiting.json`).
+float8 (`fp8_error.py`), gains of the methods that learn from rewards (`reinforcement.py`), rounds beside
+another process by how OpenMP's threads wait (`waiting.py`, `docs/waiting.json`).
 
 Run: `pytest benchmarks --benchmark-only` and `python -m benchmarks.ladder`; with `--save-results` each also writes the
 results file and this page.

@@ -1,13 +1,13 @@
 """What OpenMP's waiting costs: rounds of the bundled run while the machine is idle, and beside another process.
 
-python -m benchmarks.waiting [--rounds 8] [--repeats 3] [--seconds 60] [--out FILE] [SETTING]
+python -m benchmarks.waiting [--rounds 8] [--out FILE] [SETTING]
 
 A thread of GCC's OpenMP runtime, which torch's CPU wheel carries, spins while it waits for the others. Where another
 process holds a core, a spinning thread takes the time slice that the late one needs. Each way to wait (libgomp's own
-default, the bound that `opd_fast.waiting` sets, other bounds, no spinning at all) runs in a process of its own, since
-the runtime reads its variables once; the ways take turns, idle and beside a Python loop that is pinned to one core.
-The median round of each is printed, with the range over all processes. SETTINGs are those of
-`python -m opd_fast.train`.
+default, the bound that `opd_fast.waiting` sets, another bound, no spinning at all) has a process of its own, since the
+runtime reads its variables once. The processes take turns, round by round, idle and beside a Python loop that is pinned
+to one core, so that whatever else the machine does meets all of them. The median round of each is printed; its least
+and most go to the file, with the load averages meanwhile. SETTINGs are those of `python -m opd_fast.train`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from opd_fast import waiting
 from opd_fast.errors import main_guard
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 1
+ROUNDS = 1000  # that a process may be asked for
 WAYS: dict[str, dict[str, str]] = {
     "libgomp's default": {},
     "opd_fast's": waiting.BOUNDED,
@@ -51,46 +50,64 @@ def neighbour() -> Iterator[None]:
         process.wait()
 
 
-def rounds_of(way: dict[str, str], given: Sequence[str], options: argparse.Namespace) -> list[float]:
-    """Seconds of each round in a process of its own that waits in this way."""
-    environment = {name: value for name, value in os.environ.items() if name not in waiting.VARIABLES} | way
-    words = [sys.executable, "-m", "benchmarks.waiting", "--child"]
-    for name in ("rounds", "seconds"):
-        words += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run([*words, *given], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+class Process:
+    """A process that waits in one way, its model loaded and its threads started; a context manager."""
+
+    def __init__(self, way: dict[str, str], given: Sequence[str]) -> None:
+        environment = {name: value for name, value in os.environ.items() if name not in waiting.VARIABLES} | way
+        words = [sys.executable, "-m", "benchmarks.waiting", "--child", *given]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        self._process = subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def round(self, index: int) -> float:
+        """Seconds of round `index`. Raises RuntimeError where the process has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(f"{index}\n")
+            return float(self._process.stdout.readline())
+        except (OSError, ValueError):
+            raise RuntimeError("a process that measures has ended; its message is above") from None
 
 
-def child(given: Sequence[str], rounds: int, seconds: float) -> None:
-    """Print the seconds of up to `rounds` rounds, as many as fit into `seconds`; at least one."""
+def child(given: Sequence[str]) -> None:
+    """Answer each number of a round on stdin with its seconds on stdout."""
     from benchmarks.world_of_one import settings, side
     from opd_fast.parallel import World
     from opd_fast.telemetry import quiet_libraries
 
     quiet_libraries()
-    run = side([*settings("single", WARM_UP + rounds, None), *given], World())
-    begun = time.monotonic()
-    found: list[float] = []
-    for index in range(WARM_UP + rounds):
-        found.append(run(index))
-        if time.monotonic() - begun > seconds:
-            break
-    print(json.dumps(found[WARM_UP:] or found[-1:]))
+    run = side([*settings("single", ROUNDS, None), *given], World())
+    for line in sys.stdin:
+        print(run(int(line)), flush=True)
 
 
-def measure(options: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
-    """Every way's rounds, idle and busy: median, least, most, and how many."""
+def measure(rounds: int, given: Sequence[str]) -> dict[str, Any]:
+    """Every way's rounds, idle and busy: median, least, most."""
     found: dict[str, dict[str, list[float]]] = {name: {"idle": [], "busy": []} for name in WAYS}
     load: list[float] = []
-    for _ in range(options.repeats):
-        for state in ("idle", "busy"):
-            for name, way in WAYS.items():
+    with contextlib.ExitStack() as stack:
+        processes: dict[str, Process] = {}
+        for name, way in WAYS.items():
+            processes[name] = stack.enter_context(Process(way, given))
+            processes[name].round(0)  # one loads at a time, and warms up
+        for index in range(1, rounds + 1):
+            for state in ("idle", "busy"):
                 load.append(os.getloadavg()[0])
                 with neighbour() if state == "busy" else contextlib.nullcontext():
-                    found[name][state] += rounds_of(way, given, options)
-                print(f"{state}  {name}: {statistics.median(found[name][state]):.2f} s", file=sys.stderr, flush=True)
+                    for name, process in processes.items():
+                        found[name][state].append(process.round(index))
+                told = ", ".join(f"{name} {states[state][-1]:.2f} s" for name, states in found.items())
+                print(f"{state}: {told}", file=sys.stderr, flush=True)
     return {
+        "rounds": rounds,
         "load": [min(load), max(load)],
         "ways": {
             name: {"variables": WAYS[name], **{state: _summary(seconds) for state, seconds in states.items()}}
@@ -101,25 +118,23 @@ def measure(options: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]
 
 def _summary(seconds: Sequence[float]) -> dict[str, float]:
     figures = {"seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
-    return {name: round(value, 3) for name, value in figures.items()} | {"rounds": len(seconds)}
+    return {name: round(value, 3) for name, value in figures.items()}
 
 
 @main_guard
 def main(argv: list[str]) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.waiting", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=8, help="rounds of each process")
-    parser.add_argument("--repeats", type=int, default=3, help="processes of each way, idle and busy")
-    parser.add_argument("--seconds", type=float, default=60, help="after which a process begins no other round")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds of each way, idle and busy")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options, given = parser.parse_known_args(argv)
-    if min(options.rounds, options.repeats) < 1:
-        parser.error("--rounds and --repeats need 1 or more")
+    if not 1 <= options.rounds < ROUNDS:
+        parser.error(f"--rounds needs 1 to {ROUNDS - 1}")
     if options.child:
-        child(given, options.rounds, options.seconds)
+        child(given)
         return 0
-    found = measure(options, given)
+    found = measure(options.rounds, given)
     for name, row in found["ways"].items():
         told = "  ".join(f"{state} {row[state]['seconds']:.2f} s" for state in ("idle", "busy"))
         print(f"{name:20}{told}")

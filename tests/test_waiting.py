@@ -94,35 +94,49 @@ def test_the_benchmark_tells_each_way_apart(
     """Each process gets the variables of its way and none of the user's; medians and ranges are over all of them."""
     begun: list[dict[str, str]] = []
     neighbours: list[int] = []
+    asked: list[tuple[int, str]] = []
 
-    def run(words: list[str], env: dict[str, str], **options: Any) -> SimpleNamespace:
-        begun.append({name: env[name] for name in waiting.VARIABLES if name in env})
-        assert words[words.index("--rounds") + 1] == "3"
-        assert words[-2:] == ["--train.lr", "1e-4"]
-        return SimpleNamespace(stdout=f"a line\n[{len(begun)}, 20, 30]\n")
+    class Popen:
+        def __init__(self, words: list[str], env: dict[str, str], **options: Any) -> None:
+            assert words[-2:] == ["--train.lr", "1e-4"]
+            self.way = len(begun)
+            begun.append({name: env[name] for name in waiting.VARIABLES if name in env})
+            self.stdin = SimpleNamespace(write=lambda text: asked.append((self.way, text)))
+            self.stdout = SimpleNamespace(readline=lambda: f"{10 * self.way + len(neighbours)}\n")
+
+        def kill(self) -> None:
+            begun[self.way]["ended"] = "yes"
+
+        def communicate(self) -> None:
+            pass
 
     @contextlib.contextmanager
     def neighbour() -> Iterator[None]:
-        neighbours.append(len(begun))
+        neighbours.append(len(asked))
         yield
 
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(benchmark.subprocess, "Popen", Popen)
     monkeypatch.setattr(benchmark, "neighbour", neighbour)
     monkeypatch.setattr("benchmarks.environment.environment", lambda device, command: {"command": command})
     out = tmp_path / "waiting.json"
-    argv = ["--rounds", "3", "--repeats", "2", "--train.lr", "1e-4", "--out", str(out)]
-    assert benchmark.main(argv) == 0
+    assert benchmark.main(["--rounds", "3", "--train.lr", "1e-4", "--out", str(out)]) == 0
     ways = len(benchmark.WAYS)
-    assert begun == list(benchmark.WAYS.values()) * 4
-    assert neighbours == [*range(ways, 2 * ways), *range(3 * ways, 4 * ways)]
+    assert begun == [way | {"ended": "yes"} for way in benchmark.WAYS.values()]
+    assert asked == [(way, f"{index}\n") for index in (0, 1, 1, 2, 2, 3, 3) for way in range(ways)]
+    assert neighbours == [2 * ways, 4 * ways, 6 * ways]
     found = json.loads(out.read_text())
     assert found["environment"]["command"].endswith("--train.lr 1e-4 --out " + str(out))
-    assert found["ways"]["opd_fast's"]["variables"] == waiting.BOUNDED
-    first = found["ways"]["libgomp's default"]
-    assert first["idle"] == {"seconds": 20.0, "least": 1, "most": 30, "rounds": 6}  # 1, 20, 30, 9, 20, 30
-    assert first["busy"] == {"seconds": 20.0, "least": ways + 1, "most": 30, "rounds": 6}
-    assert "libgomp's default   idle 20.00 s  busy 20.00 s" in capsys.readouterr().out
+    second = found["ways"]["opd_fast's"]
+    assert second["variables"] == waiting.BOUNDED
+    assert second["idle"] == {"seconds": 11.0, "least": 10.0, "most": 12.0}
+    assert second["busy"] == {"seconds": 12.0, "least": 11.0, "most": 13.0}
+    assert "opd_fast's          idle 11.00 s  busy 12.00 s" in capsys.readouterr().out
+
+
+def test_a_process_that_ended_is_told() -> None:
+    with benchmark.Process({}, ["--train.lr", "-1"]) as process, pytest.raises(RuntimeError, match="has ended"):
+        process.round(0)
 
 
 def test_the_neighbour_computes_and_ends() -> None:
