@@ -257,6 +257,8 @@ def compare(folder: Path, meta: dict[str, Any], config: Config, found: Sources, 
     )
     lines = []
     for key in both:
+        if key.endswith(".eval_prompts") and config.evaluation.every == 0:
+            continue  # not read
         change = _change(key, before[key], found[key], decodes=_decodes(config))
         if change is None:
             continue
@@ -272,15 +274,15 @@ def compare(folder: Path, meta: dict[str, Any], config: Config, found: Sources, 
     return lines
 
 
-def judged_otherwise(meta: dict[str, Any], config: Config) -> list[str]:
-    """The settings of evaluations that differ from the checkpoint's, as far as rewards follow from them."""
-    before = meta.get("settings", {}).get("evaluation", {})
+def judged_otherwise(meta: dict[str, Any], config: Config, found: Sources) -> list[str]:
+    """What an evaluation's rewards follow from that differs from the checkpoint's, by setting: base and teachers are to
+    be judged again. Arguments as in `compare`."""
+    if "sources" not in meta or "settings" not in meta:
+        return []
+    before, sources = meta["settings"]["evaluation"], meta["sources"]
     names = ("prompts", "steps", "guidance", "vae_tiling")
-    return (
-        [f"evaluation.{name}" for name in names if before.get(name) != getattr(config.evaluation, name)]
-        if before
-        else []
-    )
+    changed = [f"evaluation.{name}" for name in names if before.get(name) != getattr(config.evaluation, name)]
+    return changed + [key for key in sources if key.endswith(".reward") and sources[key] != found.get(key)]
 
 
 def _change(key: str, before: dict[str, str], now: dict[str, str], *, decodes: bool) -> str | None:

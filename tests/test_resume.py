@@ -21,7 +21,7 @@ from opd_fast.command import read_config
 from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.files import open_to_umask
-from opd_fast.identity import compare, digest, identify
+from opd_fast.identity import compare, digest, identify, judged_otherwise
 from opd_fast.settings import to_dict, to_yaml
 from opd_fast.telemetry import read_metrics
 from opd_fast.train import main
@@ -161,6 +161,17 @@ def test_the_vae_matters_where_images_are_looked_at(whole: Path, tmp_path: Path)
     assert held(meta, change(config, {"evaluation__every": 0})) == []
 
 
+def test_held_out_prompts_matter_where_they_are_judged_on(whole: Path, tmp_path: Path) -> None:
+    config, _ = moved(whole, tmp_path)
+    shutil.copy(config.teachers[1].prompts, tmp_path / "held-out.txt")
+    config.teachers[1].eval_prompts = str(tmp_path / "held-out.txt")
+    meta = recorded(config)
+    _longer(tmp_path / "held-out.txt")
+    with pytest.raises(UserError, match=r"^teachers\.plain\.eval_prompts: changed since"):
+        held(meta, config)
+    assert held(meta, change(config, {"evaluation__every": 0})) == []
+
+
 def test_a_reward_of_the_users_may_be_mended(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "held_reward.py"
     source.write_text("def score(images, prompts):\n    return images.mean((1, 2, 3))\n")
@@ -168,10 +179,11 @@ def test_a_reward_of_the_users_may_be_mended(whole: Path, tmp_path: Path, monkey
     config, _ = moved(whole, tmp_path)
     config.teachers[0].reward = "held_reward:score"
     meta = recorded(config)
-    assert held(meta, config) == []
+    assert held(meta, config) == judged_otherwise(meta, config, identify(config)) == []
     source.write_text("def score(images, prompts):\n    return images.amax((1, 2, 3))\n")
     (line,) = held(meta, config)
     assert line.startswith("note: teachers.words.reward changed since round-000002 was saved (held_reward.py: sha256 ")
+    assert judged_otherwise(meta, config, identify(config)) == ["teachers.words.reward"]
 
 
 def test_a_start_that_changed_is_told(whole: Path, tmp_path: Path) -> None:

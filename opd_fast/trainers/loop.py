@@ -126,7 +126,7 @@ class Run:
         self.train_seconds, self.seconds_before, self.started = 0.0, 0.0, started
         self.interrupted = False
         self.judged_again = ""
-        """The settings of evaluations that a resumed run has changed, if any."""
+        """What evaluations follow from and a resumed run has changed, in words."""
         self.skipped, self.skipped_in_a_row = 0, 0
 
     @property
@@ -323,7 +323,7 @@ class Run:
         self.rounds, self.rows = meta["round"], meta["rows"]
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
         self.train_seconds, self.seconds_before = meta["train_seconds"], meta["total_seconds"]
-        if changed := judged_otherwise(meta, self.config):
+        if changed := judged_otherwise(meta, self.config, self.sources):
             # Base and teachers were judged under the former settings: beside them the student's rewards mean nothing.
             self.rows, self.images, self.judged_again = {}, {}, ", ".join(changed)
 
