@@ -95,6 +95,7 @@ def test_the_benchmark_tells_each_way_apart(
     begun: list[dict[str, str]] = []
     neighbours: list[int] = []
     asked: list[tuple[int, str]] = []
+    calm: list[tuple[int, float]] = []
 
     class Popen:
         def __init__(self, words: list[str], env: dict[str, str], **options: Any) -> None:
@@ -118,15 +119,20 @@ def test_the_benchmark_tells_each_way_apart(
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setattr(benchmark.subprocess, "Popen", Popen)
     monkeypatch.setattr(benchmark, "neighbour", neighbour)
+    monkeypatch.setattr(
+        benchmark, "await_calm", lambda running, seconds: calm.append((running, seconds)) or running == 1
+    )
     monkeypatch.setattr("benchmarks.environment.environment", lambda device, command: {"command": command})
     out = tmp_path / "waiting.json"
-    assert benchmark.main(["--rounds", "3", "--train.lr", "1e-4", "--out", str(out)]) == 0
+    assert benchmark.main(["--rounds", "3", "--calm", "0.5", "--train.lr", "1e-4", "--out", str(out)]) == 0
     ways = len(benchmark.WAYS)
     assert begun == [way | {"ended": "yes"} for way in benchmark.WAYS.values()]
     assert asked == [(way, f"{index}\n") for index in (0, 1, 1, 2, 2, 3, 3) for way in range(ways)]
     assert neighbours == [2 * ways, 4 * ways, 6 * ways]
     found = json.loads(out.read_text())
     assert found["environment"]["command"].endswith("--train.lr 1e-4 --out " + str(out))
+    assert calm == ([(1, 0.5)] * ways + [(2, 0.5)] * ways) * 3
+    assert found["disturbed"] == 3 * ways
     second = found["ways"]["opd_fast's"]
     assert second["variables"] == waiting.BOUNDED
     assert second["idle"] == {"seconds": 11.0, "least": 10.0, "most": 12.0}
