@@ -3,7 +3,9 @@
 torch's CPU wheels carry GCC's runtime, libgomp. By default a thread of it spins up to 300,000 turns, milliseconds, at
 every barrier before it sleeps. Where another process holds a core, the thread that the others wait for does not run,
 and theirs spin through the time slices that it needs: rounds take many times as long (`python -m benchmarks.waiting`,
-docs/waiting.json). A bound far below a time slice keeps most of what spinning gives on a machine of one's own.
+docs/waiting.json). The bound is about what putting a thread to sleep and waking it costs, tens of microseconds: whoever
+spins for as long as sleeping would cost never spends more than twice the better of the two (Karlin et al. 1988,
+"Competitive snoopy caching").
 """
 
 from __future__ import annotations

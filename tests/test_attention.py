@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -495,65 +494,6 @@ def test_a_second_run_measures_nothing(monkeypatch: pytest.MonkeyPatch, cache: P
     monkeypatch.setattr(torch, "__version__", "2.99")
     assert choose("auto", CASE).backend == "native"
     assert len(json.loads(cache.read_text())["measured"]) == 10
-
-
-class Clock:
-    """Time that passes while a backend computes alone: so many milliseconds a call, each in turn."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **milliseconds: list[float]) -> None:
-        self.now, self.calls = 1000.0, 0
-        self.milliseconds = {name: itertools.cycle(times) for name, times in milliseconds.items()}
-        monkeypatch.setattr(attention, "time", self)
-        honest = attention._Trial.__init__
-
-        def named(trial: Any, name: str, case: Case) -> None:
-            honest(trial, name, case)
-            trial.name = name
-
-        def run(trial: Any) -> None:
-            self.calls += 1
-            self.now += next(self.milliseconds[trial.name]) / 1e3
-
-        monkeypatch.setattr(attention._Trial, "__init__", named)
-        monkeypatch.setattr(attention, "_try", attention._Trial)
-        monkeypatch.setattr(attention._Trial, "run", run)
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    time = perf_counter
-
-
-def test_a_disturbed_measurement_counts_for_an_hour(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """Another process took the core in every third call of one backend: its median is right, its scatter tells."""
-    busy = Clock(monkeypatch, native=[2.0], math=[9.0], products=[3.0, 3.0, 8.0])
-    assert choose("auto", CASE).milliseconds == pytest.approx({"native": 2.0, "math": 9.0, "products": 3.0})
-    (entry,) = json.loads(cache.read_text())["measured"].values()
-    assert entry["until"] == pytest.approx(busy.now + 3600)
-    before = busy.calls
-    busy.now += 3599
-    assert "measured earlier" in choose("auto", CASE).line
-    assert busy.calls == before
-
-    calm = Clock(monkeypatch, native=[2.0, 2.1, 1.9, 20.0, 2.0], math=[9.0], products=[1.0, 1.1, 1.0])
-    calm.now = busy.now + 2
-    assert choose("auto", CASE).backend == "products"
-    assert calm.calls > 0
-    (entry,) = json.loads(cache.read_text())["measured"].values()
-    assert entry["until"] is None  # one call in five that took ten times as long is none of a backend's scatter
-    before = calm.calls
-    calm.now += 10 * 365 * 86400
-    assert choose("auto", CASE).backend == "products"
-    assert calm.calls == before
-
-
-def test_a_clock_that_was_set_back_keeps_nothing_for_longer(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    clock = Clock(monkeypatch, native=[1.0, 9.0], math=[9.0], products=[3.0])
-    choose("auto", CASE)
-    clock.now -= 10_000
-    before = clock.calls
-    choose("auto", CASE)
-    assert clock.calls > before
 
 
 @pytest.mark.parametrize(
