@@ -61,7 +61,8 @@ Every figure on this page is rendered from a file in `benchmarks/results`, which
 Beside these, with files of their own: seconds until a student has recovered its teachers' gains (`time_to_quality.py`,
 `docs/time-to-quality.json`), what `ddp` costs a process alone (`world_of_one.py`, `docs/world-of-one.json`), rounds on
 several processes (`weak_scaling.py`), the engine's techniques on and off to a run's end (`same_rewards.py`), errors of
-float8 (`fp8_error.py`), gains of the methods that learn from rewards (`reinforcement.py`).
+float8 (`fp8_error.py`), gains of the methods that learn from rewards (`reinforcement.py`), rounds beside
+another process by how OpenMP's threads wait (`waiting.py`, `docs/waiting.json`).
 
 - **At once**: all samples of the round in one forward. The published loop does not fit beside it, so it is timed first
   and then freed; every other ratio is of rounds in turn.

@@ -11,7 +11,6 @@ import json
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,7 +52,9 @@ _WORK = {"cpu": 2e9, "cuda": 2e12}  # multiplications and additions of one measu
 _ERROR = {torch.float32: 2e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 _TF32_ERROR = 4e-3
 _FULL = "runs out of memory"
-_FORMAT = 1
+_FORMAT = 2
+_CALM = 0.2  # of its median: how far a backend's quartiles lie apart at most where nothing disturbs the measurement
+_DISTURBED = 3600.0  # seconds for which a disturbed measurement is kept
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -228,8 +229,10 @@ def choose(setting: str, case: Case, *, say: Callable[[str], None] = _say) -> Ch
     holds results and gradients against float32; what is wrong, or not finite, is dropped and named. A backend that is
     named is tried once; where it cannot run, auto's choice takes its place. `say` gets one line about it.
 
-    What was measured is kept in `cache_file()`: a later run on the same kind of device takes the same. Two measurements
-    need not agree, so of several ranks one should choose for all, and a resumed run should name what it had.
+    What was measured is kept in `cache_file()`: a later run on the same kind of device takes the same. A measurement
+    that something disturbed, so that the times of a backend scatter, counts for an hour and is then made again. Two
+    measurements need not agree, so of several ranks one should choose for all, and a resumed run should name what it
+    had.
     Raises UserError for a setting that is none of auto and BACKENDS, and where no backend computes the case.
     """
     if setting != AUTO:
@@ -254,10 +257,11 @@ def _fastest(case: Case) -> Choice:
     found = _read(key)
     measured_now = found is None
     if found is None:
-        found = _measure(names, case)
+        taken, dropped = _measure(names, case)
         if case.device.type == "cuda":
             torch.cuda.empty_cache()  # of the trials' operands
-        _write(key, *found)
+        found = {name: statistics.median(times) for name, times in taken.items()}, dropped
+        _write(key, *found, until=None if tuning.calm(taken.values(), _CALM) else time.time() + _DISTURBED)
     milliseconds, dropped = found
     if not milliseconds:
         told = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
@@ -340,9 +344,9 @@ def _try(name: str, case: Case) -> _Trial | str:
     return trial
 
 
-def _measure(names: list[str], case: Case) -> tuple[dict[str, float], dict[str, str]]:
-    """Milliseconds of each backend that is right, and why the others are not taken."""
-    milliseconds: dict[str, float] = {}
+def _measure(names: list[str], case: Case) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Milliseconds that each backend that is right took, time after time, and why the others are not taken."""
+    milliseconds: dict[str, list[float]] = {}
     dropped: dict[str, str] = {}
     waiting: dict[str, _Trial] = {}
     for name in names:
@@ -356,14 +360,14 @@ def _measure(names: list[str], case: Case) -> tuple[dict[str, float], dict[str, 
     return milliseconds | _time_cpu(waiting), dropped
 
 
-def _time_cuda(trial: _Trial, device: torch.device) -> float:
+def _time_cuda(trial: _Trial, device: torch.device) -> list[float]:
     from triton.testing import do_bench
 
     with torch.cuda.device(device):
-        return float(do_bench(trial.run, warmup=5, rep=25, return_mode="median"))
+        return [float(t) for t in do_bench(trial.run, warmup=5, rep=25, return_mode="all")]
 
 
-def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 5) -> dict[str, float]:
+def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 5) -> dict[str, list[float]]:
     """Turn by turn, so that what else the machine does meets all alike."""
     taken: dict[str, list[float]] = {name: [] for name in trials}
     for name in trials:
@@ -376,7 +380,7 @@ def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 
             start = time.perf_counter()
             trial.run()
             taken[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return taken
 
 
 # --- what was measured earlier ---------------------------------------------------------------------------------------
@@ -414,30 +418,21 @@ def _read(key: str) -> tuple[dict[str, float], dict[str, str]] | None:
     try:
         milliseconds = {str(name): float(t) for name, t in entry["milliseconds"].items()}
         dropped = {str(name): str(reason) for name, reason in entry["dropped"].items()}
+        if entry["until"] is not None and not time.time() < float(entry["until"]) <= time.time() + _DISTURBED:
+            return None
     except (TypeError, KeyError, ValueError, AttributeError):
         return None
     sound = milliseconds.keys() <= set(BACKENDS) and all(0 < t < float("inf") for t in milliseconds.values())
     return (milliseconds, dropped) if sound and milliseconds else None
 
 
-def _write(key: str, milliseconds: dict[str, float], dropped: dict[str, str]) -> None:
-    """Add a measurement; a folder that cannot be written costs the next run its milliseconds, nothing else."""
+def _write(key: str, milliseconds: dict[str, float], dropped: dict[str, str], *, until: float | None) -> None:
+    """Add a measurement that counts until then (seconds since the epoch; None: for good); a folder that cannot be
+    written costs the next run its milliseconds, nothing else."""
     if not milliseconds or _FULL in dropped.values():  # another time there may be room
         return
-    entries = _entries() | {key: {"milliseconds": milliseconds, "dropped": dropped}}
-    target = cache_file()
-    part = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, suffix=".part", delete=False, encoding="utf-8"
-        ) as file:
-            part = Path(file.name)
-            json.dump({"format": _FORMAT, "measured": entries}, file, indent=1)
-        part.replace(target)
-    except OSError:
-        if part is not None:
-            part.unlink(missing_ok=True)
+    entries = _entries() | {key: {"milliseconds": milliseconds, "dropped": dropped, "until": until}}
+    tuning.replace_json(cache_file(), {"format": _FORMAT, "measured": entries})
 
 
 # --- the computation -------------------------------------------------------------------------------------------------

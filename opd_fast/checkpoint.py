@@ -274,6 +274,13 @@ class Checkpoints:
         return [p for _, p in sorted(named, key=lambda pair: int(pair[0].group(1)))]
 
 
+def newest_round(directory: Path) -> int | None:
+    """The rounds done at the newest checkpoint that lies in `directory`, whole or not; None where there is none."""
+    return max(
+        (int(found.group(1)) for p in directory.glob("round-*") if (found := _NAME.fullmatch(p.name))), default=None
+    )
+
+
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder, and put it in the place of `folder` once it is whole."""
     part = folder.with_name(f".{folder.name}.part")

@@ -22,11 +22,13 @@ from typing import Any, Literal, get_args
 from opd_fast.config import Config
 from opd_fast.earlier import in_todays_settings, is_earlier_run
 from opd_fast.errors import UserError, did_you_mean, one_line
+from opd_fast.run_dir import replace_text
 from opd_fast.settings import (
     check_known,
     describe,
     from_dict,
     leaves,
+    may_change,
     package_file,
     refuse_unsafe_changes,
     sections,
@@ -101,7 +103,11 @@ def build_parser() -> Any:
         "bundled for the bundled model, and for another the defaults with --teachers",
     )
     parser.add_argument("--run-dir", type=str, help="where the run writes; runs/RECIPE-TIME when not given")
-    parser.add_argument("--resume", type=str, help="run directory whose run goes on from its newest checkpoint")
+    parser.add_argument(
+        "--resume",
+        type=str,
+        help=f"run directory whose run goes on from its newest checkpoint; of its settings, {may_change()} may change",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the settings and the plan, then stop")
     parser.add_argument("--profile", action="store_true", help="record rounds 3 to 5 into RUN_DIR/profile")
     parser.add_argument("--devices", type=int | None, help="plan for this many devices (with --dry-run)")
@@ -235,9 +241,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {section: values for section, values in data.items() if values is not None}  # `model:` alone sets nothing
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: str | Path) -> Config:
     """The settings in a YAML file laid over the defaults, checked and validated."""
-    config = _overlaid(build_parser(), [], read_yaml(path), source=str(path))
+    config = _overlaid(build_parser(), [], read_yaml(Path(path)), source=str(path))
     validate(config)
     return config
 
@@ -539,9 +545,7 @@ def prepare_run_dir(command: Command, hold: contextlib.ExitStack | None = None) 
         run_dir.mkdir(parents=True, exist_ok=True)
         if hold is not None:
             hold.enter_context(locked(run_dir))
-        part = run_dir / ".config.yaml.part"
-        part.write_text(command.to_yaml(), encoding="utf-8")
-        os.replace(part, run_dir / "config.yaml")
+        replace_text(run_dir / "config.yaml", command.to_yaml())
     except OSError as error:
         raise UserError(
             key, f"{run_dir} cannot be written ({error.strerror or error})", "give a directory you may write"

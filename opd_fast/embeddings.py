@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from opd_fast.errors import UserError, one_line
+from opd_fast.files import open_to_umask
 from opd_fast.models.base import DiffusionModel, TextEmbeds
 from opd_fast.telemetry import PLAIN_SECONDS
 
@@ -237,6 +238,7 @@ class TextStore:
         part = self.folder / f".{name}-{secrets.token_hex(6)}.part"
         try:
             save_file({k: t.contiguous() for k, t in host.tensors.items()}, part, metadata=facts)
+            open_to_umask(part)  # others may share the folder
             with part.open("rb") as file:
                 os.fsync(file.fileno())  # else a crash could leave the name without the bytes
             os.replace(part, self.folder / f"{name}.safetensors")

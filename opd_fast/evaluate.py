@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from opd_fast.config import DETERMINISTIC, Solver
 from opd_fast.errors import UserError, main_guard
 from opd_fast.telemetry import quiet_libraries
+from opd_fast.waiting import bound_spinning
 
 RECORDED = ("solver", "eta", "steps", "guidance", "guidance_convention", "resolution", "seed")
 """Settings of the command line that its results.json repeats."""
@@ -316,6 +317,7 @@ def _pair(prompts: str, rewards: str) -> list[tuple[str, list[str]]]:
 @main_guard
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    bound_spinning()
     settings = _settings(argv)
     pairs = _pair(settings.prompts, settings.rewards)
     quiet_libraries()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd_fast.files import open_to_umask
 from opd_fast.lora_formats import (
     DIFFUSERS_PREFIX,
     PEFT_PREFIX,
@@ -330,4 +331,5 @@ def _write_tensors(
 def _replace(file: Path, write: Any) -> None:
     temporary = file.with_name(file.name + ".part")
     write(temporary)
+    open_to_umask(temporary)
     os.replace(temporary, file)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -127,18 +127,28 @@ def changed(before: Config, after: Config) -> list[str]:
     return [key for key in {**old, **new} if old.get(key, MISSING) != new.get(key, MISSING)]
 
 
-def refuse_unsafe_changes(before: Config, after: Config, *, staged: bool = False) -> None:
+def may_change(*, staged: bool = False) -> str:
+    """The settings that a resumed run may change, in words."""
+    return ", ".join(key.rstrip(".") for key in _resumable(staged))
+
+
+def _resumable(staged: bool) -> list[str]:
+    return [key for key in RESUMABLE if not (staged and key == "train.rounds")]
+
+
+def refuse_unsafe_changes(before: Config, after: Config, *, staged: bool = False, besides: Sequence[str] = ()) -> None:
     """Raise unless `after` continues the run that `before` describes (see `RESUMABLE`).
 
-    A stage keeps its rounds as well: the next one may have begun from where they ended.
+    A stage keeps its rounds as well: the next one may have begun from where they ended. `besides` are further keys
+    that may change: paths whose content is compared instead.
     """
-    may_change = [key for key in RESUMABLE if not (staged and key == "train.rounds")]
+    free = _resumable(staged)
     for key in changed(before, after):
-        if not key.startswith(tuple(may_change)):
+        if not key.startswith(tuple(free)) and key not in besides:
             raise UserError(
                 key,
                 f"a resumed run keeps its value ({flatten(before).get(key, 'unset')})",
-                "drop the option, or start a new run; " + ", ".join(k.rstrip(".") for k in may_change) + " may change",
+                f"put it back, or start a new run; {may_change(staged=staged)} may change",
             )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from opd_fast.adapters import use_adapter
 from opd_fast.config import StudentConfig
+from opd_fast.files import open_to_umask
 from opd_fast.fp8 import Float8MergedLayers, fits, quantize_frozen
 from opd_fast.merged import MergedLayers
 from opd_fast.models.base import DiffusionModel
@@ -254,6 +255,7 @@ class Student:
             outline = self._kind.from_config(self.transformer.config)
         outline.load_state_dict(state, assign=True)
         outline.save_pretrained(directory / "transformer")
+        open_to_umask(*(directory / "transformer").iterdir())
 
     def _write_lora(self, average: dict[str, Tensor], directory: Path) -> None:
         suffix = f".lora_A.{ADAPTER}.weight"

@@ -6,17 +6,33 @@ python -m opd_fast.train [RECIPE_OR_YAML] [--section.key VALUE ...] [--run-dir D
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack
 
-from opd_fast.command import check_paths, parse, prepare_run_dir, problems
+from opd_fast.command import Command, check_paths, parse, prepare_run_dir, problems
 from opd_fast.errors import main_guard
+from opd_fast.resuming import ended, finished, finished_stages
 from opd_fast.telemetry import quiet_libraries
+from opd_fast.waiting import bound_spinning
+
+
+def is_finished(command: Command) -> str | None:
+    """What to say of a resumed run that has nothing left to do; None where it has.
+
+    Raises `UserError` for fewer rounds than were done, before config.yaml is written again.
+    """
+    if command.stages:
+        results = finished_stages(command.run_dir, command.stages)
+    else:
+        results = finished(command.run_dir, command.config)
+    return None if results is None else ended(command.run_dir, results, staged=bool(command.stages))
 
 
 @main_guard
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    bound_spinning()
     command = parse(argv)
     if command.dry_run:
         quiet_libraries()
@@ -28,6 +44,10 @@ def main(argv: list[str]) -> int:
             print_plan(plan, config, command.run_dir, problems(config))
         return 0
 
+    if command.resume and (said := is_finished(command)) is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(said, flush=True)
+        return 0
     for config in command.configs:
         check_paths(config)
     quiet_libraries()

@@ -342,7 +342,7 @@ def test_unknown_names() -> None:
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
-    monkeypatch.setattr(attention, "_time_cpu", lambda trials: {name: milliseconds[name] for name in trials})
+    monkeypatch.setattr(attention, "_time_cpu", lambda trials: {name: [milliseconds[name]] * 5 for name in trials})
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -497,7 +497,7 @@ def test_a_second_run_measures_nothing(monkeypatch: pytest.MonkeyPatch, cache: P
 
 
 @pytest.mark.parametrize(
-    "damage", ["", "[]", "not json", '{"format": 0, "measured": {}}', '{"format": 1, "measured": 3}']
+    "damage", ["", "[]", "not json", '{"format": 0, "measured": {}}', '{"format": 2, "measured": 3}']
 )
 def test_a_damaged_file_is_measured_anew(damage: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     timed(monkeypatch, native=1.0, math=3.0, products=2.0)
@@ -512,12 +512,14 @@ def test_a_damaged_file_is_measured_anew(damage: str, monkeypatch: pytest.Monkey
     [
         None,
         {"milliseconds": {}},
-        {"milliseconds": {}, "dropped": {}},
-        {"milliseconds": {"native": -1.0}, "dropped": {}},
-        {"milliseconds": {"native": float("nan")}, "dropped": {}},
-        {"milliseconds": {"native": "soon"}, "dropped": {}},
-        {"milliseconds": {"gone": 1.0}, "dropped": {}},
-        {"milliseconds": [1.0], "dropped": {}},
+        {"milliseconds": {"native": 1.0}, "dropped": {}},
+        {"milliseconds": {"native": 1.0}, "dropped": {}, "until": "soon"},
+        {"milliseconds": {}, "dropped": {}, "until": None},
+        {"milliseconds": {"native": -1.0}, "dropped": {}, "until": None},
+        {"milliseconds": {"native": float("nan")}, "dropped": {}, "until": None},
+        {"milliseconds": {"native": "soon"}, "dropped": {}, "until": None},
+        {"milliseconds": {"gone": 1.0}, "dropped": {}, "until": None},
+        {"milliseconds": [1.0], "dropped": {}, "until": None},
     ],
 )
 def test_a_damaged_entry_is_measured_anew(entry: Any, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:

@@ -192,6 +192,8 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"--{key}" in text
     for option in ("--run-dir", "--resume", "--dry-run", "--seed", "--teachers", "bundled"):
         assert option in text
+    may_change = "train.rounds, model.text_cache, logging, evaluation, checkpoint, parallel may change"
+    assert may_change in " ".join(text.split())
 
 
 # --- the guard --------------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def earlier_version(run_dir: Path, keys: dict[str, str]) -> None:
     checkpoints = Checkpoints(run_dir / "checkpoints", 3)
     tensors, meta = checkpoints.load()
     meta = {key: value for key, value in meta.items() if key not in ("version", "round", "sha256", "digest")}
-    del meta["evaluation"]
+    del meta["settings"], meta["sources"]
     meta["rows"] = {name: {keys[key]: mean for key, mean in row.items()} for name, row in meta["rows"].items()}
     tensors = {n.replace("/", ".") if n.startswith("images.") else n: tensor for n, tensor in tensors.items()}
     checkpoints.save(1, tensors, meta)
@@ -165,7 +165,7 @@ def test_a_checkpoint_with_one_mean_for_both_is_judged_again(
     monkeypatch.undo()
     earlier_version(tmp_path / "run", {"words/colour": "colour", "plain/colour": "colour"})
     run(shared(small_world), tmp_path / "run", resume=True)
-    assert "judged again: round-000001 has rewards of another evaluation" in capsys.readouterr().err
+    assert "again, since round-000001 has rewards of another evaluation" in capsys.readouterr().err
     assert rows(tmp_path / "run") == rows(whole)
 
 

@@ -124,6 +124,11 @@ def test_resuming_equals_not_having_stopped(
     before = (run / "2-plain" / "metrics.jsonl").stat().st_mtime_ns
     assert main(["--resume", str(run)]) == 0
     assert (run / "2-plain" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert f"{run} is finished: all of its 5 rounds are done; its stages keep their rounds" in capsys.readouterr().out
+    # Python may give the folder as a text; where the door did not look, each stage says that it is whole.
+    stages = parse(["--resume", str(run)]).stages
+    assert train_stages(stages, str(run), resume=True)["rows"] == ends[0]
+    assert (run / "2-plain" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
 def test_the_command_line_lies_over_every_stage(world: Path, tmp_path: Path) -> None:

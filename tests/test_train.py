@@ -219,6 +219,8 @@ def test_other_ways_to_run(world: Path, tmp_path: Path, changes: dict[str, Any])
         from diffusers import SD3Transformer2DModel
 
         assert SD3Transformer2DModel.from_pretrained(tmp_path / "run" / "student" / "transformer")
+        modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run" / "student" / "transformer").iterdir()}
+        assert modes == {(tmp_path / "run" / "config.yaml").stat().st_mode & 0o777}  # as any file that is written there
 
 
 def test_a_reward_that_fails_ends_no_distillation(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

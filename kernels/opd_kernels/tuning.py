@@ -11,7 +11,8 @@ What a choice changes. States and gradients are computed element by element, the
 a sample (loss, log-probability) follow the tiling, which is their order: another choice may change their last bits. So
 a choice, once used, stays for the whole of a run, and `choices()` has it for the record. Measured choices are kept in
 `kernels.json` in $OPD_FAST_CACHE, else $XDG_CACHE_HOME/opd_fast, else ~/.cache/opd_fast, under the device's name, the
-Triton version and a hash of the kernels: the next run, or a resumed one, on such a device takes the same.
+Triton version and a hash of the kernels: the next run, or a resumed one, on such a device takes the same. What was
+measured while something else used the device counts for an hour and is then measured again.
 
     with measuring() as chosen:      # before the first step of a run, outside of any CUDA-graph capture
         ...                          # one step, eagerly: each launch of a new kind times its candidates first
@@ -27,8 +28,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -69,6 +72,10 @@ CANDIDATES = (
 )
 MARGIN = 0.03
 """A candidate replaces the rule's choice if it is faster by more than this share; less is noise."""
+CALM = 0.1
+"""Share of their median that the quartiles of a candidate's times lie apart at most, where nothing disturbs them."""
+DISTURBED = 3600.0
+"""Seconds for which a disturbed measurement is kept."""
 
 
 def rule(batch: int, elements: int) -> Launch:
@@ -164,13 +171,14 @@ class Tuner:
             return kept
         if self._measured is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return Choice(problem.key, candidates[0], "rule")
-        seconds = device_seconds([attempt(candidate) for candidate in candidates])
+        taken = device_times([attempt(candidate) for candidate in candidates])
+        seconds = [min(times) for times in taken]
         best = min(range(len(candidates)), key=seconds.__getitem__)
         if seconds[best] > (1 - MARGIN) * seconds[0]:
             best = 0
         times = {str(c): round(s * 1e6, 3) for c, s in zip(candidates, seconds, strict=True)}
         choice = Choice(problem.key, candidates[best], "measured", times)
-        _keep(cache_file(), place, choice)
+        _keep(cache_file(), place, choice, None if calm(taken, CALM) else time.time() + DISTURBED)
         return choice
 
     @contextmanager
@@ -222,14 +230,14 @@ def enabled() -> bool:
     return value == "1"
 
 
-def device_seconds(runs: Sequence[Callable[[], object]], launches: int = 20, replays: int = 10) -> list[float]:
-    """Device time of one call of each: the best of several replays of a graph of `launches` calls. The candidates take
-    turns, so that a drifting clock meets all of them. Waits for the device."""
+def device_times(runs: Sequence[Callable[[], object]], launches: int = 20, replays: int = 10) -> list[list[float]]:
+    """Device time of one call of each, in seconds, by each of several replays of a graph of `launches` calls. The
+    candidates take turns, so that a drifting clock meets all of them. Waits for the device."""
     recorder, graphs = Recorder(torch.device("cuda")), []
     for run in runs:
         run()  # compiles
         graphs.append(recorder.record(partial(_repeat, run, launches))[0])
-    best = [float("inf")] * len(graphs)
+    taken: list[list[float]] = [[] for _ in graphs]
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for turn in range(replays + 1):
         for i, graph in enumerate(graphs):
@@ -238,8 +246,18 @@ def device_seconds(runs: Sequence[Callable[[], object]], launches: int = 20, rep
             end.record()
             end.synchronize()
             if turn:  # the first warms up
-                best[i] = min(best[i], begin.elapsed_time(end) / 1e3 / launches)
-    return best
+                taken[i].append(begin.elapsed_time(end) / 1e3 / launches)
+    return taken
+
+
+def calm(taken: Iterable[Sequence[float]], most: float) -> bool:
+    """Whether measurements look undisturbed: the quartiles of each one's times lie no further apart than the share
+    `most` of its median."""
+    for times in taken:
+        low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (*times,) * 3
+        if high - low > most * middle:
+            return False
+    return True
 
 
 def _repeat(run: Callable[[], object], times: int) -> None:
@@ -280,28 +298,40 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _choice(key: str, entries: Any) -> Choice | None:
-    """The kept choice, if it is one that could be measured today."""
+    """The kept choice, if it is one that could be measured today, and was not measured at another busy moment."""
     entry = entries.get(key) if isinstance(entries, dict) else None
     if not isinstance(entry, dict) or not isinstance(entry.get("microseconds"), dict):
+        return None
+    until = entry.get("until", 0.0)  # earlier versions kept what was disturbed too, and did not say so
+    if until is not None and not (isinstance(until, float) and time.time() < until <= time.time() + DISTURBED):
         return None
     launch = {str(c): c for c in CANDIDATES}.get(str(entry.get("launch")))
     return None if launch is None else Choice(key, launch, "kept", entry["microseconds"])
 
 
-def _keep(path: Path, place: str, choice: Choice) -> None:
-    """Add a choice to the file, which is replaced as a whole. Of two processes that write at once one may lose its
-    entry, which is then measured again; a folder that cannot be written costs the same."""
+def _keep(path: Path, place: str, choice: Choice, until: float | None) -> None:
+    """Add a choice, which counts until then (seconds since the epoch; None: for good), to the file, which is replaced
+    as a whole. Of two processes that write at once one may lose its entry, which is then measured again; a folder that
+    cannot be written costs the same."""
     content = _read(path)
     entries = content.setdefault(place, {})
     if not isinstance(entries, dict):
         entries = content[place] = {}
-    entries[choice.problem] = {"launch": str(choice.launch), "microseconds": choice.microseconds}
-    with suppress(OSError):
+    entries[choice.problem] = {"launch": str(choice.launch), "microseconds": choice.microseconds, "until": until}
+    replace_json(path, content)
+
+
+def replace_json(path: Path, content: object) -> None:
+    """Write a file beside its place and rename it into it; what cannot be written is not kept. Its permissions are
+    those of any new file: others may share the folder."""
+    part = path.with_name(f".{path.name}-{secrets.token_hex(6)}.part")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-        os.replace(name, path)
+        part.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 tuner = Tuner()

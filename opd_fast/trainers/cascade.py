@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 def train_stages(
     stages: Sequence[Stage],
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     resume: bool = False,
     profile: bool = False,
@@ -38,7 +38,7 @@ def train_stages(
     It has the base's rewards, the teachers', those after each stage (rows `stage:NAME`) and the last student's, and the
     rounds and seconds of all together. An interrupted run returns what its stage did.
     """
-    world = world or World()
+    world, run_dir = world or World(), Path(run_dir).expanduser()
     done: list[dict[str, Any]] = []
     told: set[tuple[str, str]] = set()
     folders = [run_dir / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,13 +18,18 @@ import torch
 from torch import Tensor
 
 from opd_fast.checkpoint import Checkpoints, replace_folder
+from opd_fast.command import check_paths
 from opd_fast.config import Config
 from opd_fast.errors import UserError
 from opd_fast.evaluate import Evaluation, evaluate
+from opd_fast.identity import compare, identify, judged_otherwise
 from opd_fast.parallel import World, whole
 from opd_fast.profiler import RoundProfiler
 from opd_fast.report import gain_recovered, image_grid, new_results, print_table, write_report, write_results
+from opd_fast.resuming import check_rounds, ended, finished
 from opd_fast.reward_keys import reward_keys
+from opd_fast.run_dir import make_run_dir, write_settings
+from opd_fast.settings import to_dict
 from opd_fast.student import Student
 from opd_fast.teachers import BASE
 from opd_fast.telemetry import Silence, Telemetry, annotate, read_metrics
@@ -34,6 +38,7 @@ from opd_fast.trainers.nft import NFT
 from opd_fast.trainers.opd import OPD
 from opd_fast.trainers.setup import ANCHOR, Setup, prepare
 from opd_fast.trainers.sft import SFT
+from opd_fast.validation import validate
 
 METHODS: dict[str, Any] = {"opd": OPD, "grpo": GRPO, "nft": NFT, "sft": SFT}
 GRID_COLUMNS = 8
@@ -41,7 +46,7 @@ GRID_COLUMNS = 8
 
 def train(
     config: Config,
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     resume: bool = False,
     profile: bool = False,
@@ -51,19 +56,39 @@ def train(
 ) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`, or on from its newest checkpoint; returns the content of results.json.
 
-    `profile` records some rounds of rank 0 (`opd_fast.profiler`); `within` is the run that this one is a stage of,
-    and `told` what its other stages have printed of rewards that failed (`evaluate`).
-    Every process of `world` calls it alike. Ctrl-C or SIGTERM ends it after the round in hand, everything learnt saved.
-    Raises ValueError for what cannot run.
+    `run_dir` is made where it does not exist. `profile` records some rounds of rank 0 (`opd_fast.profiler`); `within`
+    is the run that this one is a stage of, and `told` what its other stages have printed of rewards that failed
+    (`evaluate`). Every process of `world` calls it alike. Ctrl-C or SIGTERM ends it after the round in hand, everything
+    learnt saved. A run that is finished is told at once and not loaded again.
+    Raises ValueError for what cannot run, before anything is loaded where that can be seen then.
     """
     started = time.monotonic()
     world = world or World()
+    run_dir = Path(run_dir).expanduser()
+    validate(config)
+    check_paths(config)
+    if resume and (results := world.on_first(partial(finished, run_dir, config))) is not None:
+        if world.first:
+            _say(ended(run_dir, results))
+        return results
+    world.on_first(partial(make_run_dir, run_dir, resume=resume))
+    say = _say if world.first else _silent
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, world)
     saved = checkpoints.find() if resume and world.on_first(lambda: checkpoints.latest() is not None) else None
+    staged, notes = within is not None, list[str]()
+    if saved is not None:
+        check_rounds(run_dir, config, saved[1]["round"])
+        notes = compare(*saved, config, world.on_first(partial(identify, config)), staged=staged)
+        for line in notes:
+            say(line)
+    world.on_first(partial(write_settings, run_dir, config))
     backends = () if saved is None else saved[1].get("attention", ())
-    setup = prepare(config, _say if world.first else _silent, world, backends)
+    setup = prepare(config, say, world, backends)
     run = Run(setup, run_dir, checkpoints, started, told)
     if saved is not None:
+        for line in compare(*saved, config, run.sources, staged=staged):  # what loading fetched from the hub among them
+            if line not in notes:
+                say(line)
         run.load(*saved)
     elif resume and world.first:
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
@@ -98,6 +123,8 @@ class Run:
         told: set[tuple[str, str]] | None = None,
     ) -> None:
         self.setup, self.config, self.run_dir, self.checkpoints = setup, setup.config, run_dir, checkpoints
+        self.sources = self.world.on_first(partial(identify, self.config))
+        """What identifies the files and prompts that the numbers follow from."""
         self.method = METHODS[self.config.train.method](setup)
         self.optimizer = make_optimizer(setup.student, self.config)
         # Half precision has no room for small gradients: scale them up, and leave out a round that overflows.
@@ -114,6 +141,8 @@ class Run:
         """Which of them this process has printed."""
         self.train_seconds, self.seconds_before, self.started = 0.0, 0.0, started
         self.interrupted = False
+        self.judged_again = ""
+        """Why base and teachers are judged again after a resume, in words."""
         self.skipped, self.skipped_in_a_row = 0, 0
 
     @property
@@ -126,11 +155,12 @@ class Run:
         """All rounds that are left, each within `around()`."""
         every = self.config.evaluation.every
         if not self.rows and self.setup.tasks:
-            telemetry.message("judging the base and the teachers")
+            again = f" again, since {self.judged_again}" if self.judged_again else ""
+            telemetry.message(f"judging the base and the teachers{again}")
             self._judge_frozen()
-            if self.config.student.start is None:  # the student is the base
+            if not again and self.config.student.start is None:  # the student is the base
                 telemetry.evaluation(0, self._by_task(self.rows["base"]))
-            elif self.rounds == 0:
+            elif not again and self.rounds == 0:
                 telemetry.evaluation(0, self._judge_student().rewards)
         with _interruption() as interrupted:
             while self.rounds < self.config.train.rounds:
@@ -295,7 +325,6 @@ class Run:
             tensors |= {f"images.{row}/{task}": pixels for task, pixels in images.items()}
         meta = {
             "rows": self.rows,
-            "evaluation": self._evaluation(),
             "failures": [[*reason, said] for reason, said in self.failures.items()],
             "train_seconds": self.train_seconds,
             "total_seconds": self._total_seconds(),
@@ -303,6 +332,8 @@ class Run:
             "skipped_in_a_row": self.skipped_in_a_row,
             "scaler": self.scaler.state_dict(),
             "teachers": self._frozen(),
+            "settings": to_dict(self.config),
+            "sources": self.sources,
             "attention": list(self.setup.engaged.backends),
         }
         write = self.setup.student.exporter()
@@ -316,27 +347,18 @@ class Run:
         frozen = [teacher for bank in banks if bank is not None for teacher in bank.teachers]
         return {teacher.name: teacher.origin.sha256 for teacher in frozen if teacher.adapter != BASE}
 
-    def _evaluation(self) -> str:
-        """A digest of what rewards depend on beside weights and seed: prompts, rewards and settings."""
-        e = self.config.evaluation
-        tasks = [
-            (task.name, task.rewards, task.count, [(prompt.text, prompt.metadata) for prompt in task.prompts])
-            for task in self.setup.tasks
-        ]
-        told = json.dumps([e.steps, self._guidance(), e.vae_tiling, tasks], sort_keys=True, default=str)
-        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+    def _judged_otherwise(self, folder: Path, meta: dict[str, Any]) -> str:
+        """Why a checkpoint's rewards of base and teachers are not what this run would measure; empty where they are.
 
-    def _comparable(self, meta: dict[str, Any]) -> bool:
-        """Whether a checkpoint's rewards of base and teachers are what this run would measure.
-
-        A checkpoint of an earlier version has no digest: it had one mean for all tasks of a reward, and filled
+        An earlier version kept no settings beside them: it had one mean for all tasks of a reward, and filled
         `evaluation.prompts` images from a short file.
         """
-        if not all(key in row for row in meta["rows"].values() for key in self.keys.values()):
-            return False
-        if "evaluation" in meta:
-            return not self.setup.tasks or bool(meta["evaluation"] == self._evaluation())
-        return all(task.count == self.config.evaluation.prompts for task in self.setup.tasks)
+        rows, count = meta["rows"], self.config.evaluation.prompts
+        known = all(key in row for row in rows.values() for key in self.keys.values())
+        if rows and not (known and ("settings" in meta or all(task.count == count for task in self.setup.tasks))):
+            return f"{folder.name} has rewards of another evaluation"
+        changed = judged_otherwise(meta, self.config, self.sources)
+        return f"{', '.join(changed)} changed" if changed else ""
 
     def load(self, folder: Path, meta: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises ValueError for one of another student or other teachers."""
@@ -349,12 +371,9 @@ class Run:
                     "put the former file back, or start a new run",
                 )
         images, method = (self.checkpoints.blanks(folder, prefix) for prefix in ("images.", "method."))
-        rows = meta["rows"]
-        if rows and not self._comparable(meta):
+        rows, self.judged_again = meta["rows"], self._judged_otherwise(folder, meta)
+        if self.judged_again:  # beside the rewards of base and teachers the student's would mean nothing
             rows, images = {}, {}
-            if self.world.first:
-                said = f"the base and the teachers are judged again: {folder.name} has rewards of another evaluation"
-                print(said, file=sys.stderr, flush=True)
         for name, pixels in images.items():
             place = name.removeprefix("images.")
             row, slash, task = place.partition("/")

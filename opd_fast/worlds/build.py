@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opd_fast.files import open_to_umask
 from opd_fast.worlds import shapes
 
 LATENT_CHANNELS = 4
@@ -481,6 +482,7 @@ def save_pipeline(model: TextToVelocity, tokenizer: Any, out: Path) -> None:
         tokenizer_3=None,
     )
     pipeline.save_pretrained(out / "pipeline")
+    open_to_umask(*(file for file in (out / "pipeline").rglob("*") if file.is_file()))
 
 
 def main() -> None:

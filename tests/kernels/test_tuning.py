@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,21 +21,22 @@ USUAL, WIDE = Launch(1024, 4, 1), Launch(2048, 8, 1)
 
 
 class Clock:
-    """Stands in for `device_seconds`: the times given by candidate, 10 us for the others; counts its calls."""
+    """Stands in for `device_times`: the times given by candidate, 10 us for the others; counts its calls."""
 
     def __init__(self) -> None:
         self.microseconds: dict[Launch, float] = {}
+        self.scatter = [1.0] * 10
         self.calls = 0
 
-    def __call__(self, runs: list[Callable[[], object]]) -> list[float]:
+    def __call__(self, runs: list[Callable[[], object]]) -> list[list[float]]:
         self.calls += 1
-        return [self.microseconds.get(run(), 10.0) / 1e6 for run in runs]  # type: ignore[call-overload]
+        return [[t * self.microseconds.get(run(), 10.0) / 1e6 for t in self.scatter] for run in runs]  # type: ignore[call-overload]
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(tuning, "device_seconds", clock)
+    monkeypatch.setattr(tuning, "device_times", clock)
     monkeypatch.setattr(tuning, "identity", lambda device: "a device, triton, kernels")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("OPD_FAST_CACHE", str(tmp_path))
@@ -86,6 +88,34 @@ def test_the_fastest_is_taken_and_kept(clock: Clock, tmp_path: Path) -> None:
     assert again.choices()[0].microseconds["2048x1/8"] == 8.0
     assert clock.calls == 1
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.json"]
+
+
+def test_a_disturbed_measurement_counts_for_an_hour(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = SimpleNamespace(time=lambda: 1000.0)
+    monkeypatch.setattr(tuning, "time", now)
+    clock.microseconds, clock.scatter = {WIDE: 8.0}, [1.0, 1.0, 1.0, 1.5, 1.5, 1.6]
+    with (tuner := Tuner()).measuring():
+        assert choose(tuner) == WIDE
+    entry = json.loads((tmp_path / "kernels.json").read_text())["a device, triton, kernels"][PROBLEM.key]
+    assert entry["until"] == 4600.0
+    clock.microseconds, clock.scatter = {}, [1.0, 1.0, 1.01, 1.0, 1.0, 5.0]
+    for seconds, wanted, calls in ((4599.0, WIDE, 1), (4601.0, USUAL, 2), (1e9, USUAL, 2)):
+        now.time = lambda seconds=seconds: seconds
+        with (tuner := Tuner()).measuring():
+            assert choose(tuner) == wanted
+        assert clock.calls == calls
+    entry = json.loads((tmp_path / "kernels.json").read_text())["a device, triton, kernels"][PROBLEM.key]
+    assert entry["until"] is None
+
+
+def test_what_an_earlier_version_kept_is_measured_again(clock: Clock, tmp_path: Path) -> None:
+    entry = {"launch": "2048x1/8", "microseconds": {"2048x1/8": 1.0}}
+    (tmp_path / "kernels.json").write_text(json.dumps({"a device, triton, kernels": {PROBLEM.key: entry}}))
+    with (tuner := Tuner()).measuring():
+        assert choose(tuner) == USUAL
+    assert clock.calls == 1
 
 
 def test_noise_does_not_replace_the_rule(clock: Clock) -> None:
