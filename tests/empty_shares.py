@@ -68,12 +68,14 @@ def cases(size: int | None) -> list[tuple[str, str]]:
     """(case, strategy) that are run on `size` processes, None being a process alone."""
     if size is None:
         return [(name, "one") for name in CASES]
-    replicated = [(name, "ddp") for name in ("lora", "grpo", "nft", "sft")]
-    sharded = [(name, "fsdp2") for name in ("lora-shared", "full")]
-    if size != 3:
-        return replicated + sharded
-    more = [("lora-shared", "ddp"), ("full", "ddp"), ("grpo-half", "ddp"), ("lora", "fsdp2"), ("lora-returns", "fsdp2")]
-    return replicated + sharded + more
+    few = [("grpo", "ddp"), ("sft", "ddp"), ("full", "fsdp2")]
+    if size == 2:
+        return [*few, ("lora", "ddp")]
+    few += [("nft", "ddp"), ("lora-shared", "fsdp2")]
+    if size == 5:
+        return few
+    more = [(name, "ddp") for name in ("lora", "lora-shared", "full", "grpo-half")]
+    return few + more + [("lora", "fsdp2"), ("lora-returns", "fsdp2")]
 
 
 def made(folder: Path, name: str, strategy: str) -> Config:
