@@ -145,7 +145,7 @@ def evaluate(
         keys = task_keys(seed, task.name, task.count)
         scores: dict[str, list[Tensor]] = {name: [] for name in task.rewards}
         images_kept: list[Tensor] = []
-        mine, _ = world.rows(task.count)
+        mine, own = world.rows(task.count)
         to_keep, _ = world.rows(keep := min(keep_images, len(task.prompts)))
         for start in range(0, len(mine), batch):
             rows = mine[start : start + batch]
@@ -156,14 +156,16 @@ def evaluate(
                     f"task {task.name!r}: the model's images hold NaN or infinite numbers; look at its weights, or set "
                     "model.dtype to float32"
                 )
-            for name in task.rewards:
-                scores[name].append(jury(name, images, prompts).double())
+            judged = min(len(rows), max(own - start, 0))  # the others are drawn only to keep the ranks in step
+            for name in task.rewards if judged else ():
+                scores[name].append(jury(name, images[:judged], prompts[:judged]).double())
             if start < len(to_keep):
                 images_kept.append(images[: len(to_keep) - start].float().cpu())
             done = min(done + len(rows) * world.size, total)
             if progress is not None:
                 progress(done, total)
-        everyone = {name: world.collect(torch.cat(parts), task.count) for name, parts in scores.items()}
+        none = torch.empty(0, dtype=torch.float64)  # this process may own no prompt
+        everyone = {name: world.collect(torch.cat([none, *parts]), task.count) for name, parts in scores.items()}
         means[task.name] = {name: float(values.nanmean()) for name, values in everyone.items()}
         if keep:
             kept[task.name] = world.collect(torch.cat(images_kept), keep)

@@ -80,7 +80,8 @@ class World:
     def collect(self, mine: Tensor, count: int, dim: int = 0) -> Tensor:
         """All `count` samples' values from every rank's own, in the samples' order.
 
-        `mine` holds this rank's `rows(count)` along `dim`; the result is the same on every rank.
+        `mine` holds this rank's `rows(count)` along `dim`, or only its own of them; a rank that owns none may give a
+        tensor of length 0 there. The result is the same on every rank.
         """
         if self.size == 1:
             return mine
@@ -88,7 +89,8 @@ class World:
         shape = list(mine.shape)
         shape[dim] = count
         whole = mine.new_zeros(shape)
-        whole.index_copy_(dim, torch.tensor(rows[:own], device=mine.device), mine.narrow(dim, 0, own))
+        places = torch.tensor(rows[:own], dtype=torch.int64, device=mine.device)
+        whole.index_copy_(dim, places, mine.narrow(dim, 0, own))
         # A sum would spread one rank's NaN to no other sample, and every sample has one owner.
         dist.all_reduce(whole)
         return whole

@@ -534,6 +534,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     group = f" in groups of {plan.shard_size}" if plan.strategy == "hsdp" else ""
     found = "traced" if plan.traced else "a rough estimate, as the family cannot be traced"
     many = plan.devices > 1
+    idle = max(0, plan.devices - plan.samples)
     evaluation = "off"
     if plan.evaluations:
         evaluation = f"{plan.evaluations} times; {plan.evaluation_rows:,} forward rows with base and teachers"
@@ -555,7 +556,8 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
             "student batch",
             f"({plan.student_rows},{c},{h},{w})"
             + (f" on {plan.devices} devices, each" if many else "")
-            + f" in {plan.forwards_per_step} forward(s) a step",
+            + f" in {plan.forwards_per_step} forward(s) a step"
+            + (f"; {idle} of the devices have no sample of their own" if idle else ""),
         ),
         *((("teacher batch", f"{teachers} a step"),) if teachers else ()),
         ("rows of a round", f"{work}  (a guided sample is two rows)"),

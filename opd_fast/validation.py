@@ -176,6 +176,7 @@ def _check_reinforcement(config: Config) -> None:
             f"{config.train.samples_per_task} is no multiple of rl.images_per_prompt = {rl.images_per_prompt}",
             f"give {rl.images_per_prompt * max(1, config.train.samples_per_task // rl.images_per_prompt)}",
         )
+    _check_updates(config, "rl.updates", rl.updates)
     for i, task in enumerate(config.teachers):
         if task.weights != "base":
             raise UserError(f"teachers[{i}].weights", f"{task.weights} teaches nothing under {method}", "write base")
@@ -221,6 +222,14 @@ def _check_replicated(config: Config) -> None:
         raise UserError("parallel.strategy", f"{strategy} under {method}, which shards no weights", "give auto or ddp")
 
 
+def _check_updates(config: Config, key: str, updates: int) -> None:
+    """Raise for more rounds on the images of a draw than there are images."""
+    t = config.train
+    images = t.samples_per_task * (t.tasks_per_round or len(config.trained))
+    if updates > images:
+        raise UserError(key, f"{updates} of {images} images, which leaves a round without any", f"give 1 to {images}")
+
+
 def _check_finetuning(config: Config) -> None:
     sft, t = config.sft, config.train
     unread = [f"sft.{f.name}" for f in fields(SFTConfig)]
@@ -235,11 +244,7 @@ def _check_finetuning(config: Config) -> None:
             raise UserError(key, f"{count} is below 1", "give 1 or more")
     if sft.base_weight < 0:
         raise UserError("sft.base_weight", f"{sft.base_weight} is below 0", "give 0 or more")
-    images = t.samples_per_task * (t.tasks_per_round or len(config.trained))
-    if sft.updates > images:
-        raise UserError(
-            "sft.updates", f"{sft.updates} of {images} images, which leaves a round without any", f"give 1 to {images}"
-        )
+    _check_updates(config, "sft.updates", sft.updates)
     for i in config.trained:
         if config.teachers[i].reward is None and sft.images_per_prompt > 1:
             why = f"is missing, which chooses among sft.images_per_prompt = {sft.images_per_prompt}"

@@ -137,6 +137,8 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
                 run.load(*checkpoints.find())
             setup.config.train.rounds = rounds
             run.go(Silence())
+            if world.first:
+                (directory / "rows.json").write_text(json.dumps(run.rows))
 
 
 def gone_on_rank_1(images: Tensor, prompts: list[Prompt]) -> Tensor:

@@ -199,6 +199,8 @@ REFUSED = [
     ("grpo", {"rl__log_prob": "published", "sampler__solver": "dance_sde"}, "rl.log_prob"),
     ("grpo", {"rl__kl": -1.0}, "rl.kl"),
     ("grpo", {"rl__updates": 0}, "rl.updates"),
+    ("nft", {"rl__updates": 9}, "rl.updates"),
+    ("grpo", {"rl__updates": 5, "train__tasks_per_round": 1}, "rl.updates"),
     ("grpo", {"objective__kind": "l2"}, "objective.kind"),
     ("grpo", {"sampler__train_last": True}, "sampler.train_last"),
     ("grpo", {"student__start": "merged"}, "student.start"),
@@ -217,6 +219,12 @@ def test_settings_that_cannot_work(world: Path, method: str, changes: dict[str, 
     with pytest.raises(UserError) as caught:
         reinforced(world, method, **changes)
     assert caught.value.key == key
+
+
+def test_each_round_of_a_rollout_has_an_image(world: Path) -> None:
+    assert reinforced(world, "nft", rl__updates=8).rl.updates == 8
+    with pytest.raises(UserError, match=r"rl\.updates: 9 of 8 images, which leaves a round without any; give 1 to 8"):
+        reinforced(world, "nft", rl__updates=9)
 
 
 def test_tasks_need_a_reward_and_no_teacher(world: Path) -> None:

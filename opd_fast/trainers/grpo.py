@@ -123,8 +123,8 @@ class GRPO(Reinforcement):
     def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         setup, trained = self.setup, self.trained_steps(epoch)
         rows, keys = self.rows(epoch), self.keys(epoch)
-        kept: dict[str, list[Tensor]] = {"x": [], "sample": [], "mean": []}
-        latents = []
+        kept = {name: [self.no_images(len(trained))] for name in ("x", "sample", "mean")}
+        latents = [self.no_images()]
         with torch.no_grad(), setup.student.at_rest():
             for part in self.micro_batches(self.mine):
                 condition, mine = self.condition(epoch, part), keys[part.to(keys.device)]

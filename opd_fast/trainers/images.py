@@ -149,6 +149,13 @@ class SharedImages(ABC):
             found.append((task, [setup.prompts[task][i] for i in indices for _ in range(self.repeats)]))
         return found
 
+    def no_images(self, *each: int) -> Tensor:
+        """(0, *each, C, H, W) float32: what a process holds before its first image, and one without images always.
+
+        Every process must hold the same tensors, because gathering them takes all processes.
+        """
+        return torch.empty(0, *each, *self.setup.shape, device=self.setup.model.device)
+
     def own_parts(self, epoch: int) -> Iterator[tuple[int, list[Prompt], Tensor, Tensor]]:
         """(task, its prompts, which of `mine` are its images, their places among its prompts), where there are any."""
         first = 0

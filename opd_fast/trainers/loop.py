@@ -129,6 +129,8 @@ class Run:
         self.optimizer = make_optimizer(setup.student, self.config)
         # Half precision has no room for small gradients: scale them up, and leave out a round that overflows.
         self.scaler = torch.amp.GradScaler(setup.model.device.type, enabled=setup.model.dtype == torch.float16)
+        # The scaler begins at the first number it is given, and a process without images gives it none in its rounds.
+        self.scaler.scale(torch.zeros((), device=setup.model.device))
         self.rounds = 0
         self.keys = reward_keys((task.name, reward) for task in setup.tasks for reward in task.rewards)
         """(task, reward) to its key in `rows`."""

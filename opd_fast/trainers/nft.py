@@ -109,7 +109,7 @@ class NFT(Reinforcement):
         return torch.ones_like(drawn["advantage"], dtype=torch.bool)
 
     def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        setup, keys, latents = self.setup, self.keys(epoch), []
+        setup, keys, latents = self.setup, self.keys(epoch), [self.no_images()]
         if epoch:
             decay = old_policy_decay(self.rl.decay, epoch * self.rl.updates)
             move_old_policy(self.old, [p.detach() for p in setup.student.parameters()], decay)

@@ -78,7 +78,7 @@ class Reinforcement(SharedImages):
     def _draw(self, epoch: int) -> dict[str, Tensor]:
         with torch.no_grad():
             latents, needed = self.roll_out(epoch)
-            images = self.setup.model.decode(latents)
+            images = self.setup.model.decode(latents) if len(latents) else latents  # the VAE takes no empty batch
         rewards = self._judged(epoch, images)
         groups = [prompt_groups(prompts) for _, prompts in self.tasks(epoch)]
         found = {"reward": rewards, "task": torch.tensor(self.owners(epoch))}

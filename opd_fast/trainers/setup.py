@@ -124,8 +124,10 @@ def prepare(
     ]
     met += [p.text for task in tasks for p in task.prompts]
     store = TextStore.open(config.model.text_cache, model)
-    # One process of a machine writes the store, the others read it.
-    with world.first_here() if store is not None else nullcontext(), encoding_progress() as progress:
+    # One process of a machine writes the store, the others read it. Waiting for it takes all processes, those included
+    # whose machine can keep no store.
+    stored = world.any(store is not None, model.device)
+    with world.first_here() if stored else nullcontext(), encoding_progress() as progress:
         text = EmbeddingCache.build(model, met, progress=progress, store=store)
     model.release_text_encoders()
     read = f", read {len(text) - text.encoded} from {store.folder}" if store is not None else ""

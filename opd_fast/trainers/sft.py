@@ -78,10 +78,12 @@ class SFT(SharedImages):
     # --- images ------------------------------------------------------------------------------------------------------
 
     def _draw(self, epoch: int) -> dict[str, Tensor]:
-        found: dict[str, list[Tensor]] = {}
+        found = {"x0": [self.no_images()]}
+        if self.sft.images_per_prompt > 1:
+            found["reward"] = [torch.empty(0, device=self.setup.model.device)]
         for task, prompts, _, places in self.own_parts(epoch):
             for name, tensor in self._draw_task(epoch, task, prompts, places).items():
-                found.setdefault(name, []).append(tensor)
+                found[name].append(tensor)
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     @torch.no_grad()
