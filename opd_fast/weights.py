@@ -42,18 +42,23 @@ class Origin:
     ranks: tuple[int, ...]
     """A LoRA's, ascending; empty for a whole transformer."""
     sha256: str
+    note: str = ""
+    """What of the files was left out beside modules that the model does not have."""
 
     @classmethod
     def of_lora(cls, source: str, lora: LoraWeights, modules: list[str]) -> Origin:
         ranks = tuple(sorted({lora.tensors[module][0].shape[0] for module in modules}))
-        return cls(source, lora.format, len(modules), len(lora.tensors), 2 * len(modules), ranks, lora.sha256)
+        return cls(
+            source, lora.format, len(modules), len(lora.tensors), 2 * len(modules), ranks, lora.sha256, lora.note
+        )
 
     def __str__(self) -> str:
         matched = f"{self.modules} modules"
         if self.modules != self.held:
             matched = f"{self.modules} of its {self.held} modules"
         rank = f"rank {', '.join(map(str, self.ranks))}, " if self.ranks else ""
-        return f"{_FORMATS[self.format]}, {matched} ({self.tensors} tensors), {rank}sha256 {self.sha256[:12]}"
+        note = f"; {self.note}" if self.note else ""
+        return f"{_FORMATS[self.format]}, {matched} ({self.tensors} tensors), {rank}sha256 {self.sha256[:12]}{note}"
 
 
 def load_transformer(model: DiffusionModel, weights: str | None, *, what: str) -> nn.Module:
