@@ -34,6 +34,11 @@ class QwenImage(PaddedTextModel):
 
     name: ClassVar[str] = "qwen_image"
     pipeline_class: ClassVar[str] = "QwenImagePipeline"
+    _kinds: ClassVar[dict[str, str]] = {
+        "transformer": "QwenImageTransformer2DModel",
+        "vae": "AutoencoderKLQwenImage",
+        "text_encoder": "qwen2_5_vl",
+    }
     lora_targets: ClassVar[dict[str, list[str]]] = {
         "attention": [f"attn.{name}" for name in _ATTENTION],
         "all": [f"attn.{name}" for name in _ATTENTION] + _FEED_FORWARD,
