@@ -129,6 +129,8 @@ def _find_transformer(weights: str, what: str) -> Path:
     if not path.exists() and HUB_ID.fullmatch(weights):
         path = fetch(weights, ["transformer/*", "config.json", "diffusion_pytorch_model*"])
         path = fetch_variants(weights, path, ["transformer"])
+        if (path / "config.json").is_file() and not any(path.glob(f"{DIFFUSERS_STEM}*.safetensors")):
+            path = fetch(weights, [f"{DIFFUSERS_STEM}*"], variants=True)  # a transformer's own repository
     elif not path.exists() and weights.endswith(".safetensors") and weights.count("/") > 1:
         owner, repo, *inside = weights.split("/")
         path = fetch(f"{owner}/{repo}", ["/".join(inside)]).joinpath(*inside)

@@ -169,6 +169,22 @@ def test_a_hub_repository_of_variants_alone(monkeypatch: pytest.MonkeyPatch, fol
     assert "*.bin" in asked[-1]["ignore_patterns"]
 
 
+def test_a_transformers_own_repository_of_variants(
+    monkeypatch: pytest.MonkeyPatch, plain: Path, base: DiffusionModel, tmp_path: Path
+) -> None:
+    """The first look leaves the variant out; the second fetches it."""
+    whole = plain / "transformer"
+
+    def download(repo: str, *, ignore_patterns: list[str], **options: Any) -> str:
+        shutil.copy(whole / "config.json", tmp_path)
+        if "*.fp16.*" not in ignore_patterns:
+            shutil.copy(whole / WEIGHTS, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    state_equal(load_with_origin(base, "owner/transformer", what="weights")[0], base.transformer)
+
+
 # --- what cannot be read ---------------------------------------------------------------------------------------------
 
 
