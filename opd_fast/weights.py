@@ -155,7 +155,7 @@ def _check_whole(model: DiffusionModel, place: Path, weights: str, what: str) ->
     """Hold a transformer's configuration and its files' headers against the base; the base's name of each tensor."""
     base = shapes_of(model.transformer)
     if place.is_file():
-        return _check_header(model, read_header(place), place, what)
+        return _check_header(model, read_header(place, f"{what}: {weights}"), place, what)
     file = place / "config.json"
     kind: Any = type(model.transformer)
     try:

@@ -54,13 +54,15 @@ class WeightFiles:
     files: tuple[Path, ...]
     variant: str | None
     """Its name in diffusers' and transformers' `variant=`; None for the plain weights."""
+    what: str
+    """The network's name in errors."""
 
     def header(self) -> Header:
         """Names, dtypes and shapes of all tensors. Raises ValueError for a file that is damaged or cut short."""
-        return {key: entry for file in self.files for key, entry in read_header(file).items()}
+        return {key: entry for file in self.files for key, entry in read_header(file, self.what).items()}
 
 
-def read_header(file: Path) -> Header:
+def read_header(file: Path, what: str) -> Header:
     """What a safetensors file holds. Raises ValueError for one that is damaged or cut short."""
     from safetensors import SafetensorError, safe_open
 
@@ -69,7 +71,9 @@ def read_header(file: Path) -> Header:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
             return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or cut short ({one_line(error)[:200]}); fetch it again") from None
+        raise ValueError(
+            f"{what} cannot be loaded: {file} is damaged or cut short ({one_line(error)[:200]}); fetch it again"
+        ) from None
 
 
 def find_weights(folder: Path, what: str, dtype: torch.dtype | None = None, stem: str | None = None) -> WeightFiles:
@@ -91,7 +95,7 @@ def find_weights(folder: Path, what: str, dtype: torch.dtype | None = None, stem
     chosen = _choose(sorted(found), folder, what, dtype)
     variant = chosen or None
     if chosen not in indexed:
-        return WeightFiles((folder / found[chosen],), variant)
+        return WeightFiles((folder / found[chosen],), variant, what)
     shards = _shards(folder / found[chosen])
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent and chosen in single:
@@ -101,7 +105,7 @@ def find_weights(folder: Path, what: str, dtype: torch.dtype | None = None, stem
         )
     if absent:
         raise ValueError(f"{what} lacks {absent[0]}; fetch the missing shards again")
-    return WeightFiles(tuple(folder / shard for shard in shards), variant)
+    return WeightFiles(tuple(folder / shard for shard in shards), variant, what)
 
 
 def _file_variant(name: str, stem: str) -> str | None:
