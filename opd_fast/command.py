@@ -108,7 +108,7 @@ def build_parser() -> Any:
         type=str,
         help=f"run directory whose run goes on from its newest checkpoint; of its settings, {may_change()} may change",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and the plan, then stop")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, plan and refusals, then stop")
     parser.add_argument("--profile", action="store_true", help="record rounds 3 to 5 into RUN_DIR/profile")
     parser.add_argument("--devices", type=int | None, help="plan for this many devices (with --dry-run)")
     parser.add_argument("--gpu-memory", type=float | None, help="GiB of each of them; the device's own, else 80")
@@ -529,6 +529,19 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def check_run_dir(command: Command) -> None:
+    """Raise `UserError` for a run directory that holds another run, or cannot be made or written; write nothing."""
+    run_dir = command.run_dir
+    key = "--resume" if command.resume else "--run-dir"
+    beginning = {"config.yaml", ".config.yaml.part", ".lock"}
+    if not command.resume and run_dir.is_dir() and any(p.name not in beginning for p in run_dir.iterdir()):
+        raise UserError(key, f"{run_dir} is not empty", f"give another, or go on with --resume {run_dir}")
+    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        why = "Not a directory" if not nearest.is_dir() else "Permission denied"
+        raise UserError(key, f"{run_dir} cannot be written ({why})", "give a directory you may write")
+
+
 def prepare_run_dir(command: Command, hold: contextlib.ExitStack | None = None) -> Path:
     """Make the run directory, write config.yaml into it and return it; keep it `locked` for as long as `hold` is open.
 
@@ -538,9 +551,7 @@ def prepare_run_dir(command: Command, hold: contextlib.ExitStack | None = None) 
     """
     run_dir = command.run_dir
     key = "--resume" if command.resume else "--run-dir"
-    beginning = {"config.yaml", ".config.yaml.part", ".lock"}
-    if not command.resume and run_dir.is_dir() and any(p.name not in beginning for p in run_dir.iterdir()):
-        raise UserError(key, f"{run_dir} is not empty", f"give another, or go on with --resume {run_dir}")
+    check_run_dir(command)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if hold is not None:

@@ -93,8 +93,8 @@ class TeacherConfig:
 
     name: str = option("name in tables, files and logs")
     weights: str = option(
-        "PEFT folder, LoRA file (diffusers, kohya, ComfyUI, ...), transformer or pipeline folder, hub id (and a folder "
-        "or file in it), or bundled/NAME"
+        "PEFT folder, LoRA file (diffusers, kohya, ComfyUI, ...), transformer or pipeline folder, .safetensors file of "
+        "all weights, hub id (and a folder or file in it), or bundled/NAME"
     )
     partial: bool = option("take a LoRA of which only some modules exist in the model; false refuses it", False)
     prompts: str = option(

@@ -22,16 +22,18 @@ from torch import Tensor, nn
 
 from opd_fast.files import open_to_umask
 from opd_fast.lora_formats import (
-    DIFFUSERS_PREFIX,
-    PEFT_PREFIX,
     Format,
+    modules_of,
+    plain_keys,
     read_keys,
     read_pairs,
     rename,
     scales_from_config,
+    transformer_names,
 )
 from opd_fast.models.base import ASSETS, DiffusionModel
 from opd_fast.models.folder import fetch
+from opd_fast.module_names import DIFFUSERS_PREFIX, PEFT_PREFIX, bare
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -53,6 +55,8 @@ class LoraWeights:
     tensors: dict[str, tuple[Tensor, Tensor]]
     scale: dict[str, float]
     sha256: str
+    note: str = ""
+    """What of the file was left out, in words; empty for nothing."""
 
     @property
     def ranks(self) -> set[int]:
@@ -96,9 +100,9 @@ def read_lora(path: str | Path, model: DiffusionModel | None = None) -> LoraWeig
     if found is None:
         raise ValueError(f"{path} is no LoRA: {_why_not(path)}")
     if found.is_file():
-        return _read_peft(found.parent) if found.name == PEFT_WEIGHTS else _read_file(found, model)
+        return _read_peft(found.parent, model) if found.name == PEFT_WEIGHTS else _read_file(found, model)
     is_peft = (found / PEFT_CONFIG).is_file() or (found / PEFT_WEIGHTS).is_file()
-    return _read_peft(found) if is_peft else _read_file(found / DIFFUSERS_WEIGHTS, model)
+    return _read_peft(found, model) if is_peft else _read_file(found / DIFFUSERS_WEIGHTS, model)
 
 
 def _why_not(source: str | Path) -> str:
@@ -121,7 +125,7 @@ def _why_not(source: str | Path) -> str:
     return f"the folder has neither {PEFT_CONFIG} with {PEFT_WEIGHTS} nor {DIFFUSERS_WEIGHTS}"
 
 
-def _read_peft(folder: Path) -> LoraWeights:
+def _read_peft(folder: Path, model: DiffusionModel | None) -> LoraWeights:
     for name in (PEFT_CONFIG, PEFT_WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"LoRA {folder} lacks {name}; copy the whole adapter folder again")
@@ -133,16 +137,23 @@ def _read_peft(folder: Path) -> LoraWeights:
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); copy the adapter again") from None
     weights = folder / PEFT_WEIGHTS
-    raw, alphas = read_pairs(weights, _load(weights)[0])
+    names = transformer_names(model)
+    tensors = _load(weights)[0]
+    raw, alphas = read_pairs(weights, plain_keys(weights, tensors, names))
     if alphas:
         raise ValueError(f"{weights} holds .alpha tensors, which PEFT does not write; convert it again")
-    pairs, _ = rename(weights, raw, {}, {module: module.removeprefix(PEFT_PREFIX) for module in raw})
-    return LoraWeights(folder, "peft", pairs, scales_from_config(file, config, pairs), sha256(weights, file))
+
+    def own(module: str) -> str:
+        return names.own(module) or module.removeprefix(PEFT_PREFIX)
+
+    pairs, _ = rename(weights, raw, {}, own)
+    spelt = {own(names.plain(module)): module.removeprefix(PEFT_PREFIX) for module in modules_of(tensors)}
+    return LoraWeights(folder, "peft", pairs, scales_from_config(file, config, pairs, spelt), sha256(weights, file))
 
 
 def _read_file(file: Path, model: DiffusionModel | None) -> LoraWeights:
     tensors, header = _load(file)
-    pairs, alphas, layout = read_keys(file, tensors, model)
+    pairs, alphas, layout, note = read_keys(file, tensors, model)
     if header.get(_METADATA_KEY):
         if alphas:
             raise ValueError(f"{file} gives alpha twice, in its header and as .alpha tensors; keep one of them")
@@ -151,10 +162,12 @@ def _read_file(file: Path, model: DiffusionModel | None) -> LoraWeights:
             config = {k.removeprefix(DIFFUSERS_PREFIX): v for k, v in metadata.items()}
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{file}: damaged {_METADATA_KEY} in its header ({error}); save the LoRA again") from None
-        scale = scales_from_config(file, config, pairs)
+        names = transformer_names(model)
+        spelt = {names.own(names.plain(m)) or bare(names.plain(m)): bare(m) for m in modules_of(tensors)}
+        scale = scales_from_config(file, config, pairs, spelt)
     else:
         scale = {module: alphas.get(module, a.shape[0]) / a.shape[0] for module, (a, _) in pairs.items()}
-    return LoraWeights(file, layout, pairs, scale, sha256(file))
+    return LoraWeights(file, layout, pairs, scale, sha256(file), note)
 
 
 def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -184,7 +197,7 @@ def _holds_lora(file: Path) -> bool:
 
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            words = ("lora", "lokr", "hada")  # reading refuses LoKr and LoHa by name
+            words = ("lora", "lokr", "hada", "oft_", "lycoris_")  # reading refuses other adapters by name
             return any(word in key for key in opened.keys() for word in words)  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError):
         return True  # damaged: reading it says so
@@ -219,7 +232,8 @@ def match(lora: LoraWeights, transformer: nn.Module, *, allow_partial: bool = Fa
     if absent and not allow_partial:
         raise ValueError(
             f"LoRA {lora.path} fits {len(modules)} of its {len(lora.tensors)} modules; the transformer has no "
-            f"{absent[0]}: it was made for another model of the family (teachers[].partial takes what fits)"
+            f"{absent[0]}: it was made for another model of the family; take this model's LoRA (teachers[].partial "
+            f"takes the {len(modules)} that fit and leaves out the other {len(absent)})"
         )
     for name, module in modules.items():
         weight = getattr(module, "weight", None)

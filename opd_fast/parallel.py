@@ -239,6 +239,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def check_alone(config: Config) -> None:
+    """Raise UserError for a strategy of several processes, where no launcher started this one."""
+    strategy = config.parallel.strategy
+    if strategy not in ("auto", "single"):
+        raise UserError(
+            "parallel.strategy",
+            f"{strategy} in a process started alone",
+            "start it with torchrun --nproc-per-node N -m opd_fast.train, or give auto",
+        )
+
+
 @contextlib.contextmanager
 def open_world(config: Config) -> Iterator[World]:
     """The processes of this run, joined; left again at the end.
@@ -246,14 +257,8 @@ def open_world(config: Config) -> Iterator[World]:
     Without a launcher it is a process alone. Raises UserError for a strategy that the launch does not allow.
     """
     size = launched()
-    strategy = config.parallel.strategy
     if size is None:
-        if strategy not in ("auto", "single"):
-            raise UserError(
-                "parallel.strategy",
-                f"{strategy} in a process started alone",
-                "start it with torchrun --nproc-per-node N -m opd_fast.train, or give auto",
-            )
+        check_alone(config)
         yield World()
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))

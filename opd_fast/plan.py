@@ -482,8 +482,11 @@ def _evaluation_images(teacher: TeacherConfig, config: Config) -> int:
 # --- printing ---------------------------------------------------------------------------------------------------------
 
 
-def print_plan(plan: Plan, config: Config, run_dir: Path, missing: Iterable[UserError] = ()) -> None:
-    """Print the settings and the plan, and what a run would miss."""
+def print_plan(
+    plan: Plan, config: Config, run_dir: Path, refused: Iterable[ValueError] = (), unchecked: Iterable[str] = ()
+) -> None:
+    """Print the settings and the plan, what a run would be refused for, and weights of the hub that were not looked
+    at."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -509,9 +512,12 @@ def print_plan(plan: Plan, config: Config, run_dir: Path, missing: Iterable[User
         trained = (f"{plan.weight[j]:.3e}", "yes" if j < plan.trained_steps else "no") if plan.weight else ()
         rows.add_row(str(j), *(f"{number:.5f}" for number in numbers), *trained)
     console.print(rows)
-    if lines := [str(error) for error in missing]:
-        console.rule("missing before it can run", align="left")
+    if lines := [str(error) for error in refused]:
+        console.rule("a run would be refused", align="left")
         console.print("\n".join(lines), markup=False)
+    if names := list(unchecked):
+        console.rule("on the hub, checked when a run begins", align="left")
+        console.print("\n".join(names), markup=False)
 
 
 def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:

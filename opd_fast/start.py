@@ -8,13 +8,14 @@ A = (S/s)^(1/2) V^T and B = U (S/s)^(1/2), so that s*B@A = D where the rank suff
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from opd_fast.config import StudentConfig
-from opd_fast.lora import delta, find_lora, read_lora
+from opd_fast.lora import LoraWeights, delta, find_lora, read_lora
 from opd_fast.models.base import DiffusionModel
 from opd_fast.teachers import TeacherBank
 
@@ -112,12 +113,17 @@ def start_from_mean(transformer: nn.Module, adapter: str, config: StudentConfig,
         b[:, :count] = left[:, :count] * root
         kept += float(size[:count].double().square().sum())
         total += float(size.double().square().sum())
-    if total and not kept:
+    check_mean(config, bool(kept) or not total)
+    return kept / total if total else 1.0
+
+
+def check_mean(config: StudentConfig, trained: bool) -> None:
+    """Raise ValueError unless the student trains something of what the teachers change."""
+    if not trained:
         raise ValueError(
             f"student.start {MERGED}: the teachers change nothing in student.targets {config.targets}; add the modules "
             f"that they change"
         )
-    return kept / total if total else 1.0
 
 
 def singular(factors: Factors, dense: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,6 +144,18 @@ def singular(factors: Factors, dense: Tensor | None) -> tuple[Tensor, Tensor, Te
 @torch.no_grad()
 def start_from_lora(model: DiffusionModel, adapter: str, config: StudentConfig) -> None:
     """Put a LoRA of the same or a lower rank into the first rows of the student's."""
+    adapters = _adapters(model.transformer, adapter)
+    lora = check_start(model, config, {m: (a.shape[1], b.shape[0]) for m, (a, b) in adapters.items()})
+    for module, (a, b) in lora.tensors.items():
+        mine_a, mine_b = adapters[module]
+        mine_a[: len(a)] = a
+        mine_b[:, : len(a)] = b.float() * (lora.scale[module] * config.rank / config.alpha)
+
+
+def check_start(model: DiffusionModel, config: StudentConfig, layers: Mapping[str, tuple[int, int]]) -> LoraWeights:
+    """The LoRA that a LoRA student begins at. ``layers``: (inputs, outputs) of each that the student trains; ``model``
+    may be an outline. Raises ValueError for what is no LoRA, or has no room in the student.
+    """
     assert config.start is not None
     if find_lora(config.start) is None:
         raise ValueError(
@@ -145,17 +163,14 @@ def start_from_lora(model: DiffusionModel, adapter: str, config: StudentConfig) 
             f"on this base; name a LoRA, or merge it into model.path"
         )
     lora = read_lora(config.start, model)
-    adapters = _adapters(model.transformer, adapter)
     for module, (a, b) in lora.tensors.items():
-        if module not in adapters:
+        if module not in layers:
             raise ValueError(f"student.start changes {module}, which student.targets leave out; add it there")
-        mine_a, mine_b = adapters[module]
         if len(a) > config.rank:
             raise ValueError(f"student.start has rank {len(a)}, the student {config.rank}; raise student.rank")
-        if mine_a.shape[1] != a.shape[1] or mine_b.shape[0] != b.shape[0]:
+        if layers[module] != (a.shape[1], b.shape[0]):
             raise ValueError(f"student.start was made for another width at {module}; name a LoRA of this model")
-        mine_a[: len(a)] = a
-        mine_b[:, : len(a)] = b.float() * (lora.scale[module] * config.rank / config.alpha)
+    return lora
 
 
 def _adapters(transformer: nn.Module, adapter: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:

@@ -10,8 +10,8 @@ import os
 import sys
 from contextlib import ExitStack
 
-from opd_fast.command import Command, check_paths, parse, prepare_run_dir, problems
-from opd_fast.errors import main_guard
+from opd_fast.command import Command, check_paths, check_run_dir, parse, prepare_run_dir
+from opd_fast.errors import UserError, main_guard
 from opd_fast.resuming import ended, finished, finished_stages
 from opd_fast.telemetry import quiet_libraries
 from opd_fast.waiting import bound_spinning
@@ -36,12 +36,7 @@ def main(argv: list[str]) -> int:
     command = parse(argv)
     if command.dry_run:
         quiet_libraries()
-        from opd_fast.plan import make_plan, print_plan
-
-        # A plan needs no prompts and no weights: what a run would still miss is told beneath it.
-        for config in command.configs:
-            plan = make_plan(config, command.devices, command.gpu_memory)
-            print_plan(plan, config, command.run_dir, problems(config))
+        _plan(command)
         return 0
 
     if command.resume and (said := is_finished(command)) is not None:
@@ -63,6 +58,33 @@ def main(argv: list[str]) -> int:
         else:
             train(command.config, run_dir, resume=resume, profile=profile, world=world)
     return 0
+
+
+def _plan(command: Command) -> None:
+    """Print what a run would do, and all that it would be refused for.
+
+    Raises ValueError, the first of these.
+    """
+    from opd_fast.parallel import check_alone, launched
+    from opd_fast.plan import make_plan, print_plan
+    from opd_fast.trainers.preflight import refusals, unchecked
+
+    checks = [lambda: check_run_dir(command)]
+    if command.devices is None and launched() is None:
+        checks.append(lambda: check_alone(command.config))
+    refused: list[ValueError] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            refused.append(error)
+    for config in command.configs:
+        plan = make_plan(config, command.devices, command.gpu_memory)
+        sharded = plan.strategy in ("fsdp2", "hsdp")
+        refused += refusals(config, plan.resolved.dtype, sharded=sharded, fetches=False)
+        print_plan(plan, config, command.run_dir, dict.fromkeys(refused), unchecked(config))
+    if refused:
+        raise refused[0]
 
 
 if __name__ == "__main__":

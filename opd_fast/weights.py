@@ -1,4 +1,5 @@
-"""Transformers by whatever name a user has for them: nothing, a LoRA, a transformer or pipeline folder, a hub id."""
+"""Transformers by whatever name a user has for them: nothing, a LoRA, a transformer or pipeline folder, a file of all
+its weights, a hub id."""
 
 from __future__ import annotations
 
@@ -14,7 +15,19 @@ from opd_fast.adapters import plain_copy, unwrapped
 from opd_fast.errors import one_line
 from opd_fast.lora import LoraWeights, find_lora, match, merge_into, read_lora, sha256
 from opd_fast.models.base import DiffusionModel
-from opd_fast.models.folder import HUB_ID, fetch, load_component
+from opd_fast.models.folder import HUB_ID, fetch, fetch_variants, load_component
+from opd_fast.models.weight_files import (
+    DIFFUSERS_STEM,
+    SAVE_AGAIN,
+    Header,
+    check_quantization,
+    check_state,
+    find_weights,
+    load_renamed,
+    own_keys,
+    read_header,
+    shapes_of,
+)
 
 _FORMATS = {
     "peft": "PEFT LoRA",
@@ -42,18 +55,23 @@ class Origin:
     ranks: tuple[int, ...]
     """A LoRA's, ascending; empty for a whole transformer."""
     sha256: str
+    note: str = ""
+    """What of the files was left out beside modules that the model does not have."""
 
     @classmethod
     def of_lora(cls, source: str, lora: LoraWeights, modules: list[str]) -> Origin:
         ranks = tuple(sorted({lora.tensors[module][0].shape[0] for module in modules}))
-        return cls(source, lora.format, len(modules), len(lora.tensors), 2 * len(modules), ranks, lora.sha256)
+        return cls(
+            source, lora.format, len(modules), len(lora.tensors), 2 * len(modules), ranks, lora.sha256, lora.note
+        )
 
     def __str__(self) -> str:
         matched = f"{self.modules} modules"
         if self.modules != self.held:
             matched = f"{self.modules} of its {self.held} modules"
         rank = f"rank {', '.join(map(str, self.ranks))}, " if self.ranks else ""
-        return f"{_FORMATS[self.format]}, {matched} ({self.tensors} tensors), {rank}sha256 {self.sha256[:12]}"
+        note = f"; {self.note}" if self.note else ""
+        return f"{_FORMATS[self.format]}, {matched} ({self.tensors} tensors), {rank}sha256 {self.sha256[:12]}{note}"
 
 
 def load_transformer(model: DiffusionModel, weights: str | None, *, what: str) -> nn.Module:
@@ -75,25 +93,29 @@ def load_with_origin(
         transformer = plain_copy(model.transformer)
         modules = merge_into(transformer, lora, allow_partial=partial)
         return transformer, Origin.of_lora(weights, lora, modules)
-    folder = _find_transformer(weights, what)
-    _check_whole(model, folder, weights, what)
-    _check_files(model, folder, what)
-    kind = type(model.transformer)
-    loaded: nn.Module = load_component(kind, folder.parent, folder.name, exact=True, torch_dtype=model.dtype)
+    place = _find_transformer(weights, what)
+    keys = _check_whole(model, place, weights, what)
+    kind: Any = type(model.transformer)
+    if place.is_file():
+        config = dict(model.transformer.config)  # type: ignore[arg-type]
+        loaded = load_renamed(kind, config, [place], keys, model.dtype)
+        digest = sha256(place)
+    else:
+        loaded = load_component(kind, place.parent, place.name, exact=True, torch_dtype=model.dtype)
+        digest = sha256(*sorted(place.glob("*.safetensors")))
     loaded = loaded.to(model.device)
     for name, tensor in loaded.state_dict().items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{what}: {name} of {weights} has NaN or infinite values; take another checkpoint")
     modules = [name for name, m in loaded.named_modules() if any(True for _ in m.parameters(recurse=False))]
     count = len(loaded.state_dict())
-    digest = sha256(*sorted(folder.glob("*.safetensors")))
     return loaded, Origin(weights, "transformer", len(modules), len(modules), count, (), digest)
 
 
 def check_weights(model: DiffusionModel, weights: str, *, what: str, partial: bool = False) -> None:
     """What `load_with_origin` would refuse about names and shapes, without loading: `model` may be an outline.
 
-    A LoRA's own tensors are read, a whole transformer's configuration alone.
+    A LoRA's own tensors are read, of a whole transformer its configuration and its files' headers.
     """
     if find_lora(weights) is not None:
         match(read_lora(weights, model), unwrapped(model.transformer), allow_partial=partial)
@@ -102,23 +124,40 @@ def check_weights(model: DiffusionModel, weights: str, *, what: str, partial: bo
 
 
 def _find_transformer(weights: str, what: str) -> Path:
-    """The folder of a whole transformer, fetched where `weights` is a hub id."""
+    """The folder of a whole transformer, or the file of its weights; fetched where `weights` names the hub's."""
     path = Path(weights).expanduser()
     if not path.exists() and HUB_ID.fullmatch(weights):
         path = fetch(weights, ["transformer/*", "config.json", "diffusion_pytorch_model*"])
+        path = fetch_variants(weights, path, ["transformer"])
+        if (path / "config.json").is_file() and not any(path.glob(f"{DIFFUSERS_STEM}*.safetensors")):
+            path = fetch(weights, [f"{DIFFUSERS_STEM}*"], variants=True)  # a transformer's own repository
+    elif not path.exists() and weights.endswith(".safetensors") and weights.count("/") > 1:
+        owner, repo, *inside = weights.split("/")
+        path = fetch(f"{owner}/{repo}", ["/".join(inside)]).joinpath(*inside)
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return path
+        unread = "holds GGUF's quantised weights" if path.suffix == ".gguf" else "is no safetensors file"
+        raise ValueError(f"{what}: {weights} {unread}, which is not read; {SAVE_AGAIN}")
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():
+        loose = sorted(file.name for file in folder.glob("*.safetensors")) if folder.is_dir() else []
+        instead = f"; it holds {loose[0]}: name that file" if len(loose) == 1 else ""
         raise ValueError(
-            f"{what}: {weights} is neither a LoRA nor a transformer folder (no config.json in {folder}); give a PEFT "
-            f"folder, a LoRA file (in a hub repository: owner/name/FILE.safetensors), a transformer or pipeline folder"
+            f"{what}: {weights} is neither a LoRA nor a transformer folder (no config.json in {folder}){instead}; give "
+            f"a PEFT folder, a LoRA file (in a hub repository: owner/name/FILE.safetensors), a transformer or pipeline "
+            f"folder"
         )
     return folder
 
 
-def _check_whole(model: DiffusionModel, folder: Path, weights: str, what: str) -> None:
-    """Hold a transformer's configuration against the base; that its weights fit it is seen when they are loaded."""
+def _check_whole(model: DiffusionModel, place: Path, weights: str, what: str) -> dict[str, str]:
+    """Hold a transformer's configuration and its files' headers against the base; the base's name of each tensor."""
+    base = shapes_of(model.transformer)
+    if place.is_file():
+        return _check_header(model, read_header(place, f"{what}: {weights}"), place, what)
+    file = place / "config.json"
     kind: Any = type(model.transformer)
-    file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         name = config["_class_name"]
@@ -129,37 +168,34 @@ def _check_whole(model: DiffusionModel, folder: Path, weights: str, what: str) -
             f"{what}: {weights} holds a {name}, the base is a {kind.__name__}; student and teachers must share the "
             f"model's architecture"
         )
+    check_quantization(config, f"{what}: the transformer in {place}", frozen=False)
     try:
         with torch.device("meta"):
             outline = kind.from_config(config)
     except Exception as error:  # whatever a configuration of nonsense leads to
         raise ValueError(f"{what}: {file} is damaged ({one_line(error)}); fetch the transformer again") from None
-    # Adapters that already sit on the base are no part of its architecture.
-    base = model.transformer.state_dict()
-    mine = {k.replace(".base_layer.", "."): v.shape for k, v in base.items() if ".lora_" not in k}
-    theirs = {k: v.shape for k, v in outline.state_dict().items()}
-    if mine != theirs:
-        key = next(k for k in sorted({**mine, **theirs}) if mine.get(k) != theirs.get(k))
+    theirs = shapes_of(outline)
+    if base != theirs:
+        key = next(k for k in sorted({**base, **theirs}) if base.get(k) != theirs.get(k))
         raise ValueError(
-            f"{what}: {weights} has {key} of shape {list(theirs.get(key, ()))}, the base {list(mine.get(key, ()))}; "
+            f"{what}: {weights} has {key} of shape {list(theirs.get(key, ()))}, the base {list(base.get(key, ()))}; "
             f"student and teachers must share the model's architecture"
         )
+    files = find_weights(place, f"{what}: the transformer in {place}", model.dtype, DIFFUSERS_STEM)
+    return _check_header(model, files.header(), place, what)
 
 
-def _check_files(model: DiffusionModel, folder: Path, what: str) -> None:
-    """Raise ValueError for tensors that the base has no place for, which diffusers passes over, and for such as are no
-    floating-point numbers, which it converts."""
-    from safetensors import SafetensorError, safe_open
-
-    known = {name.replace(".base_layer.", ".") for name in model.transformer.state_dict()}
-    for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                dtypes = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{what}: {file} is damaged ({one_line(error)}); fetch the transformer again") from None
-        for key, dtype in dtypes.items():
-            if key not in known:
-                raise ValueError(f"{what}: {file} holds {key}, which the base does not have; give its own transformer")
-            if not dtype.startswith(("F", "BF")):
-                raise ValueError(f"{what}: {key} in {file} is {dtype}, no floating-point number; fetch it again")
+def _check_header(model: DiffusionModel, header: Header, place: Path, what: str) -> dict[str, str]:
+    """Hold tensors' names, shapes and dtypes against the base's; the base's name of each."""
+    known = shapes_of(model.transformer)
+    unknown = sorted(key for key, own in own_keys(header, known).items() if own not in known and ".lora_" not in key)
+    kind = type(model.transformer).__name__
+    if len(unknown) > len(header) / 2:
+        raise ValueError(
+            f"{what}: {place} has none of the names of a {kind}, e.g. {unknown[0]}; convert a checkpoint in its "
+            f"original layout by {kind}.from_single_file(FILE).save_pretrained(FOLDER), or take one of the base's kind"
+        )
+    remedy = "give a transformer of the base's own architecture"
+    if unknown and ".base_layer." not in unknown[0]:
+        raise ValueError(f"{what}: {place} holds {unknown[0]}, which the base does not have; {remedy}")
+    return check_state(header, known, f"{what}: {place}", remedy)

@@ -110,17 +110,18 @@ def test_dry_run(
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a red circle\n")
-    teachers = f"[{{name: a, weights: {tmp_path}, prompts: p.txt}}]"
+    teachers = "[{name: a, weights: some/teacher, prompts: p.txt}]"
     argv = ["--model.path", published.repo, "--model.resolution", "1024", "--model.dtype", "bfloat16"]
     argv += ["--teachers", teachers, "--student.rank", "16", "--train.samples_per_task", "2", "--dry-run"]
     assert train.main(argv) == 0
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.replace("─", " ").split())
     image, words = published.tokens
     for said in (
         f"{image} image + {words} text",
         f"{published.parameters:,} in the transformer",
         f"{published.modules['attention']} LoRA modules of rank 16",
         "(2,16,128,128)",
+        f"on the hub, checked when a run begins {published.repo} some/teacher",
     ):
         assert said in text, said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.txt"]

@@ -192,7 +192,11 @@ def test_a_strategy_that_was_asked_for_is_kept_and_judged(pipeline: Path) -> Non
     assert "do not fit" in tight.reason
 
 
-def test_options_of_a_plan(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_a_plan(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a red circle\n")
     argv = ["--teachers", f"[{{name: a, weights: {pipeline}, prompts: p.txt}}]", "--model.path", str(pipeline)]
     argv += ["--model.resolution", "64"]
     assert train.main([*argv, "--dry-run", "--devices", "16", "--gpu-memory", "40"]) == 0

@@ -342,8 +342,10 @@ def test_whole_transformers_are_held_against_the_outline(model: SD3, tmp_path: P
         check_teachers(outline, [config], placement)  # type: ignore[arg-type]
 
     folder = write_full(model, tmp_path / "full", 0)
-    next(folder.glob("*.safetensors")).unlink()  # not looked at yet
     check(folder)
+    next(folder.glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"teacher 't': .* has no weights in safetensors"):
+        check(folder)
     with pytest.raises(ValueError, match=r"teacher 't': .* is no LoRA, and engine\.placement shared"):
         check(folder, "shared")
     file = folder / "config.json"

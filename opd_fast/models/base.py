@@ -127,6 +127,12 @@ class DiffusionModel(ABC):
     def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a pipeline folder's configuration files, without weights."""
 
+    @classmethod  # noqa: B027 - a family may know of no files
+    def check_files(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> None:
+        """Raise ValueError for weights in a local folder that ``load`` would refuse, told from configurations and the
+        files' headers.  A family that does not say so refuses none before it loads them.
+        """
+
     @abstractmethod
     def encode(self, prompts: list[str]) -> TextEmbeds:
         """Embed the prompts in one call, without gradient, onto ``device``; the caller chooses the batch.

@@ -36,6 +36,8 @@ from opd_fast.models.schedule import check_schedule, flow_sigmas
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 _FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"]
 _COMPONENTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+_KINDS = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL"}
+_KINDS |= {"text_encoder": "clip_text_model", "text_encoder_2": "t5"}
 _DECODE_PIXELS = 2**22  # decoded at once
 
 
@@ -91,7 +93,7 @@ class Flux(DiffusionModel):
         folder = resolve_pipeline(path)
         check_components(folder, check_index(folder, cls), _COMPONENTS)
         folder = resolve_pipeline(path, _COMPONENTS)
-        check_present(folder, _COMPONENTS, weights=True)
+        cls.check_files(folder, dtype=dtype)
         schedule, tokens = _check(folder, max_sequence_length)
 
         from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -106,10 +108,15 @@ class Flux(DiffusionModel):
         return model
 
     @classmethod
+    def check_files(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> None:
+        """See ``DiffusionModel.check_files``."""
+        check_present(folder, _COMPONENTS, weights=True, kinds=_KINDS, dtype=dtype)
+
+    @classmethod
     def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         check_components(folder, check_index(folder, cls), _COMPONENTS)
-        check_present(folder, _COMPONENTS, weights=False)
+        check_present(folder, _COMPONENTS, weights=False, kinds=_KINDS)
         schedule, tokens = _check(folder, max_sequence_length)
         transformer, vae = meta_transformer(folder), read_config(folder, "vae")
         return cls(str(folder), transformer, vae, schedule, tokens, torch.device("meta"), dtype)

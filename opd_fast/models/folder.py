@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +13,21 @@ import torch
 from torch import nn
 
 from opd_fast.models.base import ASSETS, DiffusionModel
+from opd_fast.models.weight_files import (
+    DIFFUSERS_STEM,
+    TRANSFORMERS_STEM,
+    check_quantization,
+    check_state,
+    find_weights,
+    load_renamed,
+    shapes_of,
+)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights are read from safetensors only: the other formats can run code when they are opened.
-_NOT_NEEDED = ["*.bin", "*.msgpack", "*.onnx*", "*.ckpt", "*.pt", "*.gguf", "*.fp16.*", "*.fp16-*", "*.non_ema.*"]
+_NEVER_READ = ["*.bin", "*.msgpack", "*.onnx*", "*.ckpt", "*.pt", "*.gguf"]
+_VARIANTS = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*"]
+_NOT_TOGETHER = "its weights and its config.json do not belong together: fetch the pipeline again"
 _CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json")
 
 
@@ -35,12 +46,35 @@ def resolve_pipeline(path: str | Path, components: Sequence[str] = ()) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"model path {folder} is a file; give the pipeline's folder (the one with model_index.json)")
+        raise ValueError(f"model path {folder} is a file; give the pipeline's folder {_of_file(folder)}")
     if HUB_ID.fullmatch(str(path)):
-        return fetch(str(path), ["model_index.json", *(f"{name}/*" for name in components)])
+        folder = fetch(str(path), ["model_index.json", *(f"{name}/*" for name in components)])
+        return fetch_variants(str(path), folder, components)
     raise ValueError(
         f"model path {path} does not exist; give a diffusers pipeline folder, a hub id (owner/name), or bundled"
     )
+
+
+def _of_file(file: Path) -> str:
+    """What to do about a file in a pipeline's place."""
+    if file.suffix in (".safetensors", ".ckpt"):
+        return (
+            "(a single-file checkpoint is converted by from_single_file(FILE).save_pretrained(FOLDER) of the "
+            "pipeline's class in diffusers)"
+        )
+    if file.suffix == ".gguf":
+        return "of the model in bfloat16 or float16 (GGUF holds quantised weights, which are not read)"
+    return "(the one with model_index.json)"
+
+
+def fetch_variants(repo: str, folder: Path, components: Sequence[str]) -> Path:
+    """``folder``, with the variants of those components that the hub has in no plain form fetched as well."""
+    bare = [
+        name
+        for name in components
+        if (folder / name / "config.json").is_file() and not any((folder / name).glob("*.safetensors"))
+    ]
+    return fetch(repo, [f"{name}/*.safetensors*" for name in bare], variants=True) if bare else folder
 
 
 def resolve_configs(path: str | Path) -> Path:
@@ -55,15 +89,17 @@ def resolve_configs(path: str | Path) -> Path:
     return fetch(str(path), ["model_index.json", "*/config.json", "scheduler/*", "tokenizer*/tokenizer_config.json"])
 
 
-def fetch(repo: str, patterns: Sequence[str]) -> Path:
-    """The local folder of hub repository ``repo``, holding the files that match ``patterns``.
+def fetch(repo: str, patterns: Sequence[str], *, variants: bool = False) -> Path:
+    """The local folder of hub repository ``repo``, holding the files that match ``patterns``; weights in their variants
+    (fp16 and the like) are left out unless ``variants`` asks for them.
 
     Fetched if a network is allowed, else taken from the hub's cache.  Raises ValueError if neither has it.
     """
     from huggingface_hub import constants, snapshot_download
 
+    ignored = _NEVER_READ if variants else [*_NEVER_READ, *_VARIANTS]
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(patterns), ignore_patterns=_NOT_NEEDED))
+        return Path(snapshot_download(repo, allow_patterns=list(patterns), ignore_patterns=ignored))
     except Exception as error:  # the hub's own errors, and those of whatever HTTP library it uses, share no base
         if constants.HF_HUB_OFFLINE:
             raise ValueError(
@@ -80,13 +116,26 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The content of model_index.json, with at least ``_class_name``.  Raises ValueError if missing or damaged."""
     file = folder / "model_index.json"
     if not file.is_file():
-        raise ValueError(
-            f"{folder} is no diffusers pipeline: it has no model_index.json; give the pipeline's top folder"
-        )
+        raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json; {_instead(folder)}")
     index = _read_json(file)
+    named = index.get("_class_name")
+    if isinstance(named, list):
+        raise ValueError(
+            f"{file} names a pipeline class of its own ({'.'.join(map(str, named))}), whose code is not run; give "
+            f"model.family as package.module:Class, a family that knows it"
+        )
     if not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{file} is damaged (it names no _class_name); fetch the pipeline again")
     return index
+
+
+def _instead(folder: Path) -> str:
+    """What to give in place of a folder that is no pipeline."""
+    if (folder / "config.json").is_file():
+        return "it holds one component alone: give the folder above, the pipeline's"
+    if files := sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".ckpt", ".gguf")):
+        return f"it holds {files[0]}: give the pipeline's folder {_of_file(folder / files[0])}"
+    return "give the pipeline's top folder"
 
 
 def check_index(folder: Path, family: type[DiffusionModel]) -> dict[str, Any]:
@@ -103,16 +152,37 @@ def check_index(folder: Path, family: type[DiffusionModel]) -> dict[str, Any]:
 def check_components(folder: Path, index: dict[str, Any], names: Sequence[str]) -> None:
     """Raise ValueError for a component of ``names`` that model_index.json does not list."""
     for name in names:
-        if not has_component(index, name):
+        if has_component(index, name):
+            continue
+        entry, needs = index.get(name), f"which {index['_class_name']} needs"
+        if isinstance(entry, list) and len(entry) == 2:
             raise ValueError(
-                f"{folder}/model_index.json lists no {name!r}, which {index['_class_name']} needs; fetch it again"
+                f"{folder}/model_index.json lists no {name!r}, {needs}: the pipeline was saved without it; take one "
+                f"that was saved whole"
             )
+        if entry is None and (folder / name).is_dir():
+            raise ValueError(
+                f"{folder}/model_index.json lists no {name!r}, {needs}, though its folder is there; add the line "
+                f'"{name}": [LIBRARY, CLASS] to it, as in the published pipeline'
+            )
+        raise ValueError(f"{folder}/model_index.json lists no {name!r}, {needs}; fetch it again")
 
 
-def check_present(folder: Path, names: Sequence[str], *, weights: bool) -> None:
-    """Raise ValueError for a component without its configuration or, asked for ``weights``, without these: what is not
-    there is named before anything large is read.  The package's own configurations leave the text encoders out.
+def check_present(
+    folder: Path,
+    names: Sequence[str],
+    *,
+    weights: bool,
+    kinds: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise ValueError for a component without its configuration, of another class than ``kinds`` has, quantised, or,
+    asked for ``weights``, without weights that fit: what is wrong is named before anything large is read, by
+    configurations and the files' headers.  The package's own configurations leave the text encoders out.
+
+    ``kinds``: diffusers' class of a network, or transformers' model type.  ``dtype``: that the model will have.
     """
+    kinds = kinds or {}
     if folder.parent == ASSETS / "configs":
         return
     for name in names:
@@ -123,24 +193,47 @@ def check_present(folder: Path, names: Sequence[str], *, weights: bool) -> None:
             raise ValueError(
                 f"pipeline {folder} lacks the configuration of its component {name!r}; fetch the pipeline again"
             )
-        if weights and not name.startswith(("scheduler", "tokenizer")):
-            _check_weights(where, name)
+        if name.startswith(("scheduler", "tokenizer")):
+            continue
+        _check_kind(where, name, kinds.get(name))
+        if weights:
+            _check_weights(where, name, torch.float32 if name == "vae" else dtype)
 
 
-def _check_weights(where: Path, name: str) -> None:
-    """Raise ValueError for a network's folder without weights, or without a shard of them."""
-    if not any(where.glob("*.safetensors")):
-        raise ValueError(
-            f"component {name!r} in {where} has no weights in safetensors, the one format that is read; fetch the "
-            f"pipeline again"
-        )
-    for index in where.glob("*.safetensors.index.json"):
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ValueError(f"{index} is damaged (it has no weight_map); fetch the pipeline again")
-        absent = sorted(shard for shard in set(shards.values()) if not (where / str(shard)).is_file())
-        if absent:
-            raise ValueError(f"component {name!r} in {where} lacks {absent[0]}; fetch the pipeline again")
+def _called(where: Path, name: str) -> str:
+    return f"component {name!r} in {where}"
+
+
+def _check_kind(where: Path, name: str, kind: str | None) -> None:
+    """Raise ValueError for a network that is quantised, or of another class or model type than ``kind``."""
+    config = _read_json(where / "config.json") if (where / "config.json").is_file() else {}
+    frozen = name.startswith(("text_encoder", "image_encoder"))
+    check_quantization(config, _called(where, name), frozen=frozen)
+    found = config.get("model_type" if frozen else "_class_name")
+    if kind is None or found is None or found == kind:
+        return
+    if frozen and (kind.startswith(str(found)) or str(found).startswith(kind)):  # clip and clip_text_model
+        return
+    raise ValueError(
+        f"{_called(where, name)} is a {found}, and this family needs a {kind}; take the component of the family's own "
+        f"pipeline, or give model.family as package.module:Class where the class is one of yours"
+    )
+
+
+def _check_weights(where: Path, name: str, dtype: torch.dtype | None) -> None:
+    """Raise ValueError for a network's folder without weights that can be read, or with a part of them; of diffusers'
+    networks also for such as do not fit the configuration."""
+    import diffusers
+
+    what = _called(where, name)
+    header = find_weights(where, what, dtype).header()
+    kind: Any = getattr(diffusers, str(_read_json(where / "config.json").get("_class_name")), None)
+    if kind is None:  # of transformers, which renames some tensors as it loads them
+        return
+    if any(".query." in key or ".proj_attn." in key for key in header):  # names that diffusers itself renames
+        return
+    known = shapes_of(_without_weights(kind, where, name))
+    check_state(header, known, what, _NOT_TOGETHER, exact=name == "transformer")
 
 
 def read_config(folder: Path, name: str) -> SimpleNamespace:
@@ -167,15 +260,21 @@ def meta_transformer(folder: Path, ours: type | None = None) -> nn.Module:
             f"{folder}/transformer/config.json names the class {config.get('_class_name')}, which diffusers does not "
             f"have; update diffusers, or fetch the pipeline again"
         )
+    return _without_weights(kind, folder / "transformer", "transformer")
+
+
+def _without_weights(kind: Any, where: Path, name: str) -> nn.Module:
+    """A network on the meta device, of its configuration file."""
+    config = _read_json(where / "config.json")
     try:
         with torch.device("meta"):
-            transformer: nn.Module = kind.from_config(config)
+            network: nn.Module = kind.from_config(config)
     except Exception as error:  # whatever a configuration of nonsense leads to
         raise ValueError(
-            f"component 'transformer' in {folder}/transformer cannot be made ({type(error).__name__}: "
-            f"{_first_line(error)}); its config.json is damaged: fetch the pipeline again"
+            f"{_called(where, name)} cannot be made ({type(error).__name__}: {_first_line(error)}); its config.json is "
+            f"damaged: fetch the pipeline again"
         ) from None
-    return transformer.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -201,20 +300,32 @@ def load_component(cls: Any, folder: Path, name: str, *, exact: bool = False, **
 
     Classes with weights must find every one of them: diffusers and transformers fill a missing weight with random
     numbers and go on, which would distil noise.  ``exact`` also refuses weights that the component has no place for,
-    as of layers that its configuration cuts off; text encoders often come with such, of a head that is not used.
+    as of layers that its configuration cuts off, and takes weights whose names a wrapper changed; text encoders often
+    come with weights of a head that is not used.  Of variants the one is loaded that ``find_weights`` takes.
     """
     where = folder / name
     if not where.is_dir() or not any(where.iterdir()):
         raise ValueError(f"pipeline {folder} lacks its component {name!r}; fetch the pipeline again")
     weighted = hasattr(cls, "forward")
     if weighted:
-        options = {"output_loading_info": True, "use_safetensors": True, **options}
+        dtype = options.get("torch_dtype", options.get("dtype"))
+        config = _read_json(where / "config.json")
+        of_transformers = hasattr(cls, "config_class")  # the text encoders, which only ever stand frozen
+        check_quantization(config, _called(where, name), frozen=of_transformers)
+        stem = TRANSFORMERS_STEM if of_transformers else DIFFUSERS_STEM
+        weights = find_weights(where, _called(where, name), dtype, stem)
+        if exact:
+            known = shapes_of(_without_weights(cls, where, name))
+            own = check_state(weights.header(), known, _called(where, name), _NOT_TOGETHER)
+            if any(key != plain for key, plain in own.items()):
+                return load_renamed(cls, config, weights.files, own, dtype or torch.float32)
+        options = {"output_loading_info": True, "use_safetensors": True, "variant": weights.variant, **options}
     try:
         loaded = cls.from_pretrained(where, local_files_only=True, **options)
     except Exception as error:  # safetensors, json, size mismatches, OSError: whatever it is, the folder is the cause
         raise ValueError(
-            f"component {name!r} in {where} cannot be loaded ({type(error).__name__}: {_first_line(error)}); the files "
-            f"are damaged or of another model: fetch the pipeline again"
+            f"{_called(where, name)} cannot be loaded ({type(error).__name__}: {_first_line(error)}); the files are "
+            f"damaged or of another model: fetch the pipeline again"
         ) from None
     if not weighted:
         return loaded
@@ -223,8 +334,7 @@ def load_component(cls: Any, folder: Path, name: str, *, exact: bool = False, **
         if report.get(kind):
             keys = [str(key) for key in report[kind]]
             raise ValueError(
-                f"component {name!r} in {where} has {len(keys)} {kind.replace('_', ' ')}, e.g. {min(keys)}; its "
-                f"weights and its config.json do not belong together: fetch the pipeline again"
+                f"{_called(where, name)} has {len(keys)} {kind.replace('_', ' ')}, e.g. {min(keys)}; {_NOT_TOGETHER}"
             )
     return component.eval().requires_grad_(False)
 

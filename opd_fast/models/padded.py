@@ -39,6 +39,8 @@ class PaddedTextModel(DiffusionModel):
 
     guidance_kind: ClassVar[Literal["cfg", "embedded", "none"]] = "cfg"
     masks_text: ClassVar[bool] = True
+    _kinds: ClassVar[dict[str, str]]
+    """diffusers' class of each network, or transformers' model type."""
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class PaddedTextModel(DiffusionModel):
         """
         cls._check_index(resolve_pipeline(path))
         folder = resolve_pipeline(path, _COMPONENTS)
-        check_present(folder, _COMPONENTS, weights=True)
+        cls.check_files(folder, dtype=dtype)
         schedule, tokens = cls._check(folder, max_sequence_length)
         device = torch.device(device)
         classes = cls._classes()
@@ -133,10 +135,15 @@ class PaddedTextModel(DiffusionModel):
         return model
 
     @classmethod
+    def check_files(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> None:
+        """See ``DiffusionModel.check_files``."""
+        check_present(folder, _COMPONENTS, weights=True, kinds=cls._kinds, dtype=dtype)
+
+    @classmethod
     def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         cls._check_index(folder)
-        check_present(folder, _COMPONENTS, weights=False)
+        check_present(folder, _COMPONENTS, weights=False, kinds=cls._kinds)
         schedule, tokens = cls._check(folder, max_sequence_length)
         parts = SimpleNamespace(
             transformer=meta_transformer(folder, cls._transformer_class()), vae=read_config(folder, "vae")

@@ -35,6 +35,11 @@ class QwenImage(PaddedTextModel):
     pipeline_class: ClassVar[str] = "QwenImagePipeline"
     guidance_argument: ClassVar[str] = "true_cfg_scale"
     rescales_guidance: ClassVar[bool] = True
+    _kinds: ClassVar[dict[str, str]] = {
+        "transformer": "QwenImageTransformer2DModel",
+        "vae": "AutoencoderKLQwenImage",
+        "text_encoder": "qwen2_5_vl",
+    }
     lora_targets: ClassVar[dict[str, list[str]]] = {
         "attention": [f"attn.{name}" for name in _ATTENTION],
         "all": [f"attn.{name}" for name in _ATTENTION] + _FEED_FORWARD,

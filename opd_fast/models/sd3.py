@@ -29,6 +29,8 @@ _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "a
 _FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 _TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 _T5_PARTS = ("text_encoder_3", "tokenizer_3")
+_KINDS = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL", "text_encoder_3": "t5"}
+_KINDS |= {"text_encoder": "clip_text_model", "text_encoder_2": "clip_text_model"}
 # What sd3_sigmas follows, and the options that it does not beyond those of all schedules.
 _SCHEDULE = ("SD3's published schedule", ("use_dynamic_shifting", "shift_terminal"))
 _DECODE_PIXELS = 2**22  # decoded at once: 64 images at 256, 16 at 512
@@ -72,7 +74,7 @@ class SD3(DiffusionModel):
         """
         names, tokens = _wanted(cls, resolve_pipeline(path), max_sequence_length)
         folder = resolve_pipeline(path, names)
-        check_present(folder, names, weights=True)
+        cls.check_files(folder, dtype=dtype, max_sequence_length=max_sequence_length)
         check_options(folder, vars(read_config(folder, "scheduler").config), *_SCHEDULE)
         device = torch.device(device)
         parts = _load_parts(folder, device, dtype)
@@ -88,10 +90,16 @@ class SD3(DiffusionModel):
         return model
 
     @classmethod
+    def check_files(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> None:
+        """See ``DiffusionModel.check_files``."""
+        names, _ = _wanted(cls, folder, max_sequence_length)
+        check_present(folder, names, weights=True, kinds=_KINDS, dtype=dtype)
+
+    @classmethod
     def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         names, tokens = _wanted(cls, folder, max_sequence_length)
-        check_present(folder, names, weights=False)
+        check_present(folder, names, weights=False, kinds=_KINDS)
         parts = SimpleNamespace(
             transformer=meta_transformer(folder),
             vae=read_config(folder, "vae"),

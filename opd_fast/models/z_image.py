@@ -31,6 +31,11 @@ class ZImage(PaddedTextModel):
     name: ClassVar[str] = "z_image"
     pipeline_class: ClassVar[str] = "ZImagePipeline"
     unguided: ClassVar[float] = 0.0
+    _kinds: ClassVar[dict[str, str]] = {
+        "transformer": "ZImageTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "qwen3",
+    }
     # Of the refiners' blocks too: they are built alike.
     lora_targets: ClassVar[dict[str, list[str]]] = {"attention": _ATTENTION, "all": _ATTENTION + _FEED_FORWARD}
 

@@ -36,7 +36,8 @@ from opd_fast.telemetry import Silence, Telemetry, annotate, read_metrics
 from opd_fast.trainers.grpo import GRPO
 from opd_fast.trainers.nft import NFT
 from opd_fast.trainers.opd import OPD
-from opd_fast.trainers.setup import ANCHOR, Setup, prepare
+from opd_fast.trainers.preflight import ANCHOR
+from opd_fast.trainers.setup import Setup, prepare
 from opd_fast.trainers.sft import SFT
 from opd_fast.validation import validate
 

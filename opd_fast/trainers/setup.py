@@ -8,31 +8,23 @@ from dataclasses import dataclass
 
 import torch
 
-from opd_fast.config import Config, TeacherConfig
+from opd_fast.config import Config
 from opd_fast.embeddings import EmbeddingCache, TextStore, encoding_progress
 from opd_fast.engine import Engaged, Forwards, engage
-from opd_fast.errors import UserError
 from opd_fast.evaluate import EvalTask
-from opd_fast.models import load_model, outline_model
+from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.parallel import World
-from opd_fast.plan import branches, check_guidance, lora_modules, make_plan, resolve
-from opd_fast.prompt_checks import metadata_problems
-from opd_fast.prompts import Prompt, PromptSource, TaskSchedule, held_out, load_prompts
-from opd_fast.rewards import judged_rewards
+from opd_fast.plan import branches, make_plan, resolve
+from opd_fast.prompts import Prompt, PromptSource, TaskSchedule, load_prompts
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable, solver_table
-from opd_fast.start import MERGED
 from opd_fast.student import Student
-from opd_fast.teachers import BASE, TeacherBank, check_teachers
+from opd_fast.teachers import BASE, TeacherBank
 from opd_fast.trainers.gate import Gate
-from opd_fast.validation import no_held_out
+from opd_fast.trainers.preflight import anchor_teacher, evaluation_task, frozen_teachers, refusals
 from opd_fast.velocity import Conditioning
-from opd_fast.weights import check_weights
 from opd_kernels.philox import INITIAL_NOISE, philox_normal
-
-ANCHOR = "the anchor"
-"""Its name; the space keeps it apart from those that teachers may have."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +66,14 @@ def prepare(
     world = world or World()
     resolved = resolve(config)
     device, dtype = resolved.device, resolved.dtype
-    check_fit(config, dtype)
-    if config.parallel.offload_teachers and device.type != "cuda":
-        raise UserError("parallel.offload_teachers", "there is no GPU to free", "give false")
-    if world.sharded and config.student.kind == "full" and dtype == torch.float16:
-        raise UserError(
-            "model.dtype", "float16 cannot train sharded weights", "give bfloat16, or parallel.strategy ddp"
-        )
+    for error in refusals(config, dtype, sharded=world.sharded, fetches=True):
+        raise error
     train = config.train
     prompts = [load_prompts(teacher.prompts) for teacher in config.teachers]
     sources = [PromptSource(len(p), train.seed, stream) for stream, p in enumerate(prompts)]
     shares = [teacher.share for teacher in config.teachers]
     schedule = TaskSchedule(shares, train.tasks_per_round, train.task_schedule, train.seed, config.trained)
     tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config, say)) is not None]
-    for problem in metadata_problems(config):
-        raise problem
 
     torch.backends.cuda.matmul.allow_tf32 = resolved.tf32
     model = load_model(
@@ -208,63 +193,14 @@ def blocks_to_recompute(config: Config, device: torch.device, devices: int) -> i
 
 def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:
     """The frozen model of `objective.anchor`, with the student's guidance; loaded before the student's adapters."""
-    weights, guidance = config.objective.anchor, config.student.guidance
-    if weights is None:
+    if config.objective.anchor == BASE:
+        return TeacherBank.of_base(model, config.student.guidance)
+    settings = anchor_teacher(config)
+    if settings is None:
         return None
-    if weights == BASE:
-        return TeacherBank.of_base(model, guidance)
-    settings = TeacherConfig(name=ANCHOR, weights=weights, prompts="", guidance=guidance)
     return TeacherBank.load(model, [settings], config.engine.placement, offload=config.parallel.offload_teachers)
-
-
-def check_fit(config: Config, dtype: torch.dtype) -> None:
-    """Raise ValueError for settings that the model's configuration files contradict, before any weight is read."""
-    settings = config.model
-    outline = outline_model(
-        settings.path,
-        settings.family,
-        dtype=dtype,
-        max_sequence_length=settings.max_sequence_length,
-        guidance_convention=settings.guidance_convention,
-    )
-    outline.latent_shape(outline.resolution(settings.resolution))
-    check_guidance(config, outline)
-    if config.student.kind == "lora":
-        lora_modules(outline.transformer, outline.targets(config.student.targets))
-    check_teachers(outline, frozen_teachers(config), config.engine.placement)
-    if config.student.start not in (None, MERGED):
-        check_weights(outline, str(config.student.start), what="student.start")
-    if config.objective.anchor not in (None, BASE):
-        check_weights(outline, str(config.objective.anchor), what="objective.anchor")
 
 
 def prompts_per_turn(config: Config) -> int:
     """Distinct prompts among a task's samples: as many, or one for each group in reinforcement learning."""
     return config.train.samples_per_task // (config.rl.images_per_prompt if config.reinforces else 1)
-
-
-def frozen_teachers(config: Config) -> list[TeacherConfig]:
-    """The entries of `teachers` that teach: none in reinforcement learning, where they are tasks with rewards."""
-    return [] if config.reinforces else config.teachers
-
-
-def evaluation_task(teacher: TeacherConfig, config: Config, say: Callable[[str], None]) -> EvalTask | None:
-    """A teacher's held-out prompts and rewards; None where it has no reward or evaluations are off.
-
-    `say` is told which file is taken where `eval_prompts` names none, and where it has fewer prompts than asked for.
-    """
-    if teacher.reward is None or config.evaluation.every == 0:
-        return None
-    file = held_out(teacher.prompts, teacher.eval_prompts)
-    if file is None:
-        raise no_held_out(f"teachers.{teacher.name}.eval_prompts", teacher.prompts)
-    every, asked = load_prompts(file), config.evaluation.prompts
-    if teacher.eval_prompts is None and not teacher.prompts.startswith("bundled/"):
-        say(f"task {teacher.name}: held-out prompts from {file}")
-    images = config.evaluation.images(len(every))
-    if len(every) < asked:
-        say(
-            f"task {teacher.name}: {len(every)} held-out prompts in {file}, fewer than evaluation.prompts = {asked}; "
-            f"an evaluation draws {images} images of them"
-        )
-    return EvalTask(teacher.name, every[:asked], judged_rewards(teacher), images)

@@ -1,0 +1,267 @@
+"""The weights of a network's folder: which files hold them, what their headers say, and why they cannot be read.
+
+diffusers and transformers save a network as one file or as shards with an index, each plain or as a named variant such
+as fp16. Only headers and configurations are read here, but for `load_renamed`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from opd_fast.errors import one_line
+from opd_fast.module_names import ModuleNames
+
+Header = dict[str, tuple[str, tuple[int, ...]]]
+"""Of each tensor: safetensors' name of its dtype, and its shape."""
+
+TRANSFORMERS_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
+"""How the files begin that the two libraries write."""
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_VARIANT_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_LIBRARIES = {
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
+    "quanto": "optimum.quanto",
+    "gguf": "gguf",
+    "gptq": "gptqmodel",
+    "modelopt": "modelopt",
+}
+_UNREAD = {
+    ".bin": "pickles, which can run code when they are opened",
+    ".pt": "pickles, which can run code when they are opened",
+    ".pth": "pickles, which can run code when they are opened",
+    ".ckpt": "pickles, which can run code when they are opened",
+    ".gguf": "GGUF's quantised weights",
+    ".msgpack": "Flax's weights",
+    ".onnx": "an ONNX graph",
+}
+SAVE_AGAIN = "load it in diffusers and save_pretrained(FOLDER), which writes safetensors"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """One network's weights."""
+
+    files: tuple[Path, ...]
+    variant: str | None
+    """Its name in diffusers' and transformers' `variant=`; None for the plain weights."""
+    what: str
+    """The network's name in errors."""
+
+    def header(self) -> Header:
+        """Names, dtypes and shapes of all tensors. Raises ValueError for a file that is damaged or cut short."""
+        return {key: entry for file in self.files for key, entry in read_header(file, self.what).items()}
+
+
+def read_header(file: Path, what: str) -> Header:
+    """What a safetensors file holds. Raises ValueError for one that is damaged or cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+            return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{what} cannot be loaded: {file} is damaged or cut short ({one_line(error)[:200]}); fetch it again"
+        ) from None
+
+
+def find_weights(folder: Path, what: str, dtype: torch.dtype | None = None, stem: str | None = None) -> WeightFiles:
+    """The weights in a network's folder: the plain ones where there are any, else the only variant, else the variant of
+    ``dtype``.
+
+    ``what`` names the network in errors; ``stem``, how its files begin, is told from the folder's name where it is
+    None.  Raises ValueError, with the cause and the remedy, where there are none that can be read or a part is missing.
+    """
+    if stem is None:
+        is_encoder = folder.name.startswith(("text_encoder", "image_encoder"))
+        stem = TRANSFORMERS_STEM if is_encoder else DIFFUSERS_STEM
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    indexed = {v: name for name in names if (v := _index_variant(name, stem)) is not None}
+    single = {v: name for name in names if (v := _file_variant(name, stem)) is not None}
+    found = {**single, **indexed}  # as diffusers has it, an index comes before a file
+    if not found:
+        raise ValueError(_nothing(folder, what, stem, names))
+    chosen = _choose(sorted(found), folder, what, dtype)
+    variant = chosen or None
+    if chosen not in indexed:
+        return WeightFiles((folder / found[chosen],), variant, what)
+    shards = _shards(folder / found[chosen])
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent and chosen in single:
+        raise ValueError(
+            f"{what} has its weights in {single[chosen]}, but its index {found[chosen]} names {absent[0]}, which is "
+            f"not there; delete the index, or fetch the shards"
+        )
+    if absent:
+        raise ValueError(f"{what} lacks {absent[0]}; fetch the missing shards again")
+    return WeightFiles(tuple(folder / shard for shard in shards), variant, what)
+
+
+def _file_variant(name: str, stem: str) -> str | None:
+    """The variant of a whole network's file, "" for the plain one; None for another file."""
+    found = re.fullmatch(rf"{re.escape(stem)}(?:\.([\w-]+))?\.safetensors", name)
+    return None if found is None or _SHARD.search(name) else found[1] or ""
+
+
+def _index_variant(name: str, stem: str) -> str | None:
+    found = re.fullmatch(rf"{re.escape(stem)}\.safetensors(?:\.([\w-]+))?\.index(?:\.([\w-]+))?\.json", name)
+    return None if found is None else found[1] or found[2] or ""
+
+
+def _choose(variants: list[str], folder: Path, what: str, dtype: torch.dtype | None) -> str:
+    if "" in variants or len(variants) == 1:
+        return variants[0]
+    if dtype is not None and (own := _VARIANT_OF.get(dtype)) in variants:
+        return own
+    raise ValueError(
+        f"{what} has no plain weights but the variants {', '.join(variants)}; set model.dtype to that of one of them, "
+        f"or keep one alone in {folder}"
+    )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({str(shard) for shard in shards.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is damaged (it has no weight_map: {one_line(error)[:100]}); fetch it again"
+        ) from None
+
+
+def _nothing(folder: Path, what: str, stem: str, names: Iterable[str]) -> str:
+    """Why a folder holds no weights that can be read."""
+    names = list(names)
+    if loose := [name for name in names if name.endswith(".safetensors")]:
+        if any(_SHARD.search(name) and name.startswith(stem) for name in loose):
+            return f"{what} has the shard {loose[0]} but no {stem}.safetensors.index.json; fetch the index"
+        return (
+            f"{what} has {loose[0]}, but diffusers reads {stem}.safetensors; rename it, or where it is a checkpoint in "
+            f"its original layout convert it with from_single_file"
+        )
+    for name in names:
+        if (kind := _UNREAD.get(Path(name).suffix)) is not None:
+            return f"{what} has no weights in safetensors but {kind} ({name}); {SAVE_AGAIN}"
+    return f"{what} has no weights in safetensors, the one format that is read; fetch the pipeline again"
+
+
+# --- quantisation ----------------------------------------------------------------------------------------------------
+
+
+def check_quantization(config: Mapping[str, Any], what: str, *, frozen: bool) -> None:
+    """Raise ValueError for a network whose configuration quantises it, naming the method.
+
+    A network that only ever stands frozen, as a text encoder, may be quantised where the method's library is installed.
+    """
+    settings = config.get("quantization_config")
+    if settings is None:
+        return
+    settings = settings if isinstance(settings, dict) else {}
+    method = str(settings.get("quant_method") or "a method without a name")
+    library = _LIBRARIES.get(method)
+    if frozen and library is not None and _installed(library):
+        return
+    missing = f", and {library} is not installed" if frozen and library is not None else ""
+    remedy = f"; install {library}" if missing else ""
+    raise ValueError(
+        f"{what} is quantised by {method}{_detail(settings)}, whose weights cannot be read here{missing}{remedy}; take "
+        f"it in bfloat16 or float16, or dequantize() it in diffusers and save it again"
+    )
+
+
+def _installed(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ModuleNotFoundError:  # of the package that it would lie in
+        return False
+
+
+def _detail(settings: Mapping[str, Any]) -> str:
+    if settings.get("load_in_4bit") or settings.get("_load_in_4bit"):
+        return f" ({settings.get('bnb_4bit_quant_type', 'fp4')}, 4 bits)"
+    if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
+        return " (int8)"
+    kinds = ("quant_type", "weights_dtype", "bits")
+    return next((f" ({settings[kind]})" for kind in kinds if isinstance(settings.get(kind), str | int)), "")
+
+
+# --- names and shapes ------------------------------------------------------------------------------------------------
+
+
+def own_keys(header: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """The name that each tensor of a file has in the network, whatever wrapped the network when it was saved."""
+    names = ModuleNames(known)
+    return {key: names.own(names.plain(key)) or names.plain(key) for key in header}
+
+
+def check_state(
+    header: Header, known: Mapping[str, tuple[int, ...]], what: str, remedy: str, *, exact: bool = True
+) -> dict[str, str]:
+    """Hold a file's tensors against a network's: the network's name of each.
+
+    Raises ValueError for missing and mismatched ones, for such as are no floating-point numbers, and, if ``exact``, for
+    ones that the network has no place for.
+    """
+    keys = own_keys(header, known)
+    if adapters := sorted(key for key in keys if ".lora_" in key or ".base_layer." in key):
+        raise ValueError(
+            f"{what} was saved with PEFT's adapters on it ({adapters[0]}); merge them (merge_and_unload, or fuse_lora "
+            f"and unload_lora_weights) and save it again"
+        )
+    if len(set(keys.values())) < len(keys):
+        twice = next(name for name in keys.values() if list(keys.values()).count(name) > 1)
+        raise ValueError(f"{what} holds {twice} twice under different names; keep one of them")
+    shapes = {keys[key]: shape for key, (_, shape) in header.items()}
+    unexpected = sorted(set(shapes) - set(known)) if exact else []
+    missing = sorted(set(known) - set(shapes))
+    for kind, found in (("unexpected", unexpected), ("missing", missing)):
+        if found:
+            raise ValueError(f"{what} has {len(found)} {kind} keys, e.g. {found[0]}; {remedy}")
+    for name, shape in known.items():
+        if shapes[name] != tuple(shape):
+            raise ValueError(f"{what} has {name} of shape {list(shapes[name])}, not {list(shape)}; {remedy}")
+    for key, (dtype, _) in header.items():
+        if keys[key] in known and not dtype.startswith(("F", "BF")):
+            raise ValueError(f"{what}: {key} is {dtype}, no floating-point number; take it in bfloat16 or float16")
+    return keys
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of a network's state, without the adapters that sit on it."""
+    state = module.state_dict()
+    return {k.replace(".base_layer.", "."): tuple(v.shape) for k, v in state.items() if ".lora_" not in k}
+
+
+def load_renamed(
+    kind: Any, config: Mapping[str, Any], files: Iterable[Path], keys: Mapping[str, str], dtype: torch.dtype
+) -> nn.Module:
+    """A network from tensors under other names, as ``from_pretrained`` makes it from its own: on the CPU, in ``dtype``.
+
+    ``keys``: the network's name of each tensor in ``files``.
+    """
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from safetensors import safe_open
+
+    with init_empty_weights():
+        network: nn.Module = kind.from_config(dict(config))
+    kept = tuple(getattr(kind, "_keep_in_fp32_modules", None) or ())
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a mapping
+                name = keys[key]
+                wide = any(segment in kept for segment in name.split("."))
+                state[name] = opened.get_tensor(key).to(torch.float32 if wide else dtype)
+    network.load_state_dict(state, assign=True)
+    return (network if kept else network.to(dtype)).eval().requires_grad_(False)
