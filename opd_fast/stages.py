@@ -105,6 +105,7 @@ def _check_one_table(stages: Sequence[Stage]) -> None:
             for key in ("weights", "guidance"):
                 value, before = getattr(task, key), getattr(other, key)
                 if value != before:
+                    value, before = ("null" if given is None else given for given in (value, before))
                     why = f"{value} is not the {before} of {task.name!r} in an earlier stage"
                     raise UserError(f"stages[{i}].teachers[{j}].{key}", why, "give one of the two another name")
 

@@ -119,10 +119,10 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
 
 
-def run(words: list[str]) -> None:
+def run(words: list[str], status: int = 0) -> None:
     """A command `python -m MODULE ...` in this process."""
     assert words[:2] == ["python", "-m"], words
-    assert importlib.import_module(words[2]).main(words[3:]) == 0
+    assert importlib.import_module(words[2]).main(words[3:]) == status
 
 
 def test_every_block_is_run_or_listed() -> None:
@@ -283,9 +283,9 @@ def test_results_of_a_gpu_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_plans(capsys: pytest.CaptureFixture[str]) -> None:
     """Of models that are not here, from the configurations in the package."""
     first, second = commands(block("scaling.md: python -m opd_fast.train sd35-mopd --dry-run --devices 8"))
-    run(first)
+    run(first, status=2)  # as the page says: the recipe's prompts are not there
     assert "ddp on 8 device(s) of 80 GiB" in " ".join(capsys.readouterr().out.split())
-    run(second)
+    run(second, status=2)
     text = " ".join(capsys.readouterr().out.split())
     assert "fsdp2 on 64 device(s) of 80 GiB" in text
     assert "reshard: block" in text

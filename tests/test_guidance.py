@@ -32,13 +32,20 @@ from opd_fast.solvers import solver_table
 from opd_fast.student import Student
 from opd_fast.teachers import TeacherBank
 from opd_fast.trainers.grpo import GRPO
-from opd_fast.trainers.setup import check_fit, prepare
+from opd_fast.trainers.preflight import refusals
+from opd_fast.trainers.setup import prepare
 from opd_fast.velocity import Conditioning
 from tests import tiny_qwen, tiny_z_image
 from tests.runs import change
 from tests.tiny_flux import save_tiny_flux
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def check(config: Config) -> None:
+    """Raise what a run of `config` is refused for first."""
+    for error in refusals(config, torch.float32, sharded=False, fetches=True):
+        raise error
 
 
 def family(kind: type[DiffusionModel], convention: Any = "pipeline") -> DiffusionModel:
@@ -325,20 +332,20 @@ def test_what_a_model_has_no_guidance_for_is_refused_by_name(z_image: Path, tmp_
         config = settings(schnell, tmp_path)
         config.teachers[0].guidance = value
         if said is None:
-            check_fit(config, torch.float32)
+            check(config)
         else:
             with pytest.raises(UserError, match=said):
-                check_fit(config, torch.float32)
+                check(config)
     nft: dict[str, Any] = {"train__method": "nft", "sampler__solver": "dpm2", "rl__images_per_prompt": 2}
     for value, said in ((0.0, None), (1.0, r"student\.guidance: 1 under nft, which has none; give 0")):
         config = settings(z_image, tmp_path)
         config.teachers[0].weights, config.teachers[0].reward = "base", "colour"
         change(config, {**nft, "student__guidance": value})
         if said is None:
-            check_fit(config, torch.float32)
+            check(config)
         else:
             with pytest.raises(UserError, match=said):
-                check_fit(config, torch.float32)
+                check(config)
 
 
 # --- runs of earlier versions -----------------------------------------------------------------------------------------

@@ -153,8 +153,10 @@ def test_a_run_is_refused_before_it_loads(
     assert train.main([str(file), "--run-dir", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"error: {said}\n"
     assert not (tmp_path / "run").exists()
-    assert train.main([str(file), "--dry-run"]) == 0
-    assert said in " ".join(capsys.readouterr().out.split())
+    assert train.main([str(file), "--dry-run"]) == 2
+    told = capsys.readouterr()
+    assert said in " ".join(told.out.split())
+    assert told.err == f"error: {said}\n"
     with pytest.raises(UserError, match=r"line 3, which the reward text judges"):
         train_run(settings(file), tmp_path / "run")
     argv = ["--model", str(small_world.parent / "pipeline"), "--rewards", "text", "--out", str(tmp_path / "out")]

@@ -181,7 +181,7 @@ def test_mistakes_are_named(world: Path, tmp_path: Path, stages: Any, message: s
     [
         ("eval_prompts", {}, r"are not those of 'words' in an earlier stage, .*; give one of the two another name"),
         ("weights", {}, "base is not the .*/words of 'words' in an earlier stage"),
-        ("guidance", {}, "3.0 is not the 1.0 of 'words' in an earlier stage"),
+        ("guidance", {}, "3.0 is not the null of 'words' in an earlier stage"),
         ("eval_prompts", {"name": "other"}, None),  # another task
         ("weights", {"reward": None}, None),  # has no row
         ("prompts", {}, None),  # a curriculum: judged on the same ones
