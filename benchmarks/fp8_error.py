@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment
-from opd_fast.batch import RoundBatch
-from opd_fast.command import parse
-from opd_fast.fp8 import Float8MergedLayers, layer_errors, outliers, quantize_frozen
-from opd_fast.student import ADAPTER
-from opd_fast.teachers import TeacherBank
-from opd_fast.trainers.opd import OPD
-from opd_fast.trainers.setup import Setup, prepare
-from opd_fast.velocity import Conditioning
+from opd_fast.config.command_line import parse
+from opd_fast.engine.float8 import Float8MergedLayers, layer_errors, outliers, quantize_frozen
+from opd_fast.models.guidance import Conditioning
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.methods.opd import OPD
+from opd_fast.training.setup import Setup, prepare
+from opd_fast.training.student import ADAPTER
+from opd_fast.training.teachers import TeacherBank
 from opd_kernels import fused_step, philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 

@@ -4,7 +4,8 @@ python -m benchmarks.ladder [--shape SHAPE] [--samples N] [--rungs NAME,NAME] [-
 
 Every row is measured in turn with the published loop, a round of each, so that a drift of the machine meets both. A row
 whose technique is not at work although it was asked for has the reason in place of a time: the engine's own record
-(`opd_fast.engine.Engaged`) must show it. Contestants are built one after the other; only the published loop stays.
+(`opd_fast.training.optimize.Engaged`) must show it. Contestants are built one after the other; only the published
+loop stays.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from benchmarks.report import (
 )
 from benchmarks.rounds import Recipe, Side, Work, allocated, published_recipe, random_work, tiny_work
 from opd_fast.config import EngineConfig
-from opd_fast.engine import Engaged
+from opd_fast.training.optimize import Engaged
 
 Row = dict[str, Any]
 SHAPES: dict[str, Shape | None] = {"tiny": None, "nano": NANO, "sd35m-512": SD35M_512, "sd35m-1024": SD35M_1024}

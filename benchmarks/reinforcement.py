@@ -21,9 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from opd_fast.reward_keys import key_words, reward_key
-from opd_fast.telemetry import read_metrics
-from opd_fast.trainers import cascade
+from opd_fast.reporting.reward_keys import key_words, reward_key
+from opd_fast.reporting.telemetry import read_metrics
+from opd_fast.training import stages as cascade
 
 RUNS: dict[str, list[str]] = {
     "teacher-composition": ["teacher-composition"],

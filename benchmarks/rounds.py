@@ -39,18 +39,18 @@ from benchmarks.models import (
     write_random_lora,
 )
 from benchmarks.reference import AdapterPolicy, Reference, adapters_on
-from opd_fast.batch import RoundBatch
 from opd_fast.config import EngineConfig, StudentConfig, TeacherConfig
-from opd_fast.engine import Engaged, Forwards, engage
+from opd_fast.data.prompt_files import load_prompts
 from opd_fast.models import load_model
 from opd_fast.models.base import ASSETS, DiffusionModel, TextEmbeds
 from opd_fast.objectives import step_weights
-from opd_fast.prompts import load_prompts
-from opd_fast.rollout import one_pass
+from opd_fast.reporting.telemetry import annotate
 from opd_fast.solvers import solver_table
-from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank
-from opd_fast.telemetry import annotate
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.optimize import Engaged, Forwards, engage
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank
 from opd_kernels import philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 

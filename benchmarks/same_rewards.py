@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_fast.command import parse
-from opd_fast.settings import to_dict
+from opd_fast.config.command_line import parse
+from opd_fast.config.serialize import to_dict
 
 OFF = {
     "placement": "shared",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import default_device, device_name
-from opd_fast import fp8
+from opd_fast.engine import float8 as fp8
 from opd_kernels import (
     fused_step,
     fused_step_reference,

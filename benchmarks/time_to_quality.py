@@ -5,7 +5,7 @@ python -m benchmarks.time_to_quality [--share 0.9] [--budget 3600] [--sides NAME
 All sides learn from the three bundled teachers, start from the same base, and are judged alike: the averaged student,
 on the held-out prompts and noise of `evaluation`. Judging, loading and text encoding stand outside the clock.
 
-    engine              the `bundled` recipe through `opd_fast.trainers.loop.train`, as a user runs it
+    engine              the `bundled` recipe through `opd_fast.training.loop.train`, as a user runs it
     published           the loop of `benchmarks/reference.py` with the published settings (`PUBLISHED`)
     published, tuned    the same loop with the recipe's settings: what is left between it and the engine is speed
 
@@ -34,20 +34,20 @@ from torch import nn
 
 from benchmarks.environment import default_device, environment, round_dtype, synchronize
 from benchmarks.reference import AdapterPolicy, Reference, adapters_on
-from opd_fast.command import parse
 from opd_fast.config import Config
+from opd_fast.config.command_line import parse
+from opd_fast.config.serialize import to_dict
 from opd_fast.errors import main_guard
-from opd_fast.evaluate import evaluate
 from opd_fast.models import load_model
 from opd_fast.models.base import ASSETS
-from opd_fast.report import gain_recovered
-from opd_fast.reward_keys import reward_key
-from opd_fast.settings import to_dict
-from opd_fast.student import ema_decay
-from opd_fast.telemetry import quiet_libraries, read_metrics
-from opd_fast.trainers.loop import learning_rate, train
-from opd_fast.trainers.opd import OPD
-from opd_fast.trainers.setup import prepare
+from opd_fast.reporting.results import gain_recovered
+from opd_fast.reporting.reward_keys import reward_key
+from opd_fast.reporting.telemetry import quiet_libraries, read_metrics
+from opd_fast.training.evaluation import evaluate
+from opd_fast.training.loop import learning_rate, train
+from opd_fast.training.methods.opd import OPD
+from opd_fast.training.setup import prepare
+from opd_fast.training.student import ema_decay
 
 SIDES = ("published, tuned", "published")
 """Beside the engine."""

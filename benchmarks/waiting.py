@@ -82,8 +82,8 @@ class Process:
 def child(given: Sequence[str]) -> None:
     """Answer each number of a round on stdin with its seconds on stdout."""
     from benchmarks.world_of_one import settings, side
-    from opd_fast.parallel import World
-    from opd_fast.telemetry import quiet_libraries
+    from opd_fast.distributed.world import World
+    from opd_fast.reporting.telemetry import quiet_libraries
 
     quiet_libraries()
     run = side([*settings("single", ROUNDS, None), *given], World())

@@ -2,11 +2,11 @@
 
     python -m benchmarks.weak_scaling [--worlds 1,2] [--rounds 8] [--out FILE]
 
-Every process has one thread, so two cores carry two processes and no more. The prediction (`opd_fast.communication`)
-takes the compute time of one process from the measurement, and bandwidth and latency of the links from all-reduces
-timed in the same processes: it is the model of communication that is put to the test, and what two processes take from
-each other besides (caches, the memory's bandwidth, waiting for the slower) is not in it. `docs/weak-scaling.json` is
-what `--out` wrote.
+Every process has one thread, so two cores carry two processes and no more. The prediction
+(`opd_fast.distributed.communication`) takes the compute time of one process from the measurement, and bandwidth and
+latency of the links from all-reduces timed in the same processes: it is the model of communication that is put to
+the test, and what two processes take from each other besides (caches, the memory's bandwidth, waiting for the
+slower) is not in it. `docs/weak-scaling.json` is what `--out` wrote.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.environment import environment
-from opd_fast.command import parse
-from opd_fast.communication import Network, collectives, seconds
 from opd_fast.config import Config
-from opd_fast.parallel import World, open_world
-from opd_fast.plan import make_plan
-from opd_fast.trainers.opd import OPD
-from opd_fast.trainers.setup import prepare
+from opd_fast.config.command_line import parse
+from opd_fast.distributed.communication import Network, collectives, seconds
+from opd_fast.distributed.plan import make_plan
+from opd_fast.distributed.world import World, open_world
+from opd_fast.training.methods.opd import OPD
+from opd_fast.training.setup import prepare
 
 PER_PROCESS = 2  # samples of each task
 CASES = {

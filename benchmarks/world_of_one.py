@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import default_device, environment, synchronize
-from opd_fast.command import parse
+from opd_fast.config.command_line import parse
+from opd_fast.distributed.world import World, open_world
 from opd_fast.errors import main_guard
-from opd_fast.parallel import World, open_world
-from opd_fast.telemetry import quiet_libraries
-from opd_fast.trainers.loop import make_optimizer
-from opd_fast.trainers.opd import OPD
-from opd_fast.trainers.setup import prepare
+from opd_fast.reporting.telemetry import quiet_libraries
+from opd_fast.training.loop import make_optimizer
+from opd_fast.training.methods.opd import OPD
+from opd_fast.training.setup import prepare
 
 LIMIT = 1.01
 """Of a process alone."""

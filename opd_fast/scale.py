@@ -1,4 +1,4 @@
-"""What a recipe costs on many devices, by the model of `opd_fast.communication`:
+"""What a recipe costs on many devices, by the model of `opd_fast.distributed.communication`:
 
 python -m opd_fast.scale [RECIPE_OR_YAML ...] [--world 8,64,512] [--rate 800] [--share 0.5] ...
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from opd_fast.communication import Network, RoundTime, Work, collectives, round_time, sent
+from opd_fast.distributed.communication import Network, RoundTime, Work, collectives, round_time, sent
+from opd_fast.distributed.memory import GIB, RESERVE, Reshard, Strategy, memory
 from opd_fast.errors import UserError, main_guard
-from opd_fast.memory import GIB, RESERVE, Reshard, Strategy, memory
 
 RECIPES = ("sd35-mopd", "flux-mopd")
 
@@ -68,8 +68,8 @@ def rows(
     reshard: Reshard = "round",
 ) -> list[Row]:
     """LoRA by ddp and full weights by fsdp2, each device with `samples` samples at every number of devices."""
-    from opd_fast.command import parse
-    from opd_fast.plan import make_plan
+    from opd_fast.config.command_line import parse
+    from opd_fast.distributed.plan import make_plan
 
     found = []
     cases: tuple[tuple[Literal["lora", "full"], Strategy], ...] = (("lora", "ddp"), ("full", "fsdp2"))
@@ -95,8 +95,8 @@ def rows(
 @main_guard
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    from opd_fast.command import check_options, strict
-    from opd_fast.telemetry import quiet_libraries
+    from opd_fast.config.command_line import check_options, strict
+    from opd_fast.reporting.telemetry import quiet_libraries
 
     parser = build_parser()
     options = [action.option_strings[0] for action in parser._actions if action.option_strings]

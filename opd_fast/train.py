@@ -10,10 +10,11 @@ import os
 import sys
 from contextlib import ExitStack
 
-from opd_fast.command import Command, check_paths, check_run_dir, parse, prepare_run_dir
+from opd_fast.config.command_line import Command, check_run_dir, parse, prepare_run_dir
 from opd_fast.errors import UserError, main_guard
-from opd_fast.resuming import ended, finished, finished_stages
-from opd_fast.telemetry import quiet_libraries
+from opd_fast.reporting.telemetry import quiet_libraries
+from opd_fast.training.problems import check_paths
+from opd_fast.training.resuming import ended, finished, finished_stages
 from opd_fast.waiting import bound_spinning
 
 
@@ -46,9 +47,9 @@ def main(argv: list[str]) -> int:
     for config in command.configs:
         check_paths(config)
     quiet_libraries()
-    from opd_fast.parallel import open_world
-    from opd_fast.trainers.cascade import train_stages
-    from opd_fast.trainers.loop import train
+    from opd_fast.distributed.world import open_world
+    from opd_fast.training.loop import train
+    from opd_fast.training.stages import train_stages
 
     with open_world(command.config) as world, ExitStack() as hold:
         run_dir = world.on_first(lambda: prepare_run_dir(command, hold))
@@ -65,9 +66,9 @@ def _plan(command: Command) -> None:
 
     Raises ValueError, the first of these.
     """
-    from opd_fast.parallel import check_alone, launched
-    from opd_fast.plan import make_plan, print_plan
-    from opd_fast.trainers.preflight import refusals, unchecked
+    from opd_fast.distributed.plan import make_plan, print_plan
+    from opd_fast.distributed.world import check_alone, launched
+    from opd_fast.training.preflight import refusals, unchecked
 
     checks = [lambda: check_run_dir(command)]
     if command.devices is None and launched() is None:

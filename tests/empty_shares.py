@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_fast.checkpoint import Checkpoints
 from opd_fast.config import Config
-from opd_fast.embeddings import TextStore
-from opd_fast.parallel import open_world
-from opd_fast.trainers.setup import prepare
+from opd_fast.data.text_embeddings import TextStore
+from opd_fast.distributed.world import open_world
+from opd_fast.training.checkpoint import Checkpoints
+from opd_fast.training.setup import prepare
 from tests.parallel_cases import STRATEGIES, case, case_settings, judge
 
 SIZES = (5, 2, 3)

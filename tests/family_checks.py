@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 from benchmarks.models import copy_parameters, gradients, relative_error, write_random_lora
 from benchmarks.reference import AdapterPolicy, Batch, Predict, Reference, adapters_on
-from opd_fast.batch import RoundBatch
 from opd_fast.config import StudentConfig, TeacherConfig
-from opd_fast.engine import compile_blocks
-from opd_fast.graphs import Graphs
+from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.models import DiffusionModel
 from opd_fast.objectives import step_weights
-from opd_fast.rollout import one_pass, sample
 from opd_fast.solvers import solver_table
-from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.optimize import compile_blocks
+from opd_fast.training.rollout import one_pass, sample
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank
 from tests.recorded import RecordedBackend
 
 RESOLUTION = 64

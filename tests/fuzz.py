@@ -39,15 +39,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from opd_fast.checkpoint import Checkpoints
-from opd_fast.command import SWITCHES, parse, problems
+from opd_fast.config.command_line import SWITCHES, parse
+from opd_fast.config.serialize import flatten, leaves, sections, teacher_leaves
+from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError, is_ours
-from opd_fast.lora import match, read_lora, save_lora
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
-from opd_fast.plan import make_plan
-from opd_fast.settings import flatten, leaves, sections, teacher_leaves
-from opd_fast.weights import load_with_origin
+from opd_fast.models.lora.files import match, read_lora, save_lora
+from opd_fast.models.lora.load import load_with_origin
+from opd_fast.training.checkpoint import Checkpoints
+from opd_fast.training.problems import problems
 from tests.runs import random_lora
 from tests.tiny import save_tiny
 
@@ -566,7 +567,7 @@ def prepare() -> None:
     """No network, no noise."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
-    from opd_fast.telemetry import quiet_libraries
+    from opd_fast.reporting.telemetry import quiet_libraries
 
     quiet_libraries()
     make_plan(parse(["bundled"]).config)  # the first one imports what all use

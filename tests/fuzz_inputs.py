@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opd_fast import evaluate
-from opd_fast.lora import DIFFUSERS_WEIGHTS, match, read_lora
-from opd_fast.prompts import Prompt
-from opd_fast.rewards.judge import RewardFailure, judge
-from opd_fast.weights import load_with_origin
+from opd_fast.data.prompt_files import Prompt
+from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, match, read_lora
+from opd_fast.models.lora.load import load_with_origin
+from opd_fast.rewards.runner import RewardFailure, judge
 from tests.fuzz import Tally, World, outcome_of
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opd_fast.checkpoint import Checkpoints
 from opd_fast.config import Config
-from opd_fast.parallel import launched, open_world, whole
-from opd_fast.prompts import Prompt
-from opd_fast.telemetry import Silence
-from opd_fast.trainers.loop import METHODS, Run
-from opd_fast.trainers.setup import prepare
+from opd_fast.data.prompt_files import Prompt
+from opd_fast.distributed.world import launched, open_world, whole
+from opd_fast.reporting.telemetry import Silence
+from opd_fast.training.checkpoint import Checkpoints
+from opd_fast.training.loop import METHODS, Run
+from opd_fast.training.setup import prepare
 from tests.runs import PROMPTS, reinforced, settings
 
 ROUNDS = 20

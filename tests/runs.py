@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from opd_fast.command import read_config
 from opd_fast.config import Config
-from opd_fast.lora import save_lora
-from opd_fast.validation import validate
+from opd_fast.config.command_line import read_config
+from opd_fast.config.validate import validate
+from opd_fast.models.lora.files import save_lora
 from tests.tiny import save_tiny, tiny_transformer
 
 PROMPTS = {

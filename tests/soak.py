@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from opd_fast.checkpoint import Checkpoints
 from opd_fast.errors import UserError
-from opd_fast.telemetry import read_metrics
+from opd_fast.reporting.telemetry import read_metrics
+from opd_fast.training.checkpoint import Checkpoints
 
 SETTINGS = (
     *("--evaluation.every", "0", "--train.samples_per_task", "1", "--sampler.steps", "4"),
@@ -151,8 +151,8 @@ def die_in_a_save(save: int, event: int) -> Callable[[], int]:
 
 def crashing_run(settings: Path, run_dir: Path, save: int, event: int) -> None:
     """The body of a run that dies in a save, in a process of its own."""
-    from opd_fast.command import read_config
-    from opd_fast.trainers.loop import train
+    from opd_fast.config.command_line import read_config
+    from opd_fast.training.loop import train
 
     torch.set_num_threads(1)
     counted = die_in_a_save(save, event)

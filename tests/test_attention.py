@@ -14,11 +14,11 @@ from diffusers.models import attention_dispatch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from opd_fast import attention
-from opd_fast.attention import BACKENDS, Case, JointAttention, available, cache_file, choose, route, unfit
+from opd_fast.engine import attention
+from opd_fast.engine.attention import BACKENDS, Case, JointAttention, available, cache_file, choose, route, unfit
+from opd_fast.engine.fused_qkv import fuse_projections
 from opd_fast.errors import UserError
 from opd_fast.models.z_image_transformer import ZImageTransformer2DModel
-from opd_fast.projections import fuse_projections
 from tests.tiny import tiny_transformer
 from tests.tiny_flux import tiny_flux_transformer
 from tests.tiny_qwen import tiny_transformer as tiny_qwen

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opd_fast.lora import save_lora
+from opd_fast.models.lora.files import save_lora
 from tests.runs import random_lora, write_world
 
 # What a refusal may take at most. Nearly all of it goes into importing torch, diffusers and transformers, so that on a

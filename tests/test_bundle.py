@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from opd_fast.embeddings import EmbeddingCache
-from opd_fast.evaluate import EvalTask, evaluate, task_keys
-from opd_fast.lora import DIFFUSERS_WEIGHTS, merge_into, read_lora
+from opd_fast.data.prompt_files import load_prompts
+from opd_fast.data.text_embeddings import EmbeddingCache
 from opd_fast.models import DiffusionModel, load_model
 from opd_fast.models.base import ASSETS
-from opd_fast.prompts import load_prompts
-from opd_fast.rollout import INITIAL_NOISE, sample
+from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, merge_into, read_lora
 from opd_fast.solvers import solver_table
-from opd_fast.trainers.loop import train
+from opd_fast.training.evaluation import EvalTask, evaluate, task_keys
+from opd_fast.training.loop import train
+from opd_fast.training.rollout import INITIAL_NOISE, sample
 from opd_kernels import philox_normal
 from tests.runs import settings
 

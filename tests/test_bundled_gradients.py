@@ -16,19 +16,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_fast.batch import RoundBatch
-from opd_fast.command import parse
+from opd_fast.config.command_line import parse
+from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.base import TextEmbeds
+from opd_fast.models.guidance import Conditioning, Velocities
 from opd_fast.objectives import Surrogate, step_queries
-from opd_fast.prompts import Prompt
-from opd_fast.rollout import losses_at
 from opd_fast.solvers import solver_table
-from opd_fast.trainers import grpo, opd
-from opd_fast.trainers.grpo import GRPO, guard_log_ratio
-from opd_fast.trainers.nft import NFT, NOISE_STREAM
-from opd_fast.trainers.opd import OPD
-from opd_fast.trainers.setup import Setup, prepare
-from opd_fast.velocity import Conditioning, Velocities
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.methods import grpo, opd
+from opd_fast.training.methods.grpo import GRPO, guard_log_ratio
+from opd_fast.training.methods.nft import NFT, NOISE_STREAM
+from opd_fast.training.methods.opd import OPD
+from opd_fast.training.rollout import losses_at
+from opd_fast.training.setup import Setup, prepare
 from opd_kernels import log_prob_reference, philox_normal
 from tests.runs import change
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opd_fast.checkpoint import Checkpoints
 from opd_fast.errors import UserError
+from opd_fast.training.checkpoint import Checkpoints
 
 
 def state(value: float) -> dict[str, torch.Tensor]:

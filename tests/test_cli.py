@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from opd_fast import command, evaluate, train
+from opd_fast import evaluate, train
+from opd_fast.config import command_line as command
 from opd_fast.errors import UserError, is_ours, main_guard, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,9 +157,9 @@ def test_good_settings_reach_the_loop(world: Path, monkeypatch: pytest.MonkeyPat
     import types
 
     called: list[Any] = []
-    loop = types.ModuleType("opd_fast.trainers.loop")
+    loop = types.ModuleType("opd_fast.training.loop")
     loop.train = lambda config, run_dir, resume, profile, world: called.append((config, run_dir, resume))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "opd_fast.trainers.loop", loop)
+    monkeypatch.setitem(sys.modules, "opd_fast.training.loop", loop)
     monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
     assert train.main(["good.yaml", "--run-dir", "run", "--seed", "4", "--train.rounds", "5"]) == 0
     (config, run_dir, resume) = called[0]
@@ -182,7 +183,7 @@ def test_a_run_that_never_began_may_be_started_again(world: Path, monkeypatch: p
 
 
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    from opd_fast.settings import leaves
+    from opd_fast.config.serialize import leaves
 
     with pytest.raises(SystemExit) as ended:
         train.main(["--help"])
@@ -207,7 +208,7 @@ def test_guard_hides_only_our_own_errors(capsys: pytest.CaptureFixture[str]) -> 
         main_guard(library)(["x"])
 
     def ours(argv: list[str]) -> int:
-        from opd_fast.report import write_results
+        from opd_fast.reporting.results import write_results
 
         write_results(Path("."), {})
         return 0

@@ -9,11 +9,12 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from opd_fast.command import Command, looks_like_hub_id, parse, read_config, recipes
 from opd_fast.config import Config, Solver, TeacherConfig
+from opd_fast.config.command_line import Command, parse, read_config, recipes
+from opd_fast.config.paths import looks_like_hub_id
+from opd_fast.config.serialize import changed, config_hash, flatten, from_dict, leaves, teacher_leaves, to_dict, to_yaml
+from opd_fast.config.validate import validate
 from opd_fast.errors import UserError
-from opd_fast.settings import changed, config_hash, flatten, from_dict, leaves, teacher_leaves, to_dict, to_yaml
-from opd_fast.validation import validate
 
 TEACHER = {"name": "a", "weights": "org/a", "prompts": "a.txt"}
 
@@ -255,7 +256,7 @@ def test_resume_needs_a_run(tmp_path: Path) -> None:
 
 
 def test_every_resumable_key_exists() -> None:
-    from opd_fast.settings import RESUMABLE
+    from opd_fast.config.serialize import RESUMABLE
 
     for prefix in RESUMABLE:
         assert any(key.startswith(prefix) for key in leaves())

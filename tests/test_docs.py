@@ -27,14 +27,14 @@ import torch
 
 from benchmarks import report
 from opd_fast import train
-from opd_fast.embeddings import EmbeddingCache
-from opd_fast.lora import merge_into, read_lora
+from opd_fast.data.prompt_files import write_geneval, write_lines
+from opd_fast.data.text_embeddings import EmbeddingCache
 from opd_fast.models import load_model
 from opd_fast.models.base import ASSETS
-from opd_fast.prompts import write_geneval, write_lines
+from opd_fast.models.lora.files import merge_into, read_lora
 from opd_fast.rewards.text import read
-from opd_fast.rollout import sample
 from opd_fast.solvers import solver_table
+from opd_fast.training.rollout import sample
 from tests.runs import PROMPTS
 from tests.test_benchmarks import ENVIRONMENT, row
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks import reinforcement
 from opd_fast.models import outline_model
 from opd_fast.objectives import step_weights
-from opd_fast.report import gain_recovered
+from opd_fast.reporting.results import gain_recovered
 from opd_fast.solvers import solver_table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,14 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from opd_fast import embeddings
-from opd_fast.command import read_config
-from opd_fast.embeddings import EmbeddingCache, TextStore, cache_root, encoding_progress, text_files, text_key
+from opd_fast.config.command_line import read_config
+from opd_fast.data import text_embeddings as embeddings
+from opd_fast.data.prompt_files import load_prompts
+from opd_fast.data.text_embeddings import EmbeddingCache, TextStore, cache_root, encoding_progress, text_files, text_key
 from opd_fast.errors import UserError
 from opd_fast.models import DiffusionModel, TextEmbeds, load_model
 from opd_fast.models.base import TextEncoders
-from opd_fast.prompts import load_prompts
-from opd_fast.trainers.setup import prepare
+from opd_fast.training.setup import prepare
 from tests.runs import settings, write_world
 from tests.tiny import save_tiny
 

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd_fast.checkpoint import Checkpoints
-from opd_fast.parallel import World
-from opd_fast.plan import make_plan, print_plan
-from opd_fast.prompts import Prompt
-from opd_fast.telemetry import read_metrics
-from opd_fast.trainers.loop import train
+from opd_fast.data.prompt_files import Prompt
+from opd_fast.distributed.plan import make_plan, print_plan
+from opd_fast.distributed.world import World
+from opd_fast.reporting.telemetry import read_metrics
+from opd_fast.training.checkpoint import Checkpoints
+from opd_fast.training.loop import train
 from tests.empty_shares import RESUMED, ROUNDS, SIZES, cases
 from tests.runs import reinforced, settings, write_world
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from benchmarks.models import gradients, relative_error
-from opd_fast.attention import BACKENDS
 from opd_fast.config import EngineConfig, StudentConfig, TeacherConfig
-from opd_fast.engine import Engaged, Forwards, compile_blocks, engage
-from opd_fast.graphs import Graphs
+from opd_fast.engine.attention import BACKENDS
+from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.objectives import step_weights
-from opd_fast.rollout import one_pass
-from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank
+from opd_fast.training.optimize import Engaged, Forwards, compile_blocks, engage
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank
 from tests.recorded import RecordedBackend
 from tests.runs import write_world
 from tests.test_one_pass import GUIDED, UNGUIDED, Guidance, World

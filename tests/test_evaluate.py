@@ -16,14 +16,15 @@ from PIL import Image
 
 from benchmarks.models import write_random_lora
 from opd_fast import evaluate as module
-from opd_fast.command import check_paths, parse
-from opd_fast.embeddings import EmbeddingCache
-from opd_fast.evaluate import EvalTask, Evaluation, evaluate, task_keys
+from opd_fast.config.command_line import parse
+from opd_fast.data.prompt_files import Prompt, load_prompts
+from opd_fast.data.text_embeddings import EmbeddingCache
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
-from opd_fast.prompts import Prompt, load_prompts
 from opd_fast.rewards import get_reward
 from opd_fast.solvers import solver_table
+from opd_fast.training.evaluation import EvalTask, Evaluation, evaluate, task_keys
+from opd_fast.training.problems import check_paths
 from tests.tiny import save_tiny
 from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
 

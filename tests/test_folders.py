@@ -15,8 +15,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub.utils import filter_repo_objects
 
 from opd_fast.models import load_model, outline_model
-from opd_fast.models.folder import fetch
-from opd_fast.weights import load_with_origin
+from opd_fast.models.lora.load import load_with_origin
+from opd_fast.models.pipeline_folder import fetch
 from tests import tiny_qwen, tiny_z_image
 from tests.family_checks import edit
 from tests.tiny import save_tiny

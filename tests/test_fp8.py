@@ -13,10 +13,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from benchmarks.fp8_error import ask, bundled, in_float8, quantize_student, relative, run
-from opd_fast import fp8
 from opd_fast.config import StudentConfig
-from opd_fast.errors import UserError
-from opd_fast.fp8 import (
+from opd_fast.engine import float8 as fp8
+from opd_fast.engine.float8 import (
     OUTLIER,
     Float8Linear,
     Float8MergedLayers,
@@ -30,10 +29,11 @@ from opd_fast.fp8 import (
     requantize,
     supported,
 )
-from opd_fast.merged import merged_linear
+from opd_fast.engine.merged_lora import merged_linear
+from opd_fast.errors import UserError
 from opd_fast.models import load_model, outline_model
-from opd_fast.rollout import one_pass
-from opd_fast.student import ADAPTER, Student
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.student import ADAPTER, Student
 from opd_kernels import quantize_rows
 from tests.tiny import save_tiny, tiny_transformer
 

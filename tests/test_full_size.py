@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from opd_fast import train
+from opd_fast.distributed.plan import lora_modules
 from opd_fast.models import DiffusionModel, outline_model
-from opd_fast.plan import lora_modules
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from opd_fast import train
-from opd_fast.command import parse
+from opd_fast.config.command_line import parse
+from opd_fast.config.serialize import leaves
 from opd_fast.errors import UserError
-from opd_fast.lora import match, read_lora
-from opd_fast.settings import leaves
-from opd_fast.weights import load_with_origin
+from opd_fast.models.lora.files import match, read_lora
+from opd_fast.models.lora.load import load_with_origin
 from tests import fuzz, fuzz_inputs, fuzz_prompts
 
 SEED = 7

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import gradients, relative_error
-from opd_fast.batch import RoundBatch
-from opd_fast.graphs import Graphs, Static
+from opd_fast.engine.cuda_graphs import Graphs, Static
 from opd_fast.models.base import TextEmbeds
 from opd_fast.objectives import Surrogate, step_weights
-from opd_fast.rollout import one_pass
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.rollout import one_pass
 from tests.recorded import RecordedBackend
 from tests.test_one_pass import GUIDED, UNGUIDED, Case, World
 

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from opd_fast.adapters import use_adapter
-from opd_fast.batch import RoundBatch
 from opd_fast.config import StudentConfig
+from opd_fast.engine.grouped_lora import GroupedAdapters, Span, describe, grouped_velocities, joined
 from opd_fast.errors import UserError
-from opd_fast.grouped import GroupedAdapters, Span, describe, grouped_velocities, joined
 from opd_fast.models.base import DiffusionModel
+from opd_fast.models.lora.adapters import use_adapter
+from opd_fast.models.lora.load import Origin
 from opd_fast.objectives import step_weights
-from opd_fast.rollout import one_pass
 from opd_fast.solvers import solver_table
-from opd_fast.student import Student
-from opd_fast.teachers import BASE, Course, Teacher, TeacherBank
-from opd_fast.weights import Origin
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import BASE, Course, Teacher, TeacherBank
 from tests.grouping import FAMILIES, SHAPE, add, add_all, small, states, text
 from tests.tiny import tiny_transformer
 

@@ -18,23 +18,23 @@ from torch import Tensor
 
 from benchmarks.models import gradients, relative_error, write_random_lora
 from opd_fast import evaluate as evaluation
-from opd_fast.batch import RoundBatch
-from opd_fast.command import parse
 from opd_fast.config import Config, StudentConfig, TeacherConfig
+from opd_fast.config.command_line import parse
+from opd_fast.config.serialize import from_dict, to_dict, to_yaml
+from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
 from opd_fast.models import SD3, DiffusionModel, ZImage, load_model
+from opd_fast.models.guidance import Conditioning
 from opd_fast.models.qwen_image import QwenImage
 from opd_fast.objectives import Surrogate, step_weights
-from opd_fast.plan import make_plan
-from opd_fast.rollout import one_pass
-from opd_fast.settings import from_dict, to_dict, to_yaml
 from opd_fast.solvers import solver_table
-from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank
-from opd_fast.trainers.grpo import GRPO
-from opd_fast.trainers.preflight import refusals
-from opd_fast.trainers.setup import prepare
-from opd_fast.velocity import Conditioning
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.methods.grpo import GRPO
+from opd_fast.training.preflight import refusals
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.setup import prepare
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank
 from tests import tiny_qwen, tiny_z_image
 from tests.runs import change
 from tests.tiny_flux import save_tiny_flux

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from opd_fast.command import parse, problems
 from opd_fast.config import Config
+from opd_fast.config.command_line import parse
+from opd_fast.config.paths import held_out
+from opd_fast.config.serialize import from_dict
+from opd_fast.data.prompt_files import load_prompts
+from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
-from opd_fast.evaluate import EvalTask
-from opd_fast.plan import make_plan
-from opd_fast.prompts import held_out, load_prompts
-from opd_fast.settings import from_dict
-from opd_fast.trainers.setup import evaluation_task
+from opd_fast.training.evaluation import EvalTask
+from opd_fast.training.problems import problems
+from opd_fast.training.setup import evaluation_task
 
 RECORD = '{"prompt": "a cat", "include": []}\n'
 

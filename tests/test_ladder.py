@@ -15,11 +15,11 @@ from benchmarks.models import NANO
 from benchmarks.report import render
 from benchmarks.rounds import Recipe, Work, random_work
 from benchmarks.same_rewards import SWITCHES, verdict
-from opd_fast import engine
-from opd_fast.command import parse
 from opd_fast.config import EngineConfig
-from opd_fast.engine import Engaged
-from opd_fast.student import Student
+from opd_fast.config.command_line import parse
+from opd_fast.training import optimize as engine
+from opd_fast.training.optimize import Engaged
+from opd_fast.training.student import Student
 from tests.test_benchmarks import ENVIRONMENT
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from opd_fast.command import Command, parse
-from opd_fast.settings import to_yaml
+from opd_fast.config.command_line import Command, parse
+from opd_fast.config.serialize import to_yaml
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COMMANDS = [

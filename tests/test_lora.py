@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd_fast.lora import (
+from opd_fast.models import SD3
+from opd_fast.models.lora.files import (
     DIFFUSERS_WEIGHTS,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
@@ -27,7 +28,6 @@ from opd_fast.lora import (
     read_lora,
     save_lora,
 )
-from opd_fast.models import SD3
 from tests.tiny import tiny_pipeline, tiny_transformer
 
 RANK, ALPHA = 4, 12.0
@@ -413,7 +413,7 @@ def test_foreign_paths_are_named(saved, tmp_path, monkeypatch):
     shutil.copy(saved / DIFFUSERS_WEIGHTS, tmp_path / "named" / "by_hand.safetensors")
     with pytest.raises(ValueError, match=r"named/by_hand\.safetensors is one; name that file"):
         read_lora(tmp_path / "named")
-    monkeypatch.setattr("opd_fast.lora.ASSETS", tmp_path)
+    monkeypatch.setattr("opd_fast.models.lora.files.ASSETS", tmp_path)
     with pytest.raises(ValueError, match=r"bundled/text is no LoRA: build them: python -m opd_fast\.worlds\.build"):
         read_lora("bundled/text")
     shutil.copytree(saved, tmp_path / "teachers" / "text")

@@ -18,9 +18,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from opd_fast.adapters import add_frozen
-from opd_fast.lora import LoraWeights, match, read_lora, save_lora
 from opd_fast.models.base import DiffusionModel
+from opd_fast.models.lora.adapters import add_frozen
+from opd_fast.models.lora.files import LoraWeights, match, read_lora, save_lora
 from tests.tiny import tiny_transformer
 
 RANK, ALPHA = 2, 3.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from opd_fast.memory import GIB, RESERVE, Load, activations, choose_strategy, memory, recomputation
+from opd_fast.distributed.memory import GIB, RESERVE, Load, activations, choose_strategy, memory, recomputation
 
 # 2 G parameters in bfloat16 (4e9 bytes a copy), 20 M trained, three teachers, 50 MB a sample.
 LORA = Load(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_fast.adapters import add_frozen, use_adapter
 from opd_fast.config import StudentConfig
-from opd_fast.lora import LoraWeights
 from opd_fast.models import load_model
-from opd_fast.student import Student
+from opd_fast.models.lora.adapters import add_frozen, use_adapter
+from opd_fast.models.lora.files import LoraWeights
+from opd_fast.training.student import Student
 from tests.runs import random_lora
 from tests.tiny import save_tiny
 

@@ -20,19 +20,19 @@ from torch import Tensor
 
 from benchmarks.models import copy_parameters, gradients, relative_error, write_random_lora
 from benchmarks.reference import AdapterPolicy, Batch, Reference, adapters_on
-from opd_fast.batch import RoundBatch
-from opd_fast.command import read_config
 from opd_fast.config import StudentConfig, TeacherConfig
+from opd_fast.config.command_line import read_config
+from opd_fast.config.paths import package_file
+from opd_fast.distributed.plan import lora_modules
 from opd_fast.models import TextEmbeds, load_model, outline_model
 from opd_fast.models.flux import Flux, pack
+from opd_fast.models.guidance import Conditioning
 from opd_fast.objectives import step_weights
-from opd_fast.plan import lora_modules
-from opd_fast.rollout import one_pass, sample
-from opd_fast.settings import package_file
 from opd_fast.solvers import solver_table
-from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank
-from opd_fast.velocity import Conditioning
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.rollout import one_pass, sample
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank
 from tests.family_checks import COMPILERS, check_captured, check_compiled, check_outline, check_reads_nothing_back, edit
 from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.models import SD35M_512, random_model
-from opd_fast.adapters import use_adapter
 from opd_fast.config import StudentConfig
-from opd_fast.grouped import GroupedAdapters, grouped_velocities, joined
+from opd_fast.engine.grouped_lora import GroupedAdapters, grouped_velocities, joined
+from opd_fast.engine.modulation_cache import Remembered
 from opd_fast.models import outline_model
 from opd_fast.models.base import DiffusionModel
-from opd_fast.modulation import Remembered
-from opd_fast.student import Student
-from opd_fast.velocity import Conditioning, Velocities, velocities
+from opd_fast.models.guidance import Conditioning, Velocities, velocities
+from opd_fast.models.lora.adapters import use_adapter
+from opd_fast.training.student import Student
 from tests.grouping import FAMILIES, add_all, small, states, text
 from tests.tiny import tiny_transformer
 

@@ -16,9 +16,18 @@ import torch
 from diffusers import ZImagePipeline
 from safetensors.torch import load_file, save_file
 
-from opd_fast.lora import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, LoraWeights, delta, match, read_lora, save_lora
 from opd_fast.models.base import DiffusionModel
-from opd_fast.weights import Origin
+from opd_fast.models.lora.files import (
+    DIFFUSERS_WEIGHTS,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    LoraWeights,
+    delta,
+    match,
+    read_lora,
+    save_lora,
+)
+from opd_fast.models.lora.load import Origin
 from tests.test_lora_origins import (
     A_B,
     ALPHA,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_fast.trainers.nft import SCALE, move_old_policy, nft_loss, old_policy_decay, optimality
+from opd_fast.training.methods.nft import SCALE, move_old_policy, nft_loss, old_policy_decay, optimality
 
 B, SHAPE = 5, (3, 4, 4)
 

@@ -28,15 +28,15 @@ from benchmarks.models import (
     write_random_lora,
 )
 from benchmarks.reference import AdapterPolicy, Policy, Reference, WeightsPolicy, adapters_on
-from opd_fast.batch import RoundBatch
 from opd_fast.config import StudentConfig, TeacherConfig
 from opd_fast.models.base import TextEmbeds
 from opd_fast.models.sd3 import SD3
 from opd_fast.objectives import step_weights
-from opd_fast.rollout import INITIAL_NOISE, one_pass
 from opd_fast.solvers import SOLVERS, solver_table
-from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.rollout import INITIAL_NOISE, one_pass
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank
 from opd_kernels import philox_normal
 
 STEPS, ETA = 4, 0.7

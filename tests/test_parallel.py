@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd_fast.checkpoint import Checkpoints
-from opd_fast.command import parse
 from opd_fast.config import Config
+from opd_fast.config.command_line import parse
+from opd_fast.config.serialize import from_dict, to_yaml
+from opd_fast.config.validate import validate
+from opd_fast.distributed.world import World, open_world
 from opd_fast.errors import UserError, main_guard
-from opd_fast.parallel import World, open_world
-from opd_fast.settings import from_dict, to_yaml
-from opd_fast.trainers.loop import train
-from opd_fast.validation import validate
+from opd_fast.training.checkpoint import Checkpoints
+from opd_fast.training.loop import train
 from tests.parallel_cases import REPLICATED, TRAINED, cases, strategies
 from tests.runs import settings, write_world
 

@@ -10,12 +10,12 @@ import torch
 
 from opd_fast import train
 from opd_fast.config import Config
-from opd_fast.lora import save_lora
-from opd_fast.memory import GIB, RESERVE
+from opd_fast.config.serialize import from_dict
+from opd_fast.distributed.memory import GIB, RESERVE
+from opd_fast.distributed.plan import make_plan, pick_dtype, resolve
 from opd_fast.models import load_model
-from opd_fast.plan import make_plan, pick_dtype, resolve
-from opd_fast.settings import from_dict
-from opd_fast.student import Student
+from opd_fast.models.lora.files import save_lora
+from opd_fast.training.student import Student
 from tests.runs import random_lora
 from tests.tiny import save_tiny
 

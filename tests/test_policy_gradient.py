@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import NANO, gradients, random_model, random_text, relative_error, write_random_lora
-from opd_fast.batch import RoundBatch
 from opd_fast.config import StudentConfig, TeacherConfig
+from opd_fast.models.guidance import Conditioning, Velocities
 from opd_fast.models.sd3 import SD3
 from opd_fast.objectives import Surrogate, query_law, score_factors, step_queries, step_weights
-from opd_fast.rollout import one_pass
 from opd_fast.solvers import SolverTable, sd3_sigmas, solver_table
-from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank
-from opd_fast.trainers.opd import OPD
-from opd_fast.trainers.setup import prepare
-from opd_fast.velocity import Conditioning, Velocities
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.methods.opd import OPD
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.setup import prepare
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank
 from tests.runs import settings
 from tests.tiny import tiny_transformer
 

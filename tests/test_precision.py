@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from opd_fast.config import Config
-from opd_fast.telemetry import read_metrics
-from opd_fast.trainers import loop
-from opd_fast.trainers.loop import train
+from opd_fast.reporting.telemetry import read_metrics
+from opd_fast.training import loop
+from opd_fast.training.loop import train
 from tests.runs import settings, write_world
 
 
@@ -57,7 +57,7 @@ def test_the_scaler_resumes_and_an_overflow_is_left_out(
 
 
 def test_tiles_are_asked_of_the_vae(world: Path, tmp_path: Path) -> None:
-    from opd_fast.trainers.setup import prepare
+    from opd_fast.training.setup import prepare
 
     assert not prepare(settings(world), say=lambda text: None).model.vae.use_tiling
     assert prepare(settings(world, evaluation__vae_tiling=True), say=lambda text: None).model.vae.use_tiling

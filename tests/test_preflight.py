@@ -14,8 +14,8 @@ from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 
 from opd_fast import train
-from opd_fast.lora import save_lora
-from opd_fast.trainers import setup
+from opd_fast.models.lora.files import save_lora
+from opd_fast.training import setup
 from tests.family_checks import edit
 from tests.runs import random_lora, write_world
 from tests.tiny import tiny_pipeline

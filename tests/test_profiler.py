@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_fast.profiler import RoundProfiler
-from opd_fast.telemetry import annotate
+from opd_fast.reporting.profiler import RoundProfiler
+from opd_fast.reporting.telemetry import annotate
 
 
 def run(folder: Path, rounds: int, fail_in: int | None = None, **which: int) -> list[str]:

@@ -11,8 +11,8 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from opd_fast.attention import JointAttention, route
-from opd_fast.projections import fuse_projections
+from opd_fast.engine.attention import JointAttention, route
+from opd_fast.engine.fused_qkv import fuse_projections
 from tests.test_attention import FAMILIES, call_flux, call_sd3, noise
 from tests.tiny import tiny_transformer
 from tests.tiny_flux import tiny_flux_transformer

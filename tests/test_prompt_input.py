@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from opd_fast import evaluate, train
-from opd_fast.command import parse, problems
+from opd_fast.config.command_line import parse
+from opd_fast.data.prompt_files import LONGEST, Prompt, load_prompts, write_geneval, write_lines
 from opd_fast.errors import UserError
-from opd_fast.prompt_checks import metadata_problems, read_prompts
-from opd_fast.prompts import LONGEST, Prompt, load_prompts, write_geneval, write_lines
 from opd_fast.rewards.metadata import check_metadata
-from opd_fast.trainers.loop import train as train_run
+from opd_fast.training.loop import train as train_run
+from opd_fast.training.problems import problems
+from opd_fast.training.prompt_checks import metadata_problems, read_prompts
 from tests.runs import settings
 
 SCENE = {"prompt": "a red circle", "include": [{"class": "circle", "count": 1, "color": "red"}]}
@@ -144,7 +145,7 @@ def test_a_run_is_refused_before_it_loads(
     small_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = broken(small_world, tmp_path)
-    for part in ("opd_fast.trainers.setup.load_model", "opd_fast.models.load_model"):
+    for part in ("opd_fast.training.setup.load_model", "opd_fast.models.load_model"):
         monkeypatch.setattr(part, lambda *a, **k: pytest.fail("the model was loaded"))
     said = (
         f"teachers[0].eval_prompts: {tmp_path / 'held-out.txt'}, line 3, which the reward text judges, has no target; "

@@ -17,26 +17,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd_fast.command import parse, problems, read_config
 from opd_fast.config import Config
+from opd_fast.config.command_line import parse, read_config
+from opd_fast.config.paths import prompt_file
+from opd_fast.config.serialize import from_dict
+from opd_fast.config.validate import validate
+from opd_fast.data.prompt_files import Prompt, PromptSource, TaskSchedule, load_prompts, write_geneval, write_lines
+from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
-from opd_fast.plan import make_plan
-from opd_fast.prompts import (
-    Prompt,
-    PromptSource,
-    TaskSchedule,
-    load_prompts,
-    prompt_file,
-    write_geneval,
-    write_lines,
-)
-from opd_fast.rollout import one_pass
-from opd_fast.settings import from_dict
-from opd_fast.telemetry import Telemetry, read_metrics
-from opd_fast.trainers.loop import train
-from opd_fast.trainers.opd import OPD
-from opd_fast.trainers.setup import Setup, prepare
-from opd_fast.validation import validate
+from opd_fast.reporting.telemetry import Telemetry, read_metrics
+from opd_fast.training.loop import train
+from opd_fast.training.methods.opd import OPD
+from opd_fast.training.problems import problems
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.setup import Setup, prepare
 from tests.runs import settings, write_world
 
 GENEVAL = [
@@ -133,7 +127,7 @@ def test_other_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load_prompts(tmp_path / "folder")
     with pytest.raises(ValueError, match="choose train or test"):
         prompt_file(tmp_path, "eval")  # type: ignore[arg-type]
-    monkeypatch.setattr("opd_fast.prompts.ASSETS", tmp_path)
+    monkeypatch.setattr("opd_fast.data.prompt_files.ASSETS", tmp_path)
     with pytest.raises(ValueError, match=r"no prompts named bundled/nothing; build them: python -m opd_fast\.worlds"):
         load_prompts("bundled/nothing")
     (tmp_path / "prompts" / "colour").mkdir(parents=True)
@@ -277,7 +271,7 @@ def test_parquet_by_datasets_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_reading_prompts_needs_no_torch(tmp_path: Path) -> None:
     """The command line looks at prompt files before anything heavy is imported."""
-    code = "import sys, opd_fast.prompts; sys.exit('torch' in sys.modules)"
+    code = "import sys, opd_fast.data.prompt_files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from opd_fast.command import read_config
 from opd_fast.config import Config
-from opd_fast.plan import make_plan
+from opd_fast.config.command_line import read_config
+from opd_fast.distributed.plan import make_plan
 from opd_fast.solvers import solver_table
-from opd_fast.trainers.opd import OPD
+from opd_fast.training.methods.opd import OPD
 from tests.runs import settings
 
 RECIPES = Path(__file__).resolve().parents[1] / "opd_fast" / "recipes"
@@ -68,7 +68,7 @@ def test_the_recipe_states_the_published_values() -> None:
 def test_loss_of_the_released_code(tmp_path: Path, solver: str, eta: float) -> None:
     """As released: each of tasks x steps micro-batches has the loss mean(delta^2) / 2 under an ODE, else over
     max(std_dev^2, 1e-8), means in float32 over samples and elements; accumulation divides by their number."""
-    from opd_fast.trainers.setup import prepare
+    from opd_fast.training.setup import prepare
 
     config: Config = settings(
         RECIPES / "bundled.yaml",
@@ -89,7 +89,7 @@ def test_loss_of_the_released_code(tmp_path: Path, solver: str, eta: float) -> N
     batch = method.batch(0)
     table = solver_table(solver, setup.table.sigmas, eta)
     losses: list[Any] = []
-    from opd_fast.rollout import INITIAL_NOISE
+    from opd_fast.training.rollout import INITIAL_NOISE
     from opd_kernels import philox_normal
 
     with torch.no_grad(), setup.student.base() as student:  # a new student is the base

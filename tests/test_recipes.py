@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from opd_fast.command import parse, recipes
 from opd_fast.config import Config
-from opd_fast.settings import flatten
+from opd_fast.config.command_line import parse, recipes
+from opd_fast.config.serialize import flatten
 from opd_fast.train import main
 
 REINFORCED = ("joint-grpo-guard", "joint-nft", "joint-raw-sum", "teacher-colour", "teacher-composition", "teacher-text")

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.models import gradients
-from opd_fast.graphs import Graphs
+from opd_fast.engine.activation_checkpointing import recompute_blocks
+from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.objectives import step_weights
-from opd_fast.recompute import recompute_blocks
-from opd_fast.rollout import one_pass
+from opd_fast.training.rollout import one_pass
 from tests.recorded import RecordedBackend
 from tests.test_one_pass import GUIDED, World
 

@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd_fast.command import problems
 from opd_fast.config import Config
+from opd_fast.config.serialize import to_yaml
+from opd_fast.config.validate import validate
+from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
-from opd_fast.plan import make_plan
-from opd_fast.settings import to_yaml
-from opd_fast.telemetry import read_metrics
-from opd_fast.trainers.grpo import GRPO
-from opd_fast.trainers.loop import METHODS, train
-from opd_fast.trainers.nft import NFT, NOISE_STREAM
-from opd_fast.trainers.setup import prepare
-from opd_fast.validation import validate
+from opd_fast.reporting.telemetry import read_metrics
+from opd_fast.training.loop import METHODS, train
+from opd_fast.training.methods.grpo import GRPO
+from opd_fast.training.methods.nft import NFT, NOISE_STREAM
+from opd_fast.training.problems import problems
+from opd_fast.training.setup import prepare
 from opd_kernels import philox_normal
 from tests import runs
 from tests.runs import settings

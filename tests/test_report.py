@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from opd_fast import curves
-from opd_fast.curves import reward_series, step_series
-from opd_fast.report import (
+from opd_fast.config.serialize import from_dict, to_yaml
+from opd_fast.reporting import curves
+from opd_fast.reporting.curves import reward_series, step_series
+from opd_fast.reporting.results import (
     gain_recovered,
     image_grid,
     new_results,
@@ -29,7 +30,6 @@ from opd_fast.report import (
     write_report,
     write_results,
 )
-from opd_fast.settings import from_dict, to_yaml
 
 CONFIG = from_dict({"teachers": [{"name": "text", "weights": "org/x", "prompts": "p.txt"}], "train": {"seed": 5}})
 

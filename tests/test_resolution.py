@@ -11,13 +11,13 @@ import torch
 import yaml
 
 from opd_fast import evaluate, train
-from opd_fast.command import parse
+from opd_fast.config.command_line import parse
+from opd_fast.config.paths import package_file
+from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
 from opd_fast.models import load_model, outline_model
 from opd_fast.models.base import ASSETS
-from opd_fast.plan import make_plan
-from opd_fast.settings import package_file
-from opd_fast.trainers.setup import prepare
+from opd_fast.training.setup import prepare
 from tests.runs import settings
 from tests.tiny import save_tiny
 from tests.tiny_flux import save_tiny_flux

@@ -15,18 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opd_fast import identity
-from opd_fast.checkpoint import Checkpoints
-from opd_fast.command import read_config
 from opd_fast.config import Config
+from opd_fast.config.command_line import read_config
+from opd_fast.config.serialize import to_dict, to_yaml
 from opd_fast.errors import UserError
 from opd_fast.files import open_to_umask
-from opd_fast.identity import compare, digest, identify, judged_otherwise
-from opd_fast.settings import to_dict, to_yaml
-from opd_fast.telemetry import read_metrics
+from opd_fast.reporting.telemetry import read_metrics
 from opd_fast.train import main
-from opd_fast.trainers import loop
-from opd_fast.trainers.loop import train
+from opd_fast.training import identity, loop
+from opd_fast.training.checkpoint import Checkpoints
+from opd_fast.training.identity import compare, digest, identify, judged_otherwise
+from opd_fast.training.loop import train
 from opd_kernels.tuning import replace_json
 from tests.runs import change, settings, write_world
 
@@ -218,7 +217,7 @@ def test_a_checkpoint_of_an_earlier_version_says_what_could_not_be_checked(
     meta = json.loads(file.read_text())
     for name in ("settings", "sources", "digest"):
         del meta[name]
-    from opd_fast.checkpoint import _digest
+    from opd_fast.training.checkpoint import _digest
 
     file.write_text(json.dumps({**meta, "digest": _digest(meta)}))
     train(config, run, resume=True)

@@ -20,9 +20,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from opd_fast.checkpoint import Checkpoints
-from opd_fast.telemetry import read_metrics
+from opd_fast.reporting.telemetry import read_metrics
 from opd_fast.train import main
+from opd_fast.training.checkpoint import Checkpoints
 from tests.runs import PROMPTS, write_world
 
 pytestmark = pytest.mark.usefixtures("one_thread")

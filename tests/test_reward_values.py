@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_fast.prompts import Prompt
-from opd_fast.rewards.judge import RewardFailure, judge
+from opd_fast.data.prompt_files import Prompt
+from opd_fast.rewards.runner import RewardFailure, judge
 
 V = [0.5, -1.0, 2.25]
 """Exact in half precision."""

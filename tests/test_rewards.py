@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from opd_fast.config import TeacherConfig
+from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError
-from opd_fast.prompts import Prompt
 from opd_fast.rewards import REWARDS, Reward, get_reward, prompt_groups
-from opd_fast.rewards.judge import Jury, RewardFailure, judge, judged
+from opd_fast.rewards.runner import Jury, RewardFailure, judge, judged
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 PROMPTS = [Prompt(f"prompt {i}") for i in range(3)]

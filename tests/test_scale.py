@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from opd_fast import scale
-from opd_fast.communication import Network, Work, collectives, round_time, seconds, sent
+from opd_fast.distributed.communication import Network, Work, collectives, round_time, seconds, sent
 from tests.test_memory import FULL, LORA
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"

@@ -11,19 +11,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd_fast.command import parse, problems
 from opd_fast.config import Config
+from opd_fast.config.command_line import parse
+from opd_fast.config.serialize import to_yaml
+from opd_fast.config.validate import validate
+from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
-from opd_fast.plan import make_plan
-from opd_fast.rollout import sample
+from opd_fast.reporting.telemetry import read_metrics
 from opd_fast.seeds import noise_keys
-from opd_fast.settings import to_yaml
-from opd_fast.telemetry import read_metrics
-from opd_fast.trainers.images import ROLLOUT_STREAM
-from opd_fast.trainers.loop import METHODS, make_optimizer, train
-from opd_fast.trainers.setup import prepare
-from opd_fast.trainers.sft import LEVEL, NOISE, NOISE_STREAM, SFT, flow_matching_loss, squared_gap
-from opd_fast.validation import validate
+from opd_fast.training.loop import METHODS, make_optimizer, train
+from opd_fast.training.methods.image_buffer import ROLLOUT_STREAM
+from opd_fast.training.methods.sft import LEVEL, NOISE, NOISE_STREAM, SFT, flow_matching_loss, squared_gap
+from opd_fast.training.problems import problems
+from opd_fast.training.rollout import sample
+from opd_fast.training.setup import prepare
 from opd_kernels import philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 from tests.runs import change, settings

@@ -12,18 +12,18 @@ import yaml
 
 from benchmarks import reinforcement, time_to_quality
 from opd_fast import evaluate as module
-from opd_fast.checkpoint import Checkpoints
-from opd_fast.command import read_config
 from opd_fast.config import Config
-from opd_fast.evaluate import Evaluation
-from opd_fast.report import gain_recovered
-from opd_fast.reward_keys import key_words, reward_key, reward_keys
-from opd_fast.settings import from_dict, to_yaml
-from opd_fast.stages import Stage
-from opd_fast.telemetry import Telemetry, read_metrics
+from opd_fast.config.command_line import read_config
+from opd_fast.config.serialize import from_dict, to_yaml
+from opd_fast.config.stages import Stage
+from opd_fast.reporting.results import gain_recovered
+from opd_fast.reporting.reward_keys import key_words, reward_key, reward_keys
+from opd_fast.reporting.telemetry import Telemetry, read_metrics
 from opd_fast.train import main
-from opd_fast.trainers.cascade import joined_rows
-from opd_fast.trainers.loop import train
+from opd_fast.training.checkpoint import Checkpoints
+from opd_fast.training.evaluation import Evaluation
+from opd_fast.training.loop import train
+from opd_fast.training.stages import joined_rows
 from tests.runs import settings
 
 TASKS = ("words", "plain")
@@ -66,7 +66,7 @@ def judged(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opd_fast.trainers.loop.evaluate", evaluate)
+        patch.setattr("opd_fast.training.loop.evaluate", evaluate)
         run(shared(small_world), run_dir)
     return run_dir, seen
 
@@ -121,7 +121,7 @@ def test_resuming_keeps_them_apart(
     stop_after(monkeypatch, 0)
     run(shared(small_world), tmp_path / "run")
     monkeypatch.undo()
-    monkeypatch.setattr("opd_fast.trainers.loop.Run._judge_frozen", lambda self: pytest.fail("judged again"))
+    monkeypatch.setattr("opd_fast.training.loop.Run._judge_frozen", lambda self: pytest.fail("judged again"))
     run(shared(small_world), tmp_path / "run", resume=True)
     assert rows(tmp_path / "run") == rows(whole)
 
@@ -181,7 +181,7 @@ def test_an_earlier_checkpoint_that_is_right_is_kept(
 
     labels: list[list[str]] = []
     with monkeypatch.context() as patch:
-        patch.setattr("opd_fast.trainers.loop.image_grid", lambda images, *rest: labels.append(list(images)))
+        patch.setattr("opd_fast.training.loop.image_grid", lambda images, *rest: labels.append(list(images)))
         run(own(), tmp_path / "whole")
     assert labels == [["base", "v1.5", "teacher student", "student"]] * 2
     stop_after(monkeypatch, 0)
@@ -190,7 +190,7 @@ def test_an_earlier_checkpoint_that_is_right_is_kept(
     before = {n: t for n, t in Checkpoints(tmp_path / "run" / "checkpoints", 3).load()[0].items() if "images." in n}
     assert len(before) == 3 * 2
     earlier_version(tmp_path / "run", {"text": "text", "colour": "colour"})
-    monkeypatch.setattr("opd_fast.trainers.loop.Run._judge_frozen", lambda self: pytest.fail("judged again"))
+    monkeypatch.setattr("opd_fast.training.loop.Run._judge_frozen", lambda self: pytest.fail("judged again"))
     run(own(), tmp_path / "run", resume=True)
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     after = Checkpoints(tmp_path / "run" / "checkpoints", 3).load()[0]

@@ -13,11 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from opd_fast.command import Command, parse, prepare_run_dir
+from opd_fast.config.command_line import Command, parse, prepare_run_dir
 from opd_fast.errors import UserError
-from opd_fast.telemetry import Telemetry, read_metrics
+from opd_fast.reporting.telemetry import Telemetry, read_metrics
 from opd_fast.train import main
-from opd_fast.trainers.cascade import train_stages
+from opd_fast.training.stages import train_stages
 from tests.runs import write_world
 
 STAGES = [

@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.models import NANO, Shape, random_model, random_text
-from opd_fast.command import problems
 from opd_fast.config import StudentConfig, TeacherConfig
-from opd_fast.lora import PEFT_CONFIG, PEFT_WEIGHTS, delta, read_lora, save_lora
+from opd_fast.models.lora.files import PEFT_CONFIG, PEFT_WEIGHTS, delta, read_lora, save_lora
+from opd_fast.models.lora.load import load_transformer
 from opd_fast.models.sd3 import SD3
-from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank, check_teachers
-from opd_fast.trainers import setup
-from opd_fast.weights import load_transformer
+from opd_fast.training import setup
+from opd_fast.training.problems import problems
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank, check_teachers
 from tests.runs import settings, write_world
 
 PLACEMENTS = ["merged", "shared"]
@@ -87,7 +87,7 @@ def assert_teaches(model: SD3, bank: TeacherBank, index: int, want: nn.Module) -
 
 
 def fresh_base(model: SD3) -> nn.Module:
-    from opd_fast.adapters import plain_copy
+    from opd_fast.models.lora.adapters import plain_copy
 
     return plain_copy(model.transformer)
 
@@ -556,7 +556,7 @@ def test_offline_is_what_the_environment_says(mixed: list[Path], tmp_path: Path)
     """In a process of its own: the hub's library reads HF_HUB_OFFLINE once."""
     into_cache(tmp_path, "org/lora", mixed[0])
     script = (
-        "from opd_fast.lora import read_lora\n"
+        "from opd_fast.models.lora.files import read_lora\n"
         "print(read_lora('org/lora').sha256)\n"
         "try:\n    read_lora('org/absent')\nexcept ValueError as error:\n    print(error)\n"
     )

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_fast import telemetry
 from opd_fast.config import LoggingConfig
 from opd_fast.errors import UserError
-from opd_fast.telemetry import Telemetry, annotate, read_metrics
+from opd_fast.reporting import telemetry
+from opd_fast.reporting.telemetry import Telemetry, annotate, read_metrics
 
 QUIET = LoggingConfig(tensorboard=False)
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.rounds import bundle_is_there
 from benchmarks.time_to_quality import Goal, Judged, PublishedRun, judgements, lines, main, published_decays, told
-from opd_fast.command import parse
+from opd_fast.config.command_line import parse
 
 GOAL = Goal(base={"text": 0.2, "colour": 0.1}, teachers={"text": 1.0, "colour": 0.1}, share=0.9)
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd_fast.checkpoint import Checkpoints
 from opd_fast.config import Config
-from opd_fast.settings import to_yaml
-from opd_fast.telemetry import Telemetry, read_metrics
-from opd_fast.trainers import loop
-from opd_fast.trainers.loop import learning_rate, train
+from opd_fast.config.serialize import to_yaml
+from opd_fast.reporting.telemetry import Telemetry, read_metrics
+from opd_fast.training import loop
+from opd_fast.training.checkpoint import Checkpoints
+from opd_fast.training.loop import learning_rate, train
 from tests.runs import settings, write_world
 
 
@@ -182,7 +182,7 @@ def test_resuming_before_the_first_checkpoint_starts_over(
 
 
 def test_a_teacher_that_changed_is_told_on_resume(world: Path, tmp_path: Path) -> None:
-    from opd_fast.lora import save_lora
+    from opd_fast.models.lora.files import save_lora
     from tests.runs import random_lora
 
     save_lora(tmp_path / "words", random_lora(0), rank=3, alpha=6)
@@ -319,7 +319,7 @@ def test_a_resumed_run_has_the_attention_it_had(
     def measure(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("opd_fast.attention.choose", measure)
+    monkeypatch.setattr("opd_fast.engine.attention.choose", measure)
     _start(settings(world, train__rounds=3, evaluation__every=0), tmp_path / "run", resume=True)
     assert [row["round"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 

@@ -18,10 +18,10 @@ from torch import nn
 
 from opd_fast.models import load_model, outline_model
 from opd_fast.models.base import DiffusionModel
-from opd_fast.models.folder import check_index, resolve_pipeline
+from opd_fast.models.lora.load import check_weights, load_with_origin
+from opd_fast.models.pipeline_folder import check_index, resolve_pipeline
 from opd_fast.models.sd3 import SD3
 from opd_fast.models.weight_files import find_weights
-from opd_fast.weights import check_weights, load_with_origin
 from tests import tiny_qwen, tiny_z_image
 from tests.family_checks import edit
 from tests.test_module_names import WRAPPED

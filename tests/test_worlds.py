@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from opd_fast.lora import read_lora
+from opd_fast.data.prompt_files import Prompt, load_prompts
 from opd_fast.models.base import ASSETS
-from opd_fast.prompts import Prompt, load_prompts
+from opd_fast.models.lora.files import read_lora
 from opd_fast.rewards import REWARDS, colour, composition, get_reward, text
 from opd_fast.worlds import build, shapes
 

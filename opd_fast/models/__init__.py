@@ -13,7 +13,7 @@ import torch
 
 from opd_fast.models.base import DiffusionModel, TextEmbeds
 from opd_fast.models.flux import Flux
-from opd_fast.models.folder import read_index, resolve_configs, resolve_pipeline
+from opd_fast.models.pipeline_folder import read_index, resolve_configs, resolve_pipeline
 from opd_fast.models.qwen_image import QwenImage
 from opd_fast.models.sd3 import SD3
 from opd_fast.models.z_image import ZImage

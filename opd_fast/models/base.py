@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from opd_fast.device import send
 from opd_fast.errors import UserError
-from opd_fast.transfer import send
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -144,7 +144,7 @@ class DiffusionModel(ABC):
         """The folders that the text encoders and tokenizers are loaded from; what is in them decides what ``encode``
         returns.  Empty for a model that keeps them elsewhere: its embeddings are not kept on disk.
         """
-        from opd_fast.models.folder import resolve_pipeline
+        from opd_fast.models.pipeline_folder import resolve_pipeline
 
         try:
             folder = resolve_pipeline(self.path)
@@ -261,7 +261,7 @@ class DiffusionModel(ABC):
         alpha: float,
         targets: Sequence[str],
     ) -> None:
-        """Write a LoRA of this model for PEFT and for diffusers; see ``opd_fast.lora.save_lora``."""
-        from opd_fast.lora import save_lora
+        """Write a LoRA of this model for PEFT and for diffusers; see ``opd_fast.models.lora.files.save_lora``."""
+        from opd_fast.models.lora.files import save_lora
 
         save_lora(directory, tensors, rank=rank, alpha=alpha, targets=targets, base_model=self.path)

@@ -11,15 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
-from opd_fast.models.folder import (
-    check_components,
-    check_index,
-    check_present,
-    load_component,
-    meta_transformer,
-    read_config,
-    resolve_pipeline,
-)
 from opd_fast.models.latents import (
     DEFAULT_SIZE,
     PATCH,
@@ -30,6 +21,15 @@ from opd_fast.models.latents import (
     unpack,
     vae_factor,
     weight_dtype,
+)
+from opd_fast.models.pipeline_folder import (
+    check_components,
+    check_index,
+    check_present,
+    load_component,
+    meta_transformer,
+    read_config,
+    resolve_pipeline,
 )
 from opd_fast.models.schedule import check_schedule, flow_sigmas
 

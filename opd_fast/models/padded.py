@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
-from opd_fast.models.folder import (
+from opd_fast.models.latents import DEFAULT_SIZE, PATCH, decode_in_chunks, latent_size
+from opd_fast.models.pipeline_folder import (
     check_components,
     check_index,
     check_present,
@@ -22,7 +23,6 @@ from opd_fast.models.folder import (
     read_config,
     resolve_pipeline,
 )
-from opd_fast.models.latents import DEFAULT_SIZE, PATCH, decode_in_chunks, latent_size
 from opd_fast.models.schedule import check_schedule, flow_sigmas
 
 _COMPONENTS = ("scheduler", "vae", "transformer", "tokenizer", "text_encoder")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
-from opd_fast.models.folder import (
+from opd_fast.models.latents import decode_in_chunks, kl_pixels, latent_size, vae_factor, weight_dtype
+from opd_fast.models.pipeline_folder import (
     check_components,
     check_index,
     check_present,
@@ -21,7 +22,6 @@ from opd_fast.models.folder import (
     read_config,
     resolve_pipeline,
 )
-from opd_fast.models.latents import decode_in_chunks, kl_pixels, latent_size, vae_factor, weight_dtype
 from opd_fast.models.schedule import check_options
 from opd_fast.solvers import sd3_sigmas
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from opd_fast.errors import one_line
-from opd_fast.module_names import ModuleNames
+from opd_fast.models.lora.module_names import ModuleNames
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
 """Of each tensor: safetensors' name of its dtype, and its shape."""

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from opd_fast.config import TeacherConfig
+from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import one_line
-from opd_fast.prompts import Prompt
 
 __all__ = [
     "REPORTED",

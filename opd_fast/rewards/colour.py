@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opd_fast.prompts import Prompt
+from opd_fast.data.prompt_files import Prompt
 
 SCALE = 250.0
 """The metric's value (pixels in 0..255) that earns 1; the paper calls 109 "extremely colourful"."""

@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from opd_fast.prompts import Prompt
+from opd_fast.data.prompt_files import Prompt
 from opd_fast.worlds.shapes import COLOURS, Array
 
 BRIGHT = 0.42

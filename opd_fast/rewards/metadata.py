@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from opd_fast.data.prompt_files import Prompt, entry_fault
 from opd_fast.errors import UserError
-from opd_fast.prompts import Prompt, entry_fault
 from opd_fast.rewards import get_reward
 from opd_fast.worlds.shapes import COLOURS, RELATIONS, SHAPES
 

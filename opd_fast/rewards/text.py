@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opd_fast.prompts import Prompt
+from opd_fast.data.prompt_files import Prompt
 from opd_fast.worlds.shapes import LETTERS, glyph
 
 MATCH = 0.7

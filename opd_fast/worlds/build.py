@@ -104,7 +104,7 @@ def encode_pool(vae: Any, task: str, n: int, seed: int, *, ideal: bool = False) 
 
 
 def write_prompts(out: Path) -> None:
-    from opd_fast.prompts import write_geneval, write_lines
+    from opd_fast.data.prompt_files import write_geneval, write_lines
 
     for task in shapes.TASKS:
         folder = out / "prompts" / task
@@ -429,8 +429,8 @@ def train_generator(recipe: Recipe, out: Path, work: Path, *, stage: str) -> Non
 
 def make_teacher(recipe: Recipe, out: Path, work: Path, task: str) -> None:
     """The LoRA of one task: what its recipe's run ends with. One that was cut off goes on."""
-    from opd_fast.command import parse, prepare_run_dir
-    from opd_fast.trainers.loop import train
+    from opd_fast.config.command_line import parse, prepare_run_dir
+    from opd_fast.training.loop import train
 
     run_dir = work / f"teacher-{task}"
     if not (run_dir / "results.json").is_file():
@@ -446,7 +446,7 @@ def keep_teacher(run_dir: Path, folder: Path) -> None:
     """Put a finished run's student into `folder` in PEFT's and in diffusers' layout, with its settings and a
     `training.json` that tells seed, seconds, rewards on held-out prompts and their curve, and each round's mean reward
     in training."""
-    from opd_fast.telemetry import read_metrics
+    from opd_fast.reporting.telemetry import read_metrics
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opd_fast import attention
-from opd_fast.attention import BACKENDS, Case, choose, route, unfit
-from opd_fast.projections import fuse_projections
+from opd_fast.engine import attention
+from opd_fast.engine.attention import BACKENDS, Case, choose, route, unfit
+from opd_fast.engine.fused_qkv import fuse_projections
 from tests.tiny import tiny_transformer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

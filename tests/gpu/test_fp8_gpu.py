@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opd_fast.fp8 import Float8Linear, merged_linear_fp8, quantize_weight, requantize, supported
+from opd_fast.engine.float8 import Float8Linear, merged_linear_fp8, quantize_weight, requantize, supported
 from opd_kernels import quantize_rows, quantize_rows_reference
 from tests.gpu.test_step_gpu import no_sync
 from tests.kernels.quantize_formula import assert_quantized, hard_rows

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import NANO, gradients, random_model, random_text, relative_error, write_random_lora
-from opd_fast.batch import RoundBatch
 from opd_fast.config import StudentConfig, TeacherConfig
-from opd_fast.engine import compile_blocks
-from opd_fast.graphs import CudaBackend, Graphs
+from opd_fast.engine.cuda_graphs import CudaBackend, Graphs
 from opd_fast.objectives import Surrogate, step_weights
-from opd_fast.rollout import one_pass
 from opd_fast.solvers import solver_table
-from opd_fast.student import Student
-from opd_fast.teachers import TeacherBank
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.optimize import compile_blocks
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")

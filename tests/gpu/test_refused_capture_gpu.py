@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_fast.graphs import CudaBackend, Graphs
+from opd_fast.engine.cuda_graphs import CudaBackend, Graphs
 from opd_kernels.recording import Recorder
 from tests.gpu.test_graphs_gpu import DEVICE, Team, _assert_same
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.models import relative_error
 from opd_fast.config import Config
-from opd_fast.telemetry import read_metrics
-from opd_fast.trainers.loop import METHODS, train
-from opd_fast.trainers.setup import prepare
+from opd_fast.reporting.telemetry import read_metrics
+from opd_fast.training.loop import METHODS, train
+from opd_fast.training.setup import prepare
 from tests.runs import reinforced, settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -48,7 +48,7 @@ def test_the_gradient_is_the_cpu_s(small_world: Path, case: str, monkeypatch: py
     """Noise is keyed, so that both draw the same images, judge them alike and learn alike."""
     config = configured(small_world, case)
     found = gradient(config)
-    monkeypatch.setattr("opd_fast.plan.pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("opd_fast.distributed.plan.pick_device", lambda: torch.device("cpu"))
     expected = gradient(config)
     assert found.keys() == expected.keys()
     assert 0 < relative_error(found, expected) < 0.02

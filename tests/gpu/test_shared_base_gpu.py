@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_fast.adapters import use_adapter
-from opd_fast.grouped import Call, GroupedAdapters, grouped_velocities, joined
+from opd_fast.engine.grouped_lora import Call, GroupedAdapters, grouped_velocities, joined
+from opd_fast.engine.modulation_cache import Remembered
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
-from opd_fast.modulation import Remembered
-from opd_fast.velocity import Conditioning
+from opd_fast.models.guidance import Conditioning
+from opd_fast.models.lora.adapters import use_adapter
 from tests.grouping import FAMILIES, add_all, states, text
 from tests.tiny import save_tiny
 from tests.tiny_flux import save_tiny_flux

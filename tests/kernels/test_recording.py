@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from opd_fast.graphs import CudaBackend, Graphs
+from opd_fast.engine.cuda_graphs import CudaBackend, Graphs
 from opd_kernels.recording import Recorder
 
 DEVICE = torch.device("cuda", 0)

@@ -1,0 +1,41 @@
+"""What a run is: settings, their forms, and what they may not say. Nothing here imports torch."""
+
+from opd_fast.config.schema import (
+    DETERMINISTIC,
+    CheckpointConfig,
+    Config,
+    EngineConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    RLConfig,
+    SamplerConfig,
+    SFTConfig,
+    Solver,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    option,
+)
+
+__all__ = [
+    "DETERMINISTIC",
+    "CheckpointConfig",
+    "Config",
+    "EngineConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "ParallelConfig",
+    "RLConfig",
+    "SFTConfig",
+    "SamplerConfig",
+    "Solver",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "option",
+]

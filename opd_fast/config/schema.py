@@ -1,0 +1,403 @@
+"""The settings of a run: typed, strict, and complete before anything heavy is imported.
+
+A run is described by `Config`. It is read from the defaults, then a recipe or YAML file, then the command line, later
+ones winning (`opd_fast.config.command_line`). Whatever is unknown, of the wrong type (`opd_fast.config.serialize`)
+or impossible (`opd_fast.config.validate`) raises `UserError` at once. None of these imports torch, so a mistake is
+reported in well under a second.
+"""
+
+# ruff: noqa: RUF009 - `option` is `dataclasses.field` with its explanation
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
+
+Solver = Literal["ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm1", "dpm2"]
+DETERMINISTIC: tuple[str, ...] = ("ode", "dpm1", "dpm2")
+
+
+def option(help: str, default: Any = MISSING) -> Any:
+    """A dataclass field with the explanation that `--help` prints. Lists and tuples are copied per instance."""
+    metadata = {"help": help}
+    if default is MISSING:
+        return field(metadata=metadata)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The frozen pipeline that student and teachers share."""
+
+    path: str = option("diffusers pipeline folder or hub id; bundled: the small pipeline in the package", "bundled")
+    family: str = option(
+        "sd3, flux, qwen_image, z_image, or package.module:Class of your own; auto reads it from the pipeline", "auto"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "of the frozen weights and of every forward; auto: bfloat16 on a GPU that has it, float32 elsewhere; float16 "
+        "trains with a gradient scaler",
+        "auto",
+    )
+    resolution: int | None = option(
+        "height and width of the images, in pixels; null: the pipeline's own, as diffusers takes it (1024 for SD3.5 "
+        "and FLUX.1, 32 for the bundled one)",
+        None,
+    )
+    max_sequence_length: int | None = option(
+        "tokens of a prompt in the long text encoder; SD3: 0 leaves T5 out, null: 128; elsewhere null: the pipeline's",
+        None,
+    )
+    text_cache: str = option(
+        "folder that keeps the prompts' embeddings from run to run; off: none; auto: opd_fast/text in the user's cache "
+        "directory ($XDG_CACHE_HOME, else ~/.cache) for text encoders above 256 MiB, none for smaller ones",
+        "auto",
+    )
+    text_device: Literal["auto", "cpu"] = option(
+        "where the text encoders run; auto: as the model; cpu: slower, without their memory on the GPU", "auto"
+    )
+    guidance_convention: Literal["pipeline", "linear"] = option(
+        "what every guidance is a value of; pipeline: the argument of the model's own diffusers pipeline, with its "
+        "formula (docs/guidance.md has a table); linear: g of v = u + g (c - u), for models with a negative pass",
+        "pipeline",
+    )
+
+
+@dataclass(kw_only=True)
+class StudentConfig:
+    """What is trained."""
+
+    kind: Literal["lora", "full"] = option("lora: low-rank adapters on the frozen base; full: every weight", "lora")
+    rank: int = option("LoRA rank", 32)
+    alpha: float = option("LoRA alpha; the adapter is scaled by alpha / rank", 64.0)
+    targets: str | list[str] = option(
+        "LoRA targets: attention, all, or a list of module name endings such as [attn.to_q]", "attention"
+    )
+    start: str | None = option(
+        "weights to start from, in any form a teacher can have; merged: the mean of the teachers' weight differences "
+        "by teachers[].weight, cut to the rank (a folder of that name is ./merged); null: the base",
+        None,
+    )
+    guidance: float | None = option(
+        "guidance of the student while it trains, as the model's pipeline takes it: guidance_scale of SD3 (up to 1: no "
+        "negative pass), FLUX.1-dev (goes into the transformer; 3.5 is usual) and Z-Image (0: no negative pass), "
+        "true_cfg_scale of Qwen-Image (up to 1: no negative pass); null: unguided, FLUX.1-dev: 1",
+        None,
+    )
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """One frozen teacher and the task it teaches."""
+
+    name: str = option("name in tables, files and logs")
+    weights: str = option(
+        "PEFT folder, LoRA file (diffusers, kohya, ComfyUI, ...), transformer or pipeline folder, .safetensors file of "
+        "all weights, hub id (and a folder or file in it), or bundled/NAME"
+    )
+    partial: bool = option("take a LoRA of which only some modules exist in the model; false refuses it", False)
+    prompts: str = option(
+        "training prompts: a GenEval .jsonl, .txt, .csv, .tsv or .parquet file, a folder with one for each split, or "
+        "bundled/NAME"
+    )
+    guidance: float | None = option("guidance of the teacher, of the same kind as student.guidance", None)
+    weight: float = option("factor on this task's loss", 1.0)
+    share: float = option("how often the weighted schedule takes this task, relative to the other tasks", 1.0)
+    eval_prompts: str | None = option(
+        "held-out prompts that the reward needs; null: the test split in the folder of the training prompts, or those "
+        "of bundled/NAME",
+        None,
+    )
+    reward: str | None = option(
+        "reward that judges this task in evaluations: composition, text, colour or package.module:function; under grpo "
+        "and nft it is learnt from, and may be a sum such as 0.8*text + 0.2*colour, whose first judges; null: none",
+        None,
+    )
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """The rollout's solver."""
+
+    solver: Solver = option("ode, dpm1 and dpm2 are deterministic, the others add noise", "flow_sde")
+    steps: int = option("solver steps in a rollout", 10)
+    eta: float = option("noise level of the stochastic solvers; the deterministic ones have none", 0.7)
+    train_last: bool = option("also train the last step (sigma to 0), which the published method leaves out", False)
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """The loss of a step: w_j * (v_student - v_teacher)^2, or a policy gradient with that as its reward."""
+
+    kind: Literal["kl", "l2", "velocity", "ppo"] = option(
+        "kl: closed-form KL of the step (L2 of the means where the solver adds no noise); l2: half the squared gap of "
+        "the means; velocity: plain squared gap of the velocities; ppo: the step's KL as dense reward of a PPO "
+        "surrogate, at ratio 1 since every rollout trains once",
+        "kl",
+    )
+    variance: Literal["exact", "published"] = option(
+        "variance the KL divides by; exact: that of the step's noise; published: the released code's", "exact"
+    )
+    reduction: Literal["mean", "sum"] = option("over the elements of a sample", "mean")
+    steps: Literal["sum", "mean"] = option("over the trained steps; sum: the paper's; mean: the released code's", "sum")
+    reward_gradient: Literal["live", "detached", "return_to_go"] = option(
+        "of ppo; live: pathwise gradient of the reward plus score function; detached: score function alone, whose mean "
+        "is zero (a control); return_to_go: pathwise plus score function of the later steps' rewards, by a second pass",
+        "live",
+    )
+    log_prob: Literal["exact", "published"] = option(
+        "of ppo with solver cps: log-probability of the score function, as rl.log_prob", "exact"
+    )
+    kl_scale: float = option("of ppo: factor on the KL before the clamp", 1.0)
+    clamp: float | None = option("of ppo: largest reward of a step; Flow-OPD: 5; null: none", None)
+    anchor: str | None = option(
+        "frozen weights that the student is held to by the same loss, in any form a teacher can have; base: the base; "
+        "null: none",
+        None,
+    )
+    anchor_weight: float = option("factor on the anchor's loss (Flow-OPD's)", 0.04)
+    queries: int | None = option("trained steps drawn for each round; null: all of them; DanceOPD: 1", None)
+    query_law: Literal["uniform", "beta"] = option(
+        "of the drawn steps' place between noise and image; beta: Beta(query_alpha, query_beta)", "uniform"
+    )
+    query_alpha: float = option("of query_law beta; above query_beta: nearer the image (DanceOPD's)", 5.0)
+    query_beta: float = option("of query_law beta (DanceOPD's)", 2.0)
+    query_weights: Literal["unbiased", "law"] = option(
+        "unbiased: a drawn step stands for those that were not, so that the mean loss is that of all steps; law: drawn "
+        "steps count alike (DanceOPD)",
+        "unbiased",
+    )
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The optimizer and the length of the run. One round is one optimizer step."""
+
+    method: Literal["opd", "grpo", "nft", "sft"] = option(
+        "opd: on-policy distillation; grpo (Flow-GRPO, GRPO-Guard), nft (DiffusionNFT): reinforcement learning, which "
+        "makes teachers: each entry of teachers is a task with its reward, its weights being base; sft: flow matching "
+        "on images that the teachers draw, a start for opd",
+        "opd",
+    )
+    rounds: int = option("optimizer steps", 80)
+    samples_per_task: int = option("rollouts of each task in a round", 8)
+    tasks: list[str] | None = option("names of the tasks that are trained; all are judged; null: all", None)
+    tasks_per_round: int | None = option("tasks that a round takes; null: as many as are trained", None)
+    task_schedule: Literal["round_robin", "weighted"] = option(
+        "how tasks come to their rounds; round_robin: in turn; weighted: at random in proportion to teachers[].share, "
+        "so that one may come several times in a round and weighs by how often it comes",
+        "round_robin",
+    )
+    micro_batch: int | None = option("samples in one student forward; null: all of the round", None)
+    lr: float = option("peak learning rate of AdamW", 1e-3)
+    schedule: Literal["constant", "cosine", "linear"] = option("of the learning rate after the warm-up", "constant")
+    warmup: int = option("rounds over which the learning rate rises from 0", 0)
+    weight_decay: float = option("of AdamW", 1e-4)
+    betas: tuple[float, float] = option("of AdamW", (0.9, 0.999))
+    eps: float = option("of AdamW", 1e-8)
+    clip: float = option("largest gradient norm", 1.0)
+    skip_limit: int = option(
+        "rounds in a row whose loss or gradient is not finite before the run stops; each is left out", 3
+    )
+    ema: float = option("decay of the exponential average that is evaluated and exported; 0 follows the weights", 0.9)
+    seed: int = option("of prompts, noise and adapters; --seed is short for it", 0)
+
+
+@dataclass(kw_only=True)
+class RLConfig:
+    """Reinforcement learning, train.method grpo and nft. Defaults are Flow-GRPO's (arXiv 2505.05470), GRPO-Guard's
+    (arXiv 2510.22319) and DiffusionNFT's (arXiv 2509.16117), from their released code."""
+
+    images_per_prompt: int = option("images of one prompt, a group; train.samples_per_task is a multiple of it", 24)
+    updates: int = option("optimizer steps, that is rounds, on the images of one rollout; nft publishes 1 or 2", 2)
+    std: Literal["global", "group"] = option(
+        "standard deviation that an advantage is divided by: of all rewards of the task in a rollout, or of the group",
+        "global",
+    )
+    statistics: Literal["task", "all"] = option(
+        "whose rewards std global spans; task: those of each task; all: of all together, whatever their scales", "task"
+    )
+    advantage_clip: float = option("largest size of an advantage", 5.0)
+    kl: float | None = option(
+        "factor on the KL to the base; 0: none; null: 0.04 under grpo, 1e-4 under nft (there of the velocities)", None
+    )
+    guard: bool = option("grpo: GRPO-Guard's normalised ratio and step weights; solver flow_sde", False)
+    clip: float | None = option("grpo: range of the ratio around 1; null: 1e-4, with guard 2e-6", None)
+    log_prob: Literal["exact", "published"] = option(
+        "grpo with solver cps: log-probability of a step, mean over the elements; exact: the normal law's; published: "
+        "-mean((x - mu)^2), without 1 / (2 std^2), as in Flow-GRPO's code, whose clip ranges are meant for it",
+        "exact",
+    )
+    window: int | None = option(
+        "grpo: steps that draw noise and are trained, somewhere among the first window_range, all others being ODE "
+        "(Flow-GRPO-Fast: 2 or 3); null: all but the last are trained",
+        None,
+    )
+    window_range: int | None = option("grpo: see window; null: half of the steps", None)
+    beta: float = option("nft: how far the implied policies lie from the old one; published: 1 or 0.1", 1.0)
+    timestep_fraction: float = option(
+        "nft: share of the sampler's noise levels that an image is trained at, drawn for each; published: all but one",
+        0.99,
+    )
+    decay: Literal["early", "late"] = option(
+        "nft: how the old policy follows; early: min(0.001 k, 0.5) after k updates; late: at once for 75 updates, then "
+        "min(0.0075 (k - 75), 0.999)",
+        "early",
+    )
+
+
+@dataclass(kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning on the teachers' images, train.method sft (Flow-OPD's cold start)."""
+
+    updates: int = option("optimizer steps, that is rounds, on the images that the teachers draw at once", 1)
+    images_per_prompt: int = option(
+        "images that a teacher draws for each sample; the one that the task's reward likes best is learnt from", 1
+    )
+    base_weight: float = option("factor on mean((v - v_base)^2), which holds on to the base; released: 100", 0.0)
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """What --resume starts from."""
+
+    every: int = option("rounds between checkpoints; one is written at the end too; 0: only at the end", 20)
+    keep: int = option("newest checkpoints that are kept", 3)
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Rewards on held-out prompts, with the averaged weights."""
+
+    every: int = option("rounds between evaluations; base, teachers and student are judged at both ends; 0: never", 20)
+    prompts: int = option("held-out prompts of each task, from the start of its file; all where it has fewer", 64)
+    images_per_prompt: int | None = option(
+        "images of each held-out prompt, with different noise, whose rewards are averaged; null: one, but those of a "
+        "file with too few prompts are drawn again and again until there are evaluation.prompts images",
+        1,
+    )
+    steps: int = option("ODE steps of an evaluation's images", 20)
+    guidance: float | None = option("guidance of base and student when judged; null: student.guidance", None)
+    batch: int = option("images drawn at once", 64)
+    reward_timeout: float | None = option(
+        "seconds that a reward may take for a batch; one that fails or takes longer is passed over; null: any",
+        300.0,
+    )
+    reward_failure: Literal["stop", "continue"] = option(
+        "what a run does whose reward gives a task no value at all when the base is judged, before training; stop: it "
+        "ends with an error; continue: it trains, and the reward's values are missing",
+        "stop",
+    )
+    vae_tiling: bool = option("decode in overlapping tiles: less memory at high resolutions, faint seams", False)
+
+    def images(self, held_out: int) -> int:
+        """How many images an evaluation draws of a task that has `held_out` prompts in its file."""
+        if self.images_per_prompt is None:
+            return self.prompts
+        return min(self.prompts, held_out) * self.images_per_prompt
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Several devices, one process on each: torchrun --nproc-per-node N -m opd_fast.train ..."""
+
+    strategy: Literal["auto", "single", "ddp", "fsdp2", "hsdp"] = option(
+        "ddp: all weights on every device; fsdp2: sharded over all devices; hsdp: sharded within groups, replicated "
+        "between them; single: one device; auto: ddp for LoRA where it fits, else fsdp2, single for one process",
+        "auto",
+    )
+    shard_size: int | None = option("devices of an hsdp group; null: those of one machine", None)
+    reshard: Literal["round", "block"] = option(
+        "how long sharded weights stay gathered; round: as long as they stand still, gathered once; block: only while "
+        "their block computes, gathered twice a step, where there is no room for all",
+        "round",
+    )
+    offload_teachers: bool = option("keep merged teachers in CPU memory, on the GPU only while asked", False)
+    timeout: float = option("minutes that a process waits for another before it gives up", 30.0)
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """How the same numbers are reached faster."""
+
+    placement: Literal["merged", "shared"] = option(
+        "merged: each teacher is a merged copy of the transformer; shared: teachers are adapters on one base", "merged"
+    )
+    group_teachers: bool = option("placement shared: all teachers in one forward, each row with its own adapter", True)
+    merge_student: bool = option("merge the student's LoRA into the base for the length of a round", True)
+    fuse_projections: bool = option("one product for q, k and v in merged teachers", True)
+    cache_modulation: bool = option("compute once a round what depends on step and prompt alone", True)
+    attention: Literal[
+        "auto",
+        "native",
+        "flash",
+        "cudnn",
+        "efficient",
+        "math",
+        "products",
+        "xformers",
+        "flash_2",
+        "flash_3",
+    ] = option("implementation of attention; auto: the fastest of a short measurement at the start", "auto")
+    recompute: int | None = option(
+        "blocks of the student whose activations are computed again in the backward; null: on a GPU as few as make a "
+        "round fit, else none",
+        None,
+    )
+    compile: Literal["auto", "on", "off"] = option("torch.compile of the blocks; auto: on a GPU", "auto")
+    graphs: Literal["auto", "on", "off"] = option(
+        "CUDA graphs: of the whole step, or of the teachers alone where the student is sharded; auto: on a GPU", "auto"
+    )
+    precision: Literal["auto", "float32", "tf32", "fp8"] = option(
+        "auto: as model.dtype says; float32: everything in float32; tf32: float32 weights, TF32 products (GPU); fp8: "
+        "frozen weights in float8 with a scale a row (GPU of capability 8.9 or more; lossy)",
+        "auto",
+    )
+    fp8_tolerance: float = option("precision fp8: largest relative change of a step's loss that is accepted", 0.01)
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = option("write TensorBoard events to RUN_DIR/tensorboard", True)
+    wandb: bool = option("log to Weights & Biases (offline or online as its own settings say)", False)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything that decides a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teachers: list[TeacherConfig] = field(default_factory=list)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def reinforces(self) -> bool:
+        """Whether the run learns from rewards instead of teachers."""
+        return self.train.method in ("grpo", "nft")
+
+    @property
+    def base_weight(self) -> float:
+        """Factor on what holds a student that learns from rewards or images to the base; 0: nothing does."""
+        if self.train.method == "sft":
+            return self.sft.base_weight
+        published = {"grpo": 0.04, "nft": 1e-4}.get(self.train.method, 0.0)
+        return published if self.rl.kl is None else self.rl.kl
+
+    @property
+    def trained(self) -> list[int]:
+        """The tasks that are trained, as places in `teachers`."""
+        chosen = self.train.tasks
+        return [i for i, teacher in enumerate(self.teachers) if chosen is None or teacher.name in chosen]

@@ -1,0 +1,344 @@
+"""What a configuration may not say: values out of range, and combinations that cannot work. Looks at no file."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from dataclasses import fields
+
+from opd_fast.config import DETERMINISTIC, Config, ObjectiveConfig, RLConfig, SFTConfig
+from opd_fast.config.paths import package_file
+from opd_fast.config.serialize import flatten, leaves, teacher_leaves
+from opd_fast.errors import UserError, did_you_mean
+
+# The largest whole numbers, where 2**31 - 1 is too many or too few.
+MOST = {"train.seed": 2**63 - 1, "sampler.steps": 10_000, "evaluation.steps": 10_000, "student.rank": 65_536}
+
+
+def validate(config: Config) -> None:
+    """Raise `UserError` for a value out of range or a combination that cannot work."""
+    for key, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(key, f"{value} is not a finite number", "give a finite one")
+        if isinstance(value, str):
+            check_text(key, value)
+        most = MOST.get(key, 2**31 - 1)
+        if isinstance(value, int) and value > most:
+            raise UserError(key, f"{value} is above {most}", f"give {most} or less")
+    _check_ranges(config)
+    _check_sampler(config)
+    _check_objective(config)
+    _check_teachers(config)
+    _check_bundled(config)
+    _check_reinforcement(config)
+    _check_finetuning(config)
+    _check_engine(config)
+
+
+def check_text(key: str, text: str) -> None:
+    """Raise `UserError` for text that no file can have as its name, whatever it is meant as."""
+    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in text):
+        raise UserError(key, f"{text!r} has characters that cannot be printed", "take them out")
+    if any(len(part.encode()) > 255 for part in text.split("/")) or len(text) > 4000:
+        raise UserError(key, f"{text!r} is longer than a file's name can be", "give a shorter one")
+    if text.startswith("~") and len(text) > 1 and os.path.expanduser(text) == text:
+        raise UserError(key, f"{text!r} names a user who has no home here", "write the path in full")
+
+
+def _check_ranges(config: Config) -> None:
+    t = config.train
+    at_least: list[tuple[str, float | None, float]] = [
+        ("model.resolution", config.model.resolution, 1),
+        ("model.max_sequence_length", config.model.max_sequence_length, 0),
+        ("student.rank", config.student.rank, 1),
+        ("student.guidance", config.student.guidance, 0),
+        ("sampler.eta", config.sampler.eta, 0),
+        ("train.rounds", t.rounds, 1),
+        ("train.samples_per_task", t.samples_per_task, 1),
+        ("train.tasks_per_round", t.tasks_per_round, 1),
+        ("train.micro_batch", t.micro_batch, 1),
+        ("train.warmup", t.warmup, 0),
+        ("train.skip_limit", t.skip_limit, 1),
+        ("train.weight_decay", t.weight_decay, 0),
+        ("train.ema", t.ema, 0),
+        ("train.seed", t.seed, 0),
+        ("checkpoint.every", config.checkpoint.every, 0),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("evaluation.every", config.evaluation.every, 0),
+        ("evaluation.prompts", config.evaluation.prompts, 1),
+        ("evaluation.images_per_prompt", config.evaluation.images_per_prompt, 1),
+        ("evaluation.steps", config.evaluation.steps, 1),
+        ("evaluation.guidance", config.evaluation.guidance, 0),
+        ("evaluation.batch", config.evaluation.batch, 1),
+        ("parallel.shard_size", config.parallel.shard_size, 1),
+        ("engine.recompute", config.engine.recompute, 0),
+    ]
+    for key, value, least in at_least:
+        if value is not None and value < least:
+            raise UserError(key, f"{value} is below {least:g}", f"give {least:g} or more")
+    for key, positive in (
+        ("student.alpha", config.student.alpha),
+        ("train.lr", t.lr),
+        ("train.clip", t.clip),
+        ("train.eps", t.eps),
+        ("engine.fp8_tolerance", config.engine.fp8_tolerance),
+        ("evaluation.reward_timeout", config.evaluation.reward_timeout),
+    ):
+        if positive is not None and positive <= 0:
+            raise UserError(key, f"{positive} is not above 0", "give a positive number")
+    for key, share in (("train.ema", t.ema), ("train.betas[0]", t.betas[0]), ("train.betas[1]", t.betas[1])):
+        if not 0 <= share < 1:
+            raise UserError(key, f"{share} is not in [0, 1)", "give a decay below 1")
+    if t.warmup >= t.rounds:
+        raise UserError("train.warmup", f"{t.warmup} is not below train.rounds = {t.rounds}", "shorten the warm-up")
+    if not config.model.text_cache:
+        raise UserError("model.text_cache", "is empty", "name a folder, or give auto or off")
+
+
+def _check_sampler(config: Config) -> None:
+    s = config.sampler
+    if s.solver not in DETERMINISTIC and s.eta == 0:
+        raise UserError(
+            "sampler.eta", f"{s.solver} with eta 0 adds no noise, so its KL is undefined", "give eta > 0 or solver ode"
+        )
+    # DDIM draws sqrt of 1 - (...) and CPS turns by eta * pi / 2: both end at eta = 1.
+    if s.solver in ("ddim", "cps") and s.eta > 1:
+        raise UserError("sampler.eta", f"{s.eta} is above 1, the most {s.solver} can add", "give eta in (0, 1]")
+    least = 1 if s.train_last else 2
+    if s.steps < least:
+        why = "" if s.train_last else " while the last step is not trained"
+        raise UserError("sampler.steps", f"{s.steps} is below {least}{why}", f"give {least} or more")
+
+
+def _check_objective(config: Config) -> None:
+    o, s = config.objective, config.sampler
+    default = ObjectiveConfig()
+    readers: list[tuple[tuple[str, ...], bool, str]] = [
+        (("reward_gradient", "kl_scale", "clamp"), o.kind == "ppo", "objective.kind ppo"),
+        (("log_prob",), o.kind == "ppo" and s.solver == "cps", "objective.kind ppo and sampler.solver cps"),
+        (("variance",), o.kind in ("kl", "ppo"), "objective.kind kl"),
+        (("anchor_weight",), o.anchor is not None, "objective.anchor"),
+        (("query_law", "query_weights"), o.queries is not None, "objective.queries"),
+        (("query_alpha", "query_beta"), o.query_law == "beta", "objective.query_law beta"),
+    ]
+    for names, read, reader in readers:
+        for name in names:
+            if not read and getattr(o, name) != getattr(default, name):
+                raise UserError(f"objective.{name}", "has no reader", f"set {reader}, or leave it out")
+    for name in ("kl_scale", "clamp", "anchor_weight", "query_alpha", "query_beta"):
+        value = getattr(o, name)
+        if value is not None and value <= 0:
+            raise UserError(f"objective.{name}", f"{value} is not above 0", "give a positive number")
+    if o.kind == "ppo" and s.solver in DETERMINISTIC:
+        raise UserError(
+            "objective.kind", f"ppo needs log-probabilities, and {s.solver} draws nothing", "use solver flow_sde, or kl"
+        )
+    if o.kind == "ppo" and s.train_last and s.solver in ("cps", "ddim"):
+        raise UserError(
+            "sampler.train_last", f"the last step of {s.solver} adds no noise, so ppo cannot train it", "set it false"
+        )
+    trained = s.steps if s.train_last else s.steps - 1
+    if o.queries is not None and not 1 <= o.queries <= trained:
+        raise UserError("objective.queries", f"{o.queries} of {trained} trained steps", f"give 1 to {trained}, or null")
+    if o.queries is not None and o.kind == "ppo":
+        raise UserError("objective.queries", "are not for ppo, whose rewards are those of all steps", "use kl or null")
+
+
+def _check_reinforcement(config: Config) -> None:
+    rl, method, s = config.rl, config.train.method, config.sampler
+    if not config.reinforces:
+        _refuse_unread(config, [f"rl.{f.name}" for f in fields(RLConfig)], f"train.method {method}")
+        return
+    unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
+    unread += ["parallel.offload_teachers"]
+    unread += [f"teachers[{i}].{name}" for i in range(len(config.teachers)) for name in ("guidance", "partial")]
+    unread += ["rl.beta", "rl.decay", "rl.timestep_fraction"] if method == "grpo" else []
+    unread += ["rl.guard", "rl.clip", "rl.log_prob", "rl.window"] if method == "nft" else []
+    _refuse_unread(config, unread, f"train.method {method}")
+    _refuse_unread(config, ["rl.window_range"] if rl.window is None else [], "rl.window null")
+    _refuse_unread(config, ["rl.statistics"] if rl.std == "group" else [], "rl.std group")
+    # The other solvers' published log-probability is the exact one.
+    _refuse_unread(config, ["rl.log_prob"] if s.solver != "cps" else [], f"sampler.solver {s.solver}")
+    _check_replicated(config)
+    positive = [("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)]
+    for key, value in positive:
+        if value is not None and value <= 0:
+            raise UserError(key, f"{value} is not above 0", "give a positive number")
+    if rl.kl is not None and rl.kl < 0:
+        raise UserError("rl.kl", f"{rl.kl} is below 0", "give 0 or more")
+    if rl.updates < 1:
+        raise UserError("rl.updates", f"{rl.updates} is below 1", "give 1 or more")
+    if rl.images_per_prompt < 2:
+        raise UserError("rl.images_per_prompt", f"{rl.images_per_prompt} is no group", "give 2 or more")
+    if config.train.samples_per_task % rl.images_per_prompt:
+        raise UserError(
+            "train.samples_per_task",
+            f"{config.train.samples_per_task} is no multiple of rl.images_per_prompt = {rl.images_per_prompt}",
+            f"give {rl.images_per_prompt * max(1, config.train.samples_per_task // rl.images_per_prompt)}",
+        )
+    _check_updates(config, "rl.updates", rl.updates)
+    for i, task in enumerate(config.teachers):
+        if task.weights != "base":
+            raise UserError(f"teachers[{i}].weights", f"{task.weights} teaches nothing under {method}", "write base")
+        if task.reward is None:
+            raise UserError(f"teachers[{i}].reward", f"is missing, which {method} learns from", "name a reward")
+    if config.student.start == "merged":
+        raise UserError("student.start", f"merged is the mean of teachers, of which {method} has none", "name weights")
+    if method == "nft":
+        if (config.student.guidance or 0) > 1:  # up to 1 the model's pipeline decides: plan.check_guidance
+            raise UserError("student.guidance", f"{config.student.guidance} under nft, which has none", "leave it out")
+        if not 1 <= s.steps * rl.timestep_fraction <= s.steps:
+            raise UserError(
+                "rl.timestep_fraction",
+                f"{rl.timestep_fraction} of {s.steps} steps trains no step, or more than there are",
+                f"give {1 / s.steps:.3g} to 1",
+            )
+        return
+    if s.solver in DETERMINISTIC:
+        raise UserError("sampler.solver", f"{s.solver} draws nothing that grpo could judge", "use flow_sde")
+    if rl.guard and s.solver != "flow_sde":
+        raise UserError("rl.guard", f"is made for flow_sde, not {s.solver}", "use flow_sde, or set it false")
+    if rl.window is not None:
+        most = s.steps // 2 if rl.window_range is None else rl.window_range
+        if not 1 <= most < s.steps:
+            raise UserError("rl.window_range", f"{most} of {s.steps} steps", f"give 1 to {s.steps - 1}")
+        if not 1 <= rl.window <= most:
+            raise UserError("rl.window", f"{rl.window} of the first {most} steps", f"give 1 to {most}")
+
+
+def _refuse_unread(config: Config, keys: list[str], under: str) -> None:
+    """Raise for the first of the settings that is not at its default, since nothing reads it."""
+    flat, known, of_teacher = flatten(config), leaves(), teacher_leaves()
+    for key in keys:
+        _, default, _ = known[key] if key in known else of_teacher[key.rpartition(".")[2]]
+        if flat[key] != default:
+            raise UserError(key, f"is not read under {under}", "leave it out")
+
+
+def _check_replicated(config: Config) -> None:
+    """Raise for a strategy that shards weights."""
+    strategy, method = config.parallel.strategy, config.train.method
+    if strategy not in ("auto", "single", "ddp"):
+        raise UserError("parallel.strategy", f"{strategy} under {method}, which shards no weights", "give auto or ddp")
+
+
+def _check_updates(config: Config, key: str, updates: int) -> None:
+    """Raise for more rounds on the images of a draw than there are images."""
+    t = config.train
+    images = t.samples_per_task * (t.tasks_per_round or len(config.trained))
+    if updates > images:
+        raise UserError(key, f"{updates} of {images} images, which leaves a round without any", f"give 1 to {images}")
+
+
+def _check_finetuning(config: Config) -> None:
+    sft, t = config.sft, config.train
+    unread = [f"sft.{f.name}" for f in fields(SFTConfig)]
+    if t.method == "sft":
+        unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
+    _refuse_unread(config, unread, f"train.method {t.method}")
+    if t.method != "sft":
+        return
+    _check_replicated(config)
+    for key, count in (("sft.updates", sft.updates), ("sft.images_per_prompt", sft.images_per_prompt)):
+        if count < 1:
+            raise UserError(key, f"{count} is below 1", "give 1 or more")
+    if sft.base_weight < 0:
+        raise UserError("sft.base_weight", f"{sft.base_weight} is below 0", "give 0 or more")
+    _check_updates(config, "sft.updates", sft.updates)
+    for i in config.trained:
+        if config.teachers[i].reward is None and sft.images_per_prompt > 1:
+            why = f"is missing, which chooses among sft.images_per_prompt = {sft.images_per_prompt}"
+            raise UserError(f"teachers[{i}].reward", why, "name a reward, or draw one image of each prompt")
+
+
+def _check_teachers(config: Config) -> None:
+    if not config.teachers:
+        raise UserError(
+            "teachers", "none is given", "list at least one as {name, weights, prompts}, or start from a recipe"
+        )
+    names = [teacher.name for teacher in config.teachers]
+    if config.train.tasks is not None:
+        for name in config.train.tasks:
+            if name not in names:
+                raise UserError("train.tasks", f"{name!r} is no task", did_you_mean(name, names))
+        if not config.train.tasks:
+            raise UserError("train.tasks", "is empty, so that nothing is trained", "name one, or give null")
+    most = len(config.trained)
+    if (config.train.tasks_per_round or 1) > most:
+        raise UserError(
+            "train.tasks_per_round", f"{config.train.tasks_per_round} of {most} tasks", f"give {most} or less, or null"
+        )
+    seen: set[str] = set()
+    for i, teacher in enumerate(config.teachers):
+        if not teacher.name or not all(c.isalnum() or c in "-_." for c in teacher.name):
+            raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is no name", "use letters, digits, - _ .")
+        if teacher.name in seen:
+            raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is used twice", "give each teacher its own name")
+        seen.add(teacher.name)
+        if teacher.guidance is not None and teacher.guidance < 0:
+            raise UserError(f"teachers[{i}].guidance", f"{teacher.guidance} is below 0", "give 0 or more")
+        if teacher.weight <= 0:
+            raise UserError(
+                f"teachers[{i}].weight", f"{teacher.weight} is not above 0", "give a positive one or drop the teacher"
+            )
+        if teacher.share <= 0:
+            raise UserError(
+                f"teachers[{i}].share", f"{teacher.share} is not above 0", "give a positive one or drop the teacher"
+            )
+        if teacher.share != 1 and config.train.task_schedule != "weighted":
+            raise UserError(
+                f"teachers[{i}].share",
+                f"{teacher.share} is read by the weighted schedule alone",
+                "set train.task_schedule weighted, or give weight instead",
+            )
+
+
+def no_held_out(key: str, prompts: str) -> UserError:
+    """The mistake of a task that a reward judges, on prompts that are nowhere."""
+    why = f"is missing while a reward is set, and {prompts} has no test split beside it"
+    return UserError(key, why, "name held-out prompts")
+
+
+def _check_bundled(config: Config) -> None:
+    """Raise for a bundled LoRA on another pipeline than the bundled one: it is a difference to that base alone, and
+    says nothing about another of the same shapes."""
+    own = os.path.abspath(package_file("assets", "pipeline"))
+    if config.model.path == "bundled" or os.path.abspath(os.path.expanduser(config.model.path)) == own:
+        return
+    named = [("student.start", config.student.start), ("objective.anchor", config.objective.anchor)]
+    named += [(f"teachers[{i}].weights", teacher.weights) for i, teacher in enumerate(config.teachers)]
+    for key, weights in named:
+        if weights is not None and weights.startswith("bundled/"):
+            raise UserError(
+                key,
+                f"{weights} is a LoRA of the bundled pipeline, and model.path is {config.model.path}",
+                "name weights that were made for this model, or set model.path bundled",
+            )
+
+
+def _check_engine(config: Config) -> None:
+    precision, dtype = config.engine.precision, config.model.dtype
+    if precision in ("float32", "tf32") and dtype not in ("auto", "float32"):
+        raise UserError(
+            "engine.precision", f"{precision} contradicts model.dtype = {dtype}", "set model.dtype to auto or float32"
+        )
+    parallel = config.parallel
+    if parallel.timeout <= 0:
+        raise UserError("parallel.timeout", f"{parallel.timeout} is not above 0", "give minutes, such as 30")
+    if parallel.shard_size is not None and parallel.strategy != "hsdp":
+        raise UserError(
+            "parallel.shard_size", f"{parallel.shard_size} is read by hsdp alone", "set parallel.strategy hsdp, or null"
+        )
+    if parallel.offload_teachers and config.engine.placement != "merged":
+        raise UserError(
+            "parallel.offload_teachers", "teachers share the base", "set engine.placement merged, or offload nothing"
+        )
+    for name, wanted, extra in (
+        ("wandb", config.logging.wandb, "opd_fast[wandb]"),
+        ("tensorboard", config.logging.tensorboard, "tensorboard"),
+    ):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"logging.{name}", f"{name} is not installed", f"pip install '{extra}' or --logging.{name} false"
+            )

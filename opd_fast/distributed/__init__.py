@@ -1,0 +1,1 @@
+"""Several processes: the world they form, and the plan of what they hold and cost."""

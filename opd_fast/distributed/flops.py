@@ -1,0 +1,183 @@
+"""What one row costs a transformer, found by a run without numbers: operations, and bytes that autograd keeps.
+
+The transformer of an outline lies on the meta device, where a forward computes shapes alone. Counted there are the
+matrix products that really happen (in an MMDiT image tokens and text tokens meet different weights, and modulation runs
+once a row, so 2 x parameters x tokens counts far too many), and the tensors that a student's forward leaves for its
+backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from opd_fast.engine.merged_lora import merged_linear
+from opd_fast.models.base import DiffusionModel, TextEmbeds
+
+# The widths of a text row, by the names that diffusers' transformers give them.
+_SEQUENCE = ("joint_attention_dim", "cap_feat_dim")
+_POOLED = "pooled_projection_dim"
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """Of one row of a forward."""
+
+    flops: int
+    """Of the forward; a multiplication and an addition count as two."""
+    saved: int
+    """Bytes kept for the backward, weights left out."""
+
+
+def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int) -> RowCost:
+    """The cost of one row in a student's forward as it runs in a round: LoRA merged, attention without its matrix, and
+    on half-precision models autocast as CUDA has it. Uncompiled: torch.compile keeps less.
+
+    Args:
+        model: an outline. Its transformer's dtype and requires_grad change.
+        lora: rank by module name, None for full weights.
+        resolution: pixels.
+
+    Raises:
+        ValueError: a family whose forward needs numbers, or text of a form that is not known here.
+    """
+    transformer: Any = model.transformer
+    kind = model.dtype if lora is not None else torch.float32
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(kind)
+        parameter.requires_grad_(lora is None)
+    text = _text(model)
+    x = torch.empty(1, *model.latent_shape(resolution), device="meta")
+    autocast = model.dtype if model.dtype != torch.float32 else None
+    weights = {p.untyped_storage()._cdata for p in transformer.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no storage takes another's place
+        return tensor
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter, engine = FlopCounterMode(display=False), _Engine(autocast)
+    try:
+        with (
+            _adapted(transformer, lora or {}) as factors,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            counter,
+            engine,
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # as in the real one
+            model.velocity(transformer, x, torch.empty((), device="meta"), text, 1.0)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        raise ValueError(f"a forward of {model.name} cannot be traced without numbers ({error})") from error
+    weights |= factors | {weight.untyped_storage()._cdata for weight in engine.cast.values()}
+    saved = sum(tensor.untyped_storage().nbytes() for found, tensor in kept.items() if found not in weights)
+    return RowCost(int(counter.get_total_flops()) + engine.attention, saved)
+
+
+def _text(model: DiffusionModel) -> TextEmbeds:
+    config: Any = getattr(model.transformer, "config", {})
+    width = next((config[name] for name in _SEQUENCE if name in config), None)
+    if width is None:
+        raise ValueError(f"the transformer of {model.name} names no text width")
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(1, *shape, device="meta", dtype=model.dtype)
+
+    pooled = empty(config[_POOLED]) if config.get(_POOLED) else None
+    mask = torch.empty(1, model.text_tokens, device="meta", dtype=torch.bool)
+    return TextEmbeds(empty(model.text_tokens, width), pooled, mask)
+
+
+@contextlib.contextmanager
+def _adapted(transformer: nn.Module, lora: dict[str, int]) -> Iterator[set[int]]:
+    """LoRA on the named layers as `opd_fast.engine.merged_lora` runs it; the storages of its factors and of the
+    merged weights."""
+    layers: list[Any] = []
+    storages: set[int] = set()
+    held = []
+    try:
+        for name, rank in lora.items():
+            layer: Any = transformer.get_submodule(name)
+            a, b = (
+                torch.empty(shape, device="meta", requires_grad=True)
+                for shape in ((rank, layer.in_features), (layer.out_features, rank))
+            )
+            held += [a, b]
+            layer.forward = _forward(layer, a, b)
+            layers.append(layer)
+            storages |= {t.untyped_storage()._cdata for t in (a, b)}
+        yield storages
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own shows again
+
+
+def _forward(layer: Any, a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: merged_linear(x.to(layer.weight.dtype), layer.weight, layer.bias, a, b, 1.0)
+
+
+class _Engine(TorchFunctionMode):
+    """Fused attention, and autocast's casts where `dtype` is given, for tensors without numbers."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.attention = 0
+        """Operations of attention so far."""
+        self.cast: dict[int, Tensor] = {}
+        """Weights in `dtype`, by the identity of the float32 ones: autocast keeps one copy of each."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if self.dtype is not None and function is F.layer_norm:
+            args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
+            kwargs = {key: a.float() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
+        elif self.dtype is not None and function in (F.linear, F.conv2d):
+            args = tuple(self._lower(a) for a in args)
+            kwargs = {key: self._lower(a) for key, a in kwargs.items()}
+        return function(*args, **kwargs)
+
+    def _lower(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype == self.dtype or self.dtype is None:
+            return value
+        if not (value.is_leaf and value.requires_grad):
+            return value.to(self.dtype)
+        if id(value) not in self.cast:
+            self.cast[id(value)] = value.to(self.dtype)
+        return self.cast[id(value)]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        q, k, v = (self._lower(t) for t in (query, key, value))
+        rows = math.prod(q.shape[:-1])
+        self.attention += 2 * rows * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        attended: Tensor = _Attention.apply(q, k, v)
+        return attended
+
+
+class _Attention(torch.autograd.Function):
+    """What flash attention (arXiv 2205.14135) returns and keeps: q (..., L, E), k, v, the result, a float32 a row."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Laid out as the query is: (B, L, H, E) in memory where heads were split from tokens.
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, _, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

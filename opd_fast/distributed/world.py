@@ -1,0 +1,324 @@
+"""Several devices: who computes which samples, how weights are sharded, and what a round communicates.
+
+A run on W devices computes what one device would. The samples of a round are numbered over all tasks, and sample i
+belongs to rank i mod W; its prompt and its noise follow from its number, never from the rank. Every reduction averages
+over the ranks, in float32, so a rank counts its own loss W times. The engine asks PyTorch's distributed stack for the
+rest: process groups and device meshes, `fully_shard` (FSDP2), functional all-reduce.
+
+    ddp      every rank holds all weights. A round ends in one all-reduce of what is trained: there are N backwards in a
+             round and one update, so buckets that hook into each backward (`DistributedDataParallel`) have nothing to
+             overlap with until the last.
+    fsdp2    each block's weights are sharded over all ranks. LoRA: the frozen base is; the adapters are small, stay
+             whole and are reduced as under ddp. Full weights: weights, gradients, optimizer and average are, and
+             gradients are reduce-scattered in the round's last backward.
+    hsdp     fsdp2 within groups of `parallel.shard_size` ranks, and the same shards in each group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from opd_fast.config import Config
+from opd_fast.distributed.memory import Reshard, Strategy
+from opd_fast.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+_opened = itertools.count()
+
+
+def launched() -> int | None:
+    """The processes that torchrun (or another launcher of its kind) started; None without a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run as one of them sees them; the default is a process alone."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Its number on its own machine."""
+    strategy: Strategy = "single"
+    mesh: DeviceMesh | None = None
+    """Of sharded weights: (W,) under fsdp2, (replicas, shards) under hsdp."""
+    reshard: Reshard = "round"
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the run's files and speaks for all."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy in ("fsdp2", "hsdp")
+
+    def rows(self, count: int) -> tuple[list[int], int]:
+        """Which of `count` samples this rank computes, ascending, and how many of these are its own.
+
+        Forwards of sharded weights are collective, so every rank gets equally many: where they do not divide, its last
+        row repeats the one before (or the very first sample) and must not count.
+        """
+        own = list(range(self.rank, count, self.size))
+        padding = -(-count // self.size) - len(own)
+        return own + [own[-1] if own else 0] * padding, len(own)
+
+    def collect(self, mine: Tensor, count: int, dim: int = 0) -> Tensor:
+        """All `count` samples' values from every rank's own, in the samples' order.
+
+        `mine` holds this rank's `rows(count)` along `dim`, or only its own of them; a rank that owns none may give a
+        tensor of length 0 there. The result is the same on every rank.
+        """
+        if self.size == 1:
+            return mine
+        rows, own = self.rows(count)
+        shape = list(mine.shape)
+        shape[dim] = count
+        whole = mine.new_zeros(shape)
+        places = torch.tensor(rows[:own], dtype=torch.int64, device=mine.device)
+        whole.index_copy_(dim, places, mine.narrow(dim, 0, own))
+        # A sum would spread one rank's NaN to no other sample, and every sample has one owner.
+        dist.all_reduce(whole)
+        return whole
+
+    def mean(self, mine: Tensor) -> Tensor:
+        """The mean over the ranks, the same on each."""
+        if self.size == 1:
+            return mine
+        found = mine.clone()
+        dist.all_reduce(found)
+        return found / self.size
+
+    def everyone(self, mine: Sequence[T]) -> list[T]:
+        """All ranks' items, which pickle can hold, rank after rank; the same on every rank."""
+        if self.size == 1:
+            return list(mine)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, list(mine))
+        return [item for items in found for item in items]
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        asked = torch.tensor(float(flag), device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked.item())
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 alone. Its result, or the UserError it raised, is every rank's."""
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None]
+        if self.first:
+            try:
+                outcome = [work()]
+            except UserError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        result: T = outcome[0]
+        return result
+
+    @contextlib.contextmanager
+    def first_here(self) -> Iterator[None]:
+        """The block runs on the first process of each machine, then on its others: they find its files."""
+        if self.size > 1 and self.local_rank != 0:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.local_rank == 0:
+            dist.barrier()
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    # --- weights and gradients ---------------------------------------------------------------------------------------
+
+    def same_weights(self, parameters: Iterable[Tensor]) -> None:
+        """Give every rank the weights of rank 0, whatever each drew or loaded."""
+        if self.size > 1:
+            for parameter in parameters:
+                dist.broadcast(parameter.detach(), 0)
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average whole (not sharded) float32 gradients over the ranks: one all-reduce for up to 1 GiB of them.
+
+        A parameter without a gradient counts as one of zeros.
+        """
+        if self.size == 1:
+            return
+        for bucket in _buckets(parameters):
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+            dist.all_reduce(flat)
+            parts = flat.div_(self.size).split([g.numel() for g in gradients])
+            for parameter, part in zip(bucket, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
+
+    def shard(self, transformer: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        """`fully_shard` each block, then what is left of the transformer, in place; LoRA's halves stay whole.
+
+        `dtype` is the one forwards compute in. Inputs keep their types: levels and rotary angles are float32.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        assert self.mesh is not None
+        trained = any(p.requires_grad for name, p in transformer.named_parameters() if ".lora_" not in name)
+        whole = {p for name, p in transformer.named_parameters() if ".lora_" in name}
+        device = torch.device(self.mesh.device_type)
+        for adapter in whole:
+            adapter.data = adapter.data.to(device)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype if trained else None,  # a frozen base already lies in it
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        for module in (*blocks, transformer):
+            fully_shard(
+                module,
+                mesh=self.mesh,
+                mp_policy=policy,
+                reshard_after_forward=self.reshard == "block",
+                ignored_params=whole,
+            )
+        root: Any = transformer
+        root.set_reshard_after_backward(self.reshard != "round")
+        root.set_requires_gradient_sync(False)
+
+
+def _buckets(parameters: Sequence[nn.Parameter], most: int = 2**28) -> Iterator[list[nn.Parameter]]:
+    """The parameters in order, in lists of at most `most` elements (or of one parameter)."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if bucket and size + parameter.numel() > most:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel()
+    if bucket:
+        yield bucket
+
+
+def release(transformer: nn.Module) -> None:
+    """Give back whatever of sharded weights is still gathered."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered onto every rank; any other as it is. Collective."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def check_alone(config: Config) -> None:
+    """Raise UserError for a strategy of several processes, where no launcher started this one."""
+    strategy = config.parallel.strategy
+    if strategy not in ("auto", "single"):
+        raise UserError(
+            "parallel.strategy",
+            f"{strategy} in a process started alone",
+            "start it with torchrun --nproc-per-node N -m opd_fast.train, or give auto",
+        )
+
+
+@contextlib.contextmanager
+def open_world(config: Config) -> Iterator[World]:
+    """The processes of this run, joined; left again at the end.
+
+    Without a launcher it is a process alone. Raises UserError for a strategy that the launch does not allow.
+    """
+    size = launched()
+    if size is None:
+        check_alone(config)
+        yield World()
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                "--nproc-per-node",
+                f"process {local_rank} has no GPU, there are {torch.cuda.device_count()}",
+                "start no more processes than GPUs",
+            )
+        torch.cuda.set_device(local_rank)
+    timeout = datetime.timedelta(minutes=config.parallel.timeout)
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    # The launcher's store outlives a failed start, with the addresses of processes that are gone.
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(_opened)}"
+    # Gloo beside NCCL: checkpoints are written from the CPU while the GPUs go on.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=timeout
+    )
+    try:
+        chosen = _strategy(config, size)
+        mesh = _mesh(config, chosen, size, "cuda" if on_gpu else "cpu")
+        yield World(rank, size, local_rank, chosen, mesh, config.parallel.reshard)
+    except RuntimeError as error:
+        if size == 1 or not (isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)):
+            raise
+        raise UserError(
+            f"rank {rank}",
+            f"lost another process ({one_line(error)[:120]})",
+            "its own message or the launcher's summary says why; go on with --resume RUN_DIR",
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _strategy(config: Config, size: int) -> Strategy:
+    asked = config.parallel.strategy
+    if asked == "single" and size > 1:
+        raise UserError("parallel.strategy", f"single, with {size} processes", "give auto, or start one process")
+    if asked != "auto":
+        return asked
+    if size == 1:
+        return "single"
+    from opd_fast.distributed.plan import make_plan
+
+    return make_plan(config, size).strategy
+
+
+def _mesh(config: Config, strategy: Strategy, size: int, device: str) -> DeviceMesh | None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if strategy == "fsdp2":
+        return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    if strategy == "hsdp":
+        group = config.parallel.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        if size % group:
+            raise UserError(
+                "parallel.shard_size", f"{group} does not divide {size} processes", "give a divisor of their number"
+            )
+        return init_device_mesh(device, (size // group, group), mesh_dim_names=("replicate", "shard"))
+    return None

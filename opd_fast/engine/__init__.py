@@ -1,0 +1,1 @@
+"""Techniques that make a round fast, one a file. They know no student and no method."""

@@ -1,0 +1,459 @@
+"""Frozen weights in float8: the products of a teacher, or of the student's frozen base, on a GPU's fp8 matrix units.
+
+A weight W (out, in) is kept as float8_e4m3fn with one float32 scale for each output row, the activations x are
+quantised row by row as they come (`opd_kernels.quantize_rows`), and the scales multiply the sums:
+
+    y_ij = s_i t_j sum_k qx_ik qw_jk + bias_j            x = s qx,  W = t qw, nearly
+
+Where a gradient flows, dx = dy W is a product of the same kind, of dy quantised row by row with W^T quantised row by
+row (one scale for each input column), or, without that second copy, one in dy's type: (t dy) qw.
+
+Bytes a weight: 1, or 2 with the transposed copy; bfloat16 takes 2. Each operand is rounded to 4 significant bits, which
+costs 2.7 % of it (root mean square, evenly spread logarithms), so that a product is off by about 3.8 %: `layer_errors`
+measures it layer by layer, and `check_gate` what it does to the loss (PERFORMANCE.md allows 1 %).
+
+On devices without such units the same numbers come from an emulation in float32. It is what the tests hold the GPU to,
+and is slower than no quantisation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opd_fast.engine.merged_lora import MergedLayers, factor_gradients
+from opd_fast.errors import UserError, one_line, short
+from opd_kernels import FLOAT8, Quantized, quantize_rows
+from opd_kernels.quantize import LONGEST_ROW
+
+MULTIPLE = 16
+"""Of both sides of a weight, for the matrix units."""
+FIRST_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs with fp8 matrix units (Ada; Hopper is 9.0)."""
+STEP_LOSS_LIMIT = 0.01
+OUTLIER = 0.1
+"""Relative output error from which a layer had better stay as it is: rounding alone gives 0.038 whatever the sizes, so
+that 0.1 is seven times its power. Then the operands spread over more than the format's 18 binades, or the output is a
+small difference of large sums."""
+
+_MODULATION = re.compile(r"norm.*|.*mod|.*modulation")
+"""Parts of a block that work on a sample's embedding, not on its tokens: too few rows to pay, and every token feels
+their error."""
+
+
+# --- weights and products ---------------------------------------------------------------------------------------------
+
+
+def supported(device: torch.device | str) -> str | None:
+    """None where `device` multiplies float8 matrices with row-wise scales; otherwise why not and what to do."""
+    device = torch.device(device)
+    remedy = "give engine.precision auto"
+    if device.type != "cuda":
+        return f"a {device.type.upper()} has no fp8 matrix units; {remedy}"
+    if torch.version.hip is not None:
+        return f"this build of torch is for AMD GPUs, whose float8 is another format; {remedy}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FIRST_CAPABILITY:
+        name, found = torch.cuda.get_device_name(device), "{}.{}".format(*capability)
+        return f"{name} has compute capability {found} and fp8 matrix units begin with 8.9 (Ada, Hopper); {remedy}"
+    if not hasattr(torch, "_scaled_mm"):
+        return f"torch {torch.__version__} has no float8 product; use 2.11 or later, or {remedy}"
+    weight = torch.zeros(MULTIPLE, MULTIPLE, device=device, dtype=FLOAT8)
+    ones = torch.ones(MULTIPLE, device=device)
+    try:
+        _on_units(Quantized(weight, ones), weight, ones, None, torch.bfloat16, fast=True)
+    except RuntimeError as error:
+        problem = f"torch {torch.__version__} cannot multiply float8 with row-wise scales here"
+        return f"{problem} ({short(one_line(error), 200)}); {remedy}"
+    return None
+
+
+class Float8Weight(NamedTuple):
+    """A weight W (out, in), quantised once, or once a round."""
+
+    q: Tensor
+    """(out, in) float8_e4m3fn."""
+    scale: Tensor
+    """(out,) float32."""
+    columns: Tensor | None = None
+    """(in, out) float8_e4m3fn: W^T quantised by itself, for dx = dy W on the matrix units."""
+    column_scale: Tensor | None = None
+    """(in,) float32."""
+
+    def dequantized(self) -> Tensor:
+        """(out, in) float32: what the layer multiplies with."""
+        return self.q.float() * self.scale.unsqueeze(1)
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether a matrix has sides that the matrix units and the quantisation of their rows take."""
+    return weight.dim() == 2 and all(side % MULTIPLE == 0 and 0 < side <= LONGEST_ROW for side in weight.shape)
+
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor, *, transposed: bool = False) -> Float8Weight:
+    """weight (out, in) float32, bfloat16 or float16 in float8; `transposed` adds the copy for the data gradient."""
+    return Float8Weight(*quantize_rows(weight), *(quantize_rows(weight.T.contiguous()) if transposed else ()))
+
+
+@torch.no_grad()
+def requantize(weight: Tensor, into: Float8Weight) -> Float8Weight:
+    """Quantise weight (out, in) into the tensors of `into`, which stay where they are, as a captured graph needs."""
+    found = quantize_weight(weight, transposed=into.columns is not None)
+    for old, new in zip(into, found, strict=True):
+        if old is not None and new is not None:
+            old.copy_(new)
+    return into
+
+
+@torch.compiler.assume_constant_result
+def _has_units(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+    )
+
+
+def _on_units(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fast: bool) -> Tensor:
+    """`_product` by torch's own kernels. Row-wise scales give bfloat16 and take a bias of that type alone."""
+    outside = bias if dtype != torch.bfloat16 else None
+    y = torch._scaled_mm(
+        x.q,
+        q.t(),
+        scale_a=x.scale.unsqueeze(1),
+        scale_b=scale.unsqueeze(0),
+        bias=bias if outside is None else None,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=fast,
+    ).to(dtype)
+    return y if outside is None else y + outside
+
+
+def _product(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fast: bool) -> Tensor:
+    """x (rows, K) times the transpose of q (columns, K) with scale (columns,), plus bias (columns,): (rows, columns).
+
+    `fast` lets Hopper's units add up in their own registers, about 14 bits wide, instead of going over to float32 every
+    128 terms: right for a forward, whose rounding to 4 bits is coarser by far, and not taken for gradients.
+    """
+    bias = None if bias is None else bias.to(dtype)
+    if _has_units(x.q.device):
+        return _on_units(x, q, scale, bias, dtype, fast=fast)
+    with torch.autocast(x.q.device.type, enabled=False):
+        y = x.q.float() @ q.float().t() * x.scale.unsqueeze(1) * scale
+        return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def _forward(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = _product(quantize_rows(x.flatten(0, -2)), q, scale, bias, dtype, fast=True)
+    return y.unflatten(0, x.shape[:-1])
+
+
+def _data_gradient(dy: Tensor, weight: Float8Weight) -> Tensor:
+    """dx (..., in) = dy (..., out) W in dy's type."""
+    slopes = dy.flatten(0, -2)
+    if weight.columns is not None and weight.column_scale is not None:
+        dx = _product(quantize_rows(slopes), weight.columns, weight.column_scale, None, dy.dtype, fast=False)
+    else:
+        # The scales go to the slopes: float8 numbers are bfloat16 numbers, so that the weight is not rounded again.
+        with torch.autocast(dy.device.type, enabled=False):
+            dx = (slopes.float() * weight.scale).to(dy.dtype) @ weight.q.to(dy.dtype)
+    return dx.unflatten(0, dy.shape[:-1])
+
+
+# --- a frozen layer ---------------------------------------------------------------------------------------------------
+
+
+class _Linear(torch.autograd.Function):
+    """Gradient of the activations alone; nothing of x is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        q: Tensor,
+        scale: Tensor,
+        columns: Tensor | None,
+        column_scale: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(q, scale, columns, column_scale)
+        ctx.dtype = x.dtype
+        return _forward(x, q, scale, bias, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = gradients
+        return _data_gradient(dy, Float8Weight(*ctx.saved_tensors)).to(ctx.dtype), *[None] * 6
+
+
+class Float8Linear(nn.Module):
+    """A frozen `nn.Linear` with its weight in float8.
+
+    x (..., in) of any type becomes y (..., out) in the type that the weight had; gradients reach x and nothing else.
+    `to(dtype)` changes that type and the bias, never the quantised weight or its scales.
+    """
+
+    q: Tensor
+    scale: Tensor
+    columns: Tensor | None
+    column_scale: Tensor | None
+    like: Tensor
+
+    def __init__(self, linear: nn.Linear, *, transposed: bool = False) -> None:
+        """`transposed` keeps W^T as well, for a data gradient on the matrix units. Raises ValueError for a weight that
+        is trainable, or whose sides do not fit (see `fits`)."""
+        super().__init__()
+        if linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad):
+            raise ValueError("a trainable layer cannot be kept in float8: freeze it with requires_grad_(False)")
+        if not fits(linear.weight):
+            raise ValueError(
+                f"float8 products take sides that are multiples of {MULTIPLE} up to {LONGEST_ROW}, not "
+                f"{tuple(linear.weight.shape)}; leave the layer as it is"
+            )
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        for name, value in quantize_weight(linear.weight, transposed=transposed)._asdict().items():
+            self.register_buffer(name, value)
+        self.register_buffer("like", linear.weight.new_empty(0), persistent=False)  # of the outputs' type
+        self.bias = linear.bias
+
+    @property
+    def quantized(self) -> Float8Weight:
+        return Float8Weight(self.q, self.scale, self.columns, self.column_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Linear.apply(x, self.q, self.scale, self.columns, self.column_scale, self.bias, self.like.dtype)
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
+        held = self.quantized._asdict()
+        super()._apply(fn, recurse)
+        for name, old in held.items():
+            if old is not None and self._buffers[name].dtype != old.dtype:  # type: ignore[union-attr]
+                self._buffers[name] = old.to(self.like.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, transposed={self.columns is not None}, {self.like.dtype}"
+
+
+def frozen_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that float8 pays for, by name: frozen, of the repeated blocks' attention and feed-forward.
+
+    The blocks are what the transformer's own lists hold. Left out are modulations, layers that PEFT wraps, trainable
+    and sharded ones, and those with a side that is no multiple of 16.
+    """
+    return {name: layer for name, layer in _plain_layers(transformer) if _frozen(layer) and fits(layer.weight)}
+
+
+def _frozen(layer: nn.Linear) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return not any(p.requires_grad or isinstance(p, DTensor) for p in layer.parameters())
+
+
+def _plain_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def within(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
+        for name, child in module.named_children():
+            if isinstance(child, BaseTunerLayer) or _MODULATION.fullmatch(name.lower()):
+                continue
+            if type(child) is nn.Linear:
+                yield f"{path}.{name}", child
+            else:
+                yield from within(child, f"{path}.{name}")
+
+    for name, child in transformer.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from within(child, name)
+
+
+def quantize_frozen(transformer: nn.Module, *, skip: Collection[str] = (), transposed: bool = False) -> int:
+    """Replace the layers of `frozen_layers` by `Float8Linear`; how many there were.
+
+    To be called once the weights are final and on their device, before blocks are compiled and before hooks
+    (offloading, sharding) hold the parameters. `skip` names layers to leave; `transposed` keeps both copies (see
+    `Float8Linear`), for a transformer that gradients flow through. Raises ValueError for a name in `skip` that is no
+    layer.
+    """
+    found = frozen_layers(transformer)
+    unknown = set(skip) - {name for name, _ in transformer.named_modules()}
+    if unknown:
+        raise ValueError(f"skip names layers that are not there: {', '.join(sorted(unknown))}; see frozen_layers()")
+    chosen = {name: layer for name, layer in found.items() if name not in skip}
+    for name, layer in chosen.items():
+        transformer.set_submodule(name, Float8Linear(layer, transposed=transposed))
+    return len(chosen)
+
+
+# --- the student's layers, merged for a round -------------------------------------------------------------------------
+
+
+class _MergedLinear(torch.autograd.Function):
+    """As `opd_fast.engine.merged_lora` has it, with W' = W + s*B*A in float8: the rank's products see x and dy
+    unquantised."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        q: Tensor,
+        scale: Tensor,
+        columns: Tensor | None,
+        column_scale: Tensor | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        lora_scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, q, scale, columns, column_scale, a, b)
+        ctx.lora_scale = lora_scale
+        return _forward(x, q, scale, bias, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = gradients
+        x, q, scale, columns, column_scale, a, b = ctx.saved_tensors
+        weight = Float8Weight(q, scale, columns, column_scale)
+        dx = _data_gradient(dy, weight) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None, None, *factor_gradients(x, dy, a, b, ctx.lora_scale), None
+
+
+def merged_linear_fp8(
+    x: Tensor, weight: Float8Weight, bias: Tensor | None, a: Tensor, b: Tensor, lora_scale: float
+) -> Tensor:
+    """x W'^T + bias in float8 with the gradients of the factors; x (..., in), a (r, in), b (out, r); y in x's type.
+
+    `weight` is W' = W + lora_scale*B*A. dA and dB are formed from x and dy as they are (LoRA, arXiv 2106.09685); dx
+    from the transposed copy where `weight` has one.
+    """
+    y: Tensor = _MergedLinear.apply(
+        x, weight.q, weight.scale, weight.columns, weight.column_scale, bias, a, b, lora_scale
+    )
+    return y
+
+
+class Float8MergedLayers(MergedLayers):
+    """`MergedLayers` whose merged weights are float8, with their transposed copies, quantised anew at each `active()`.
+
+    Two bytes a weight, as a merged copy in bfloat16. W' is quantised from float32. Layers with sides that are no
+    multiples of 16 are merged as they were.
+    """
+
+    def __init__(self, transformer: nn.Module, adapter: str) -> None:
+        super().__init__(transformer, adapter)
+        self._quantized: list[Float8Weight | Tensor] | None = None
+
+    @torch.no_grad()
+    def _merge(self) -> list[Any]:
+        if self._quantized is None:
+            self._quantized = [self._room(layer.get_base_layer().weight) for layer in self.layers]
+        for layer, held in zip(self.layers, self._quantized, strict=True):
+            a, b = (half[self.adapter].weight for half in (layer.lora_A, layer.lora_B))
+            base = layer.get_base_layer().weight
+            merged = torch.addmm(base.float(), b.float(), a.float(), alpha=layer.scaling[self.adapter])
+            if isinstance(held, Tensor):
+                held.copy_(merged)
+            else:
+                requantize(merged, held)
+        return self._quantized
+
+    @staticmethod
+    def _room(weight: Tensor) -> Float8Weight | Tensor:
+        return quantize_weight(weight, transposed=True) if fits(weight) else torch.empty_like(weight)
+
+    def _forward(self, layer: Any, weight: Any, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if isinstance(weight, Tensor):
+            return super()._forward(layer, weight, original)
+        a, b = (half[self.adapter].weight for half in (layer.lora_A, layer.lora_B))
+        base, scale, mine = layer.get_base_layer(), layer.scaling[self.adapter], [self.adapter]
+        bias, dtype = base.bias, base.weight.dtype
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if layer._disable_adapters or layer._active_adapter not in (mine, self.adapter):
+                return original(x, *args, **kwargs)
+            return merged_linear_fp8(x.to(dtype), weight, bias, a, b, scale)
+
+        return forward
+
+
+# --- what it costs in accuracy ----------------------------------------------------------------------------------------
+
+
+def layer_errors(transformer: nn.Module, run: Callable[[], object]) -> dict[str, float]:
+    """||y8 - y|| / ||y|| of each of `frozen_layers` over the activations that `run()` sends through it.
+
+    `run` calls the unquantised transformer, uncompiled, as often as it likes; every layer sees exact inputs. 0 for a
+    layer that is never called. Waits for the device at the end.
+    """
+    layers = frozen_layers(transformer)
+    sums = {name: torch.zeros(2, device=layer.weight.device) for name, layer in layers.items()}
+
+    def watch(name: str, layer: nn.Linear) -> Any:
+        weight = quantize_weight(layer.weight)
+
+        @torch.no_grad()
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> None:
+            found = _forward(arguments[0], weight.q, weight.scale, layer.bias, y.dtype).float()
+            truth = y.float()
+            sums[name] += torch.stack([(found - truth).square().sum(), truth.square().sum()])
+
+        return layer.register_forward_hook(hook)
+
+    hooks = [watch(name, layer) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: float((s[0] / s[1].clamp_min(1e-30)).sqrt()) for name, s in sums.items()}
+
+
+def outliers(errors: dict[str, float], threshold: float = OUTLIER) -> tuple[list[str], str]:
+    """The layers whose error is above `threshold`, for `quantize_frozen` to skip, and a line for the log."""
+    worst = sorted(errors, key=lambda name: -errors[name])
+    above = [name for name in worst if not errors[name] <= threshold]  # a NaN as well
+    if not errors:
+        return above, "fp8: no layer to quantise"
+    line = f"fp8: layers off by {sum(errors.values()) / len(errors):.1%} on average, {errors[worst[0]]:.1%} at most"
+    if above:
+        named = ", ".join(f"{name} {errors[name]:.0%}" for name in above)
+        line += f"; {len(above)} of {len(errors)} stay as they are, being off by more than {threshold:.0%}: {named}"
+    return above, line
+
+
+Losses = Tensor | Callable[[], Tensor]
+
+
+def check_gate(exact: Losses, quantized: Losses, *, limit: float = STEP_LOSS_LIMIT) -> str:
+    """How far quantisation moves the step losses: a line for the log.
+
+    Args:
+        exact, quantized: losses (steps,) or (steps, B), those of the samples being summed, on the same states and
+            noise; or functions that return them.
+        limit: largest relative change of any step's loss (PERFORMANCE.md).
+
+    Raises UserError for `engine.precision` where a step's loss moves by more, or is not finite.
+    """
+    before, after = (losses() if callable(losses) else losses for losses in (exact, quantized))
+    if before.shape != after.shape or before.dim() not in (1, 2) or before.shape[0] == 0:
+        raise ValueError(f"losses must be (steps,) or (steps, B) alike, got {before.shape} and {after.shape}")
+    before, after = (losses.detach().double().reshape(len(losses), -1).sum(1).cpu() for losses in (before, after))
+    moved = torch.where(before == after, 0.0, (after - before) / before.abs())
+    remedy = "give auto, or leave the layers out that are off most"
+    if not bool(torch.isfinite(before).all() and torch.isfinite(after).all()):
+        raise UserError("engine.precision", "fp8 gives step losses that are not finite", remedy)
+    step = int(moved.abs().argmax())
+    worst, whole = float(moved[step]), float((after.sum() - before.sum()) / before.sum().abs())
+    if not abs(worst) <= limit:
+        problem = f"fp8 moves the loss of step {step} by {worst:+.2%} on the same states, where {limit:.0%} is allowed"
+        if not float(before[step]) > 0:
+            problem = f"fp8 gives step {step} a loss where there is none: the student is its teacher there"
+        raise UserError("engine.precision", problem, remedy)
+    return f"precision: fp8 (step losses move by {worst:+.2%} at most, at step {step}; their sum by {whole:+.2%})"

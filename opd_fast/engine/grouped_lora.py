@@ -1,0 +1,290 @@
+"""Several teachers in one forward: their LoRAs sit beside each other on one base, and each row has its own.
+
+The base is computed once for all rows; every LoRA layer then adds to the rows of teacher t its product of the rank's
+width (LoRA, arXiv 2106.09685, equation 3):
+
+    y = x W^T + bias        y[rows of t] += s_t (x[rows of t] A_t^T) B_t^T
+
+Where the groups are equal parts of the batch, or a few of them (a guided teacher has two branches), all of them go
+through two batched products; other groups go one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_fast.engine.modulation_cache import Remembered
+from opd_fast.engine.patching import replaced
+from opd_fast.errors import UserError
+from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.guidance import Conditioning, Guidance, Velocities, combined, in_rows
+from opd_fast.models.lora.adapters import injected
+
+Span = tuple[int | None, slice]
+"""An adapter's place among those given, None for the bare base, and its rows."""
+_Forward = Callable[..., Tensor]
+
+_RANKS = 8  # stacked ranks are a multiple of it: half-precision products on a GPU want rows of 16 bytes
+
+
+class GroupedAdapters:
+    """The frozen adapters `adapters` of an injected transformer, stacked once; None among them is the bare base.
+
+    Make it when every adapter, the student's too, is in place. `dtype`: of the stacked factors and of what the layers
+    take in; None is each base weight's own. The scale is multiplied into B in float32, and both are rounded once.
+
+    Raises UserError for an adapter that the transformer does not have or that is trained.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, adapters: Sequence[str | None], *, dtype: torch.dtype | None = None
+    ) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.transformer, self.adapters = transformer, tuple(adapters)
+        self._injected = injected(transformer)
+        tuned: list[Any] = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+        for name in self.adapters:
+            if name is not None and not any(name in layer.lora_A for layer in tuned):
+                known = ", ".join(self._injected) or "none"
+                raise UserError("teachers", f"no adapter {name} on the transformer", f"there are: {known}")
+        self._layers = [_Layer.of(layer, self.adapters, dtype) for layer in tuned]
+        self._plans: dict[tuple[tuple[int | None, int, int], ...], list[tuple[nn.Module, _Forward]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stacked factors, those of the groupings in use so far included."""
+        held = {t.untyped_storage() for layer in self._layers for t in layer.tensors()}
+        return sum(storage.nbytes() for storage in held)
+
+    @contextlib.contextmanager
+    def active(self, spans: Sequence[Span]) -> Iterator[nn.Module]:
+        """Within the block the transformer computes each span's rows with its adapter, and the rest with the base.
+
+        Spans are of the rows of the batch (dimension 0 of every layer's input), disjoint, in any order; an adapter may
+        have several and an empty one has no effect. The batch must end where the last span ends. Which adapter is
+        switched on does not matter meanwhile, and the student's adds nothing. No gradient reaches the factors.
+
+        Raises UserError for spans that overlap or have a step, RuntimeError where adapters were added meanwhile.
+        """
+        if injected(self.transformer) != self._injected:
+            raise RuntimeError("adapters were added or removed since GroupedAdapters was made; make it afterwards")
+        groups = _groups(spans, len(self.adapters))
+        if groups not in self._plans:
+            self._plans[groups] = [(layer.module, layer.forward(groups)) for layer in self._layers]
+        with replaced(self._plans[groups]):
+            yield self.transformer
+
+
+@dataclass
+class _Layer:
+    """One PEFT layer; `a` (T, R, in) and `b` (T, out, R) with the scale in it, zero where a teacher has no such layer.
+
+    R is the layer's largest rank, rounded up. None in place of both: no teacher has it.
+    """
+
+    module: Any
+    ranks: tuple[int, ...]
+    """Of each teacher; 0 for one without this layer."""
+    factors: tuple[Tensor, Tensor] | None
+    gathered: dict[tuple[int | None, ...], tuple[Tensor, Tensor]]
+    """The factors in the order of a batch's equal parts."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, module: Any, adapters: tuple[str | None, ...], dtype: torch.dtype | None) -> _Layer:
+        names = [name if name is not None and name in module.lora_A else None for name in adapters]
+        halves = [None if n is None else (module.lora_A[n].weight, module.lora_B[n].weight) for n in names]
+        ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in halves)
+        if not any(ranks):
+            return cls(module, ranks, None, {})
+        base = module.get_base_layer().weight
+        rank = math.ceil(max(ranks) / _RANKS) * _RANKS
+        shape, kind = (len(adapters), rank), {"device": base.device, "dtype": dtype or base.dtype}
+        a = torch.zeros(*shape, module.in_features, **kind)
+        b = torch.zeros(len(adapters), module.out_features, rank, **kind)
+        for t, (name, pair) in enumerate(zip(names, halves, strict=True)):
+            if name is None or pair is None:
+                continue
+            if any(half.requires_grad for half in pair):
+                raise UserError("teachers", f"adapter {name} is trained", "only frozen adapters can be grouped")
+            a[t, : ranks[t]] = pair[0]
+            b[t, :, : ranks[t]] = pair[1].float() * module.scaling[name]
+        return cls(module, ranks, (a, b), {})
+
+    def tensors(self) -> Iterator[Tensor]:
+        for pair in (self.factors, *self.gathered.values()):
+            yield from pair or ()
+
+    def forward(self, groups: tuple[tuple[int | None, int, int], ...]) -> _Forward:
+        """The layer's forward for a batch of `groups`, which are in order and leave no row out."""
+        base, rows = self.module.get_base_layer(), groups[-1][2]
+        mine = [(t, start, stop) for t, start, stop in groups if t is not None and self.ranks[t]]
+        if self.factors is None or not mine:
+            return _plain(base)
+        unit = math.gcd(*(stop for _, _, stop in groups))
+        if rows // unit <= 2 * len(groups):
+            order = tuple(t for t, start, stop in groups for _ in range((stop - start) // unit))
+            return _batched(base, *self._in_order(order), rows)
+        a, b = self.factors
+        return _sliced(base, [(start, stop, a[t], b[t]) for t, start, stop in mine], a.dtype, rows)
+
+    def _in_order(self, order: tuple[int | None, ...]) -> tuple[Tensor, Tensor]:
+        assert self.factors is not None
+        if order == tuple(range(len(self.ranks))):
+            return self.factors
+        if order not in self.gathered:
+            a, b = (
+                torch.stack([torch.zeros_like(half[0]) if t is None else half[t] for t in order])
+                for half in self.factors
+            )
+            self.gathered[order] = a, b
+        return self.gathered[order]
+
+
+def _plain(base: nn.Module) -> _Forward:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = base(x)
+        return y
+
+    return forward
+
+
+def _batched(base: nn.Module, a: Tensor, b: Tensor, rows: int) -> _Forward:
+    """Equal parts: a (G, R, in) and b (G, out, R) of each."""
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _check_rows(x, rows)
+        parts = x.to(a.dtype).reshape(len(a), -1, x.shape[-1])
+        y = base(parts)
+        return y.baddbmm_(torch.bmm(parts, a.mT), b.mT).view(*x.shape[:-1], y.shape[-1])
+
+    return forward
+
+
+def _sliced(base: nn.Module, slices: list[tuple[int, int, Tensor, Tensor]], dtype: torch.dtype, rows: int) -> _Forward:
+    """Parts of any size: (first row, last row + 1, a (R, in), b (out, R)) of each that has an adapter."""
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _check_rows(x, rows)
+        parts = x.to(dtype).reshape(len(x), -1, x.shape[-1])
+        y = base(parts)
+        for start, stop, a, b in slices:
+            part = parts[start:stop].flatten(0, 1)
+            y[start:stop].view(-1, y.shape[-1]).addmm_(part @ a.mT, b.mT)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    return forward
+
+
+def _check_rows(x: Tensor, rows: int) -> None:
+    # Compiled, it would make every batch size a compilation of its own.
+    if not torch.compiler.is_compiling() and x.shape[0] != rows:
+        raise ValueError(f"the spans are of {rows} rows and the batch has {x.shape[0]}; give spans of the whole batch")
+
+
+def _groups(spans: Sequence[Span], adapters: int) -> tuple[tuple[int | None, int, int], ...]:
+    """(adapter, start, stop) in the order of rows, gaps as the bare base's, neighbours of one adapter joined."""
+    groups: list[tuple[int | None, int, int]] = []
+    end = 0
+    for index, rows in sorted((span for span in spans if span[1].start != span[1].stop), key=lambda s: s[1].start):
+        if index is not None and not 0 <= index < adapters:
+            raise UserError("teachers", f"a span of adapter {index}", f"there are {adapters}, counted from 0")
+        if rows.step not in (None, 1) or rows.start < end or rows.stop < rows.start:
+            raise UserError("teachers", f"the span {rows} overlaps another or runs backwards", "give disjoint rows")
+        for t, start, stop in ((None, end, rows.start), (index, rows.start, rows.stop)):
+            if groups and groups[-1][0] == t:
+                groups[-1] = (t, groups[-1][1], stop)
+            elif start < stop:
+                groups.append((t, start, stop))
+        end = rows.stop
+    if not groups:
+        raise UserError("teachers", "no span has a row", "give at least one")
+    return tuple(groups)
+
+
+# --- the teachers' velocities ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward for the rows of several teachers."""
+
+    parts: tuple[tuple[slice, Guidance | None], ...]
+    """(rows of the batch, the guidance of them; None where no negative branch follows theirs), in the order of the
+    forward's rows."""
+    spans: tuple[Span, ...]
+    condition: Conditioning
+    """Text of all rows of the forward: of each part its prompts and, where it is guided, the negative ones."""
+
+
+def joined(parts: Sequence[tuple[int, slice, Conditioning]]) -> tuple[Call, ...]:
+    """The forwards that `teachers.Course.parts` need: one, or one for each value of an embedded guidance.
+
+    The guidance of such families is one number of a call. Parts without rows are left out.
+    """
+    calls = []
+    filled = [part for part in parts if part[1].start < part[1].stop]
+    for embedded in dict.fromkeys(condition.embedded for _, _, condition in filled):
+        mine = [part for part in filled if part[2].embedded == embedded]
+        spans, end = [], 0
+        for index, _, condition in mine:
+            spans.append((index, slice(end, end + len(condition.text))))
+            end += len(condition.text)
+        text = TextEmbeds.cat([condition.text for _, _, condition in mine])
+        rows = tuple((rows, condition.guidance) for _, rows, condition in mine)
+        calls.append(Call(rows, tuple(spans), Conditioning(text, embedded=embedded)))
+    return tuple(calls)
+
+
+def describe(calls: Sequence[Call]) -> str:
+    """How the teachers are asked, in a line for the user."""
+    teachers = sum(len(call.parts) for call in calls)
+    if len(calls) == 1:
+        return f"teachers: {teachers} in one forward on the shared base"
+    values = ", ".join(f"{call.condition.embedded:g}" for call in calls)
+    return (
+        f"teachers: {teachers} in {len(calls)} forwards on the shared base, as the guidance that they embed differs "
+        f"({values})"
+    )
+
+
+@torch.no_grad()
+def grouped_velocities(
+    model: DiffusionModel,
+    grouped: GroupedAdapters,
+    x: Tensor,
+    sigma: Tensor,
+    calls: Sequence[Call],
+    tables: Sequence[Remembered] = (),
+) -> Velocities:
+    """Each sample's velocity by its own teacher, both branches, as of `TeacherBank.velocities`; calls by `joined`.
+
+    x (B, C, H, W) float32, sigma 0-dim float32; `grouped.adapters` are in the order of the teachers. Rows of unguided
+    teachers are left unset in `uncond`, which is None where none is guided. `tables`: of each call, filled with its
+    condition while its spans were active and set to the step; or none at all.
+    """
+    found: list[tuple[slice, Velocities]] = []
+    for i, call in enumerate(calls):
+        state = torch.cat([x[rows] for rows, guidance in call.parts for _ in range(1 if guidance is None else 2)])
+        autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
+        table = tables[i].active() if tables else contextlib.nullcontext()
+        with grouped.active(call.spans) as transformer, autocast, table:
+            v = model.velocity(transformer, state, sigma, call.condition.text, call.condition.embedded)
+        start = 0
+        for rows, guidance in call.parts:
+            own = rows.stop - rows.start
+            cond, start = v[start : start + own], start + own
+            if guidance is None:
+                found.append((rows, Velocities(cond, None)))
+                continue
+            found.append((rows, combined(model, guidance, cond, v[start : start + own])))
+            start += own
+    return in_rows(sorted(found, key=lambda part: part[0].start))

@@ -1,0 +1,1 @@
+"""LoRA weights: their files and names, and how they get onto a transformer."""

@@ -1,1 +1,0 @@
-"""The training loop, and one file for each method that supplies its gradients."""

@@ -1,0 +1,1 @@
+"""The step: the loop, the methods, the one pass, student and teachers."""

@@ -1,0 +1,365 @@
+"""Checkpoints that can be trusted: written in the background, atomic, verified, without pickle.
+
+A checkpoint is a folder `round-000040/` with `shard-*.safetensors`, of which each process writes its own, and
+`meta.json` (everything else, with the format's version and the SHA-256 of every shard and of itself). It is written
+beside its place and renamed into it, so a crash leaves either the whole checkpoint or none. PyTorch's distributed
+checkpoint (DCP) writes and reads the shards, so a run may go on with other processes and another strategy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd_fast.config.run_dir import CHECKPOINT_NAME
+from opd_fast.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from opd_fast.distributed.world import World
+
+VERSION = 2
+_OWN = {"version", "round", "sha256", "digest"}
+"""Keys of meta.json that the checkpoint writes itself."""
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        directory: where they lie, on a file system that all processes see; made when the first one is saved.
+        keep: how many of the newest are kept.
+        world: the processes that save and load together, each calling the same methods; None: this one alone.
+    """
+
+    def __init__(self, directory: Path, keep: int, world: World | None = None) -> None:
+        from opd_fast.distributed.world import World
+
+        if keep < 1:
+            raise UserError("checkpoint.keep", f"{keep} is below 1", "give 1 or more")
+        self.directory, self.keep, self.world = Path(directory), keep, world or World()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._group: Any = None
+        # DCP says so whenever one process uses it, which is meant.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        if self.world.size > 1:
+            import torch.distributed as dist
+
+            # Its own group: the writer's messages must not mix with those of the round that goes on meanwhile.
+            self._group = dist.new_group(backend="gloo")
+
+    def save(
+        self,
+        round: int,
+        tensors: Mapping[str, Tensor],
+        meta: dict[str, Any],
+        afterwards: Callable[[], None] | None = None,
+    ) -> Path:
+        """Copy the state after `round` rounds; write it in the background, then prune the oldest.
+
+        Args:
+            round: rounds done; a checkpoint of the same round is replaced.
+            tensors: of any dtype and device, sharded or whole. They may change as soon as this returns.
+            meta: what JSON can hold; the keys `version`, `round`, `sha256` and `digest` are the checkpoint's own.
+            afterwards: called by rank 0 in the background, once the checkpoint is whole.
+
+        Returns:
+            Where it will lie.
+
+        Raises:
+            UserError: the save before this one failed: the disk is full or not writable.
+        """
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        if reserved := _OWN & set(meta):
+            raise ValueError(f"meta keys {sorted(reserved)} are the checkpoint's own; name them otherwise")
+        self.wait()
+        final = self.directory / f"round-{round:06d}"
+        copies = BlockingAsyncStager().stage({name: t.detach() for name, t in tensors.items()})
+        self._pending = self._writer.submit(self._write, final, round, copies, dict(meta), afterwards)
+        return final
+
+    def wait(self) -> None:
+        """Until everything saved lies on the disk. Raises UserError if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, whole or not; None when there is none."""
+        found = self._all()
+        return found[-1] if found else None
+
+    def find(self, path: Path | None = None) -> tuple[Path, dict[str, Any]]:
+        """Verify a checkpoint and read its metadata.
+
+        Args:
+            path: one checkpoint's folder. None: the newest whole one; each damaged one that is passed over is named
+                on stderr.
+
+        Returns:
+            Its folder, and the metadata (`round` among it).
+
+        Raises:
+            UserError: the checkpoint named is damaged, or none is whole.
+        """
+        return self.world.on_first(lambda: self._find(path))
+
+    def restore(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
+        """Fill `targets`, sharded or whole, with the tensors of their names.
+
+        Raises:
+            ValueError: a name is missing or of another shape.
+            UserError: the files cannot be read.
+        """
+        from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+        held = self.shapes(folder)
+        for name, target in targets.items():
+            if held.get(name) != tuple(target.shape):
+                raise ValueError(
+                    f"the checkpoint holds {name} of shape {held.get(name)}, this run {tuple(target.shape)}; resume "
+                    "with the configuration that wrote it"
+                )
+        _unwrapped(
+            folder,
+            lambda: load(
+                dict(targets),
+                storage_reader=HuggingFaceStorageReader(str(folder)),
+                process_group=self._group,
+                no_dist=self.world.size == 1,
+            ),
+        )
+
+    def shapes(self, folder: Path) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every tensor in a checkpoint, shards put together."""
+        return {name: tuple(entry.size) for name, entry in self._entries(folder).items()}
+
+    def blanks(self, folder: Path, prefix: str = "") -> dict[str, Tensor]:
+        """Targets for `restore` on the CPU, whole and unset: one for each tensor whose name begins with `prefix`."""
+        import torch
+
+        return {
+            name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
+            for name, entry in self._entries(folder).items()
+            if name.startswith(prefix)
+        }
+
+    def load(self, path: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """`find` a checkpoint and read all of it, whole, to the CPU."""
+        folder, meta = self.find(path)
+        tensors = self.blanks(folder)
+        self.restore(folder, tensors)
+        return tensors, meta
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def _write(
+        self, final: Path, round: int, tensors: Any, meta: dict[str, Any], afterwards: Callable[[], None] | None
+    ) -> None:
+        """In the writer's thread; every process calls it for the same checkpoint."""
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+        temporary = self.directory / f".{final.name}.part"
+        self._by_first(final, lambda: self._begin(temporary))
+        _unwrapped(
+            final,
+            lambda: save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+                process_group=self._group,
+                no_dist=self.world.size == 1,
+            ),
+        )
+        digests = self._digests(temporary)
+        header = {"version": VERSION, "round": round, "sha256": digests, **meta}
+        self._by_first(final, lambda: self._commit(temporary, final, header))
+        if afterwards is not None and self.world.first:
+            afterwards()
+
+    def _begin(self, temporary: Path) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._mend()
+        for leftover in self.directory.glob(".round-*"):  # of an earlier crash
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+
+    def _mend(self) -> None:
+        """Put back a checkpoint that a crash caught between its own renaming and its successor's."""
+        for old in self.directory.glob(".round-*.old"):
+            final = self.directory / old.name[1 : -len(".old")]
+            if not final.exists():
+                os.replace(old, final)
+
+    def _digests(self, folder: Path) -> dict[str, str]:
+        """SHA-256 of every shard, each hashed and forced to the disk by the process that wrote it."""
+        mine = {}
+        for path in sorted(folder.glob(f"shard-{self.world.rank + 1:05d}-*.safetensors")):
+            _sync(path)
+            mine[path.name] = _sha256(path)
+        if self.world.size == 1:
+            return mine
+        import torch.distributed as dist
+
+        everyone: list[dict[str, str]] = [{}] * self.world.size
+        dist.all_gather_object(everyone, mine, group=self._group)
+        return {name: digest for part in everyone for name, digest in part.items()}
+
+    def _commit(self, temporary: Path, final: Path, header: dict[str, Any]) -> None:
+        text = json.dumps({**header, "digest": _digest(header)}, indent=1)
+        (temporary / "meta.json").write_text(text, encoding="utf-8")
+        for path in (temporary / "meta.json", temporary):
+            _sync(path)
+        _put_in_place(temporary, final)
+        _sync(self.directory)
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _by_first(self, final: Path, work: Callable[[], None]) -> None:
+        """Rank 0 works while the others wait; where it fails all of them raise."""
+        failure: list[UserError | None] = [None]
+        if self.world.first:
+            try:
+                work()
+            except OSError as error:
+                failure = [_unwritable(final, error)]
+        if self.world.size > 1:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(failure, group=self._group)
+        if failure[0] is not None:
+            raise failure[0]
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def _find(self, path: Path | None) -> tuple[Path, dict[str, Any]]:
+        if path is not None:
+            return Path(path), _verify(Path(path))
+        with contextlib.suppress(OSError):  # of a directory that may only be read
+            self._mend()
+        found = self._all()
+        if not found:
+            raise UserError("--resume", f"no checkpoint in {self.directory}", "start the run anew without --resume")
+        for candidate in reversed(found):
+            try:
+                return candidate, _verify(candidate)
+            except UserError as error:
+                print(f"warning: {one_line(error)}", file=sys.stderr, flush=True)
+        raise UserError("--resume", f"no whole checkpoint in {self.directory}", "start the run anew without --resume")
+
+    def _entries(self, folder: Path) -> dict[str, Any]:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+        entries: dict[str, Any] = _unwrapped(
+            folder, lambda: HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        )
+        return entries
+
+    def _all(self) -> list[Path]:
+        named = [
+            (found, p)
+            for p in self.directory.glob("round-*")
+            if (found := CHECKPOINT_NAME.fullmatch(p.name)) and p.is_dir()
+        ]
+        return [p for _, p in sorted(named, key=lambda pair: int(pair[0].group(1)))]
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder, and put it in the place of `folder` once it is whole."""
+    part = folder.with_name(f".{folder.name}.part")
+    for leftover in (part, folder.with_name(f".{folder.name}.old")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    _put_in_place(part, folder)
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    """Rename `part` to `folder`; one that is there steps aside as `.NAME.old`, and is removed last."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _verify(folder: Path) -> dict[str, Any]:
+    """The metadata of a whole checkpoint. Raises UserError for any other."""
+    remedy = "the run goes on from the checkpoint before it, if there is one"
+    try:
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        version = meta["version"]
+        if version != VERSION:
+            raise UserError(
+                str(folder), f"is of format {version}, not {VERSION}", "resume with the version that wrote it"
+            )
+        digest = meta.pop("digest")
+        if digest != _digest(meta):
+            raise UserError(str(folder), "checkpoint is damaged (meta.json was altered)", remedy)
+        for name, expected in meta.pop("sha256").items():
+            if _sha256(folder / name) != expected:
+                raise UserError(str(folder), f"checkpoint is damaged (the hash of {name} does not match)", remedy)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(str(folder), f"checkpoint is damaged ({one_line(error)})", remedy) from error
+    del meta["version"]
+    return meta
+
+
+def _unwrapped(folder: Path, work: Callable[[], Any]) -> Any:
+    """Call DCP: what it raises, on whatever process, as the UserError it amounts to.
+
+    Only failures of the disk and of the files themselves are a user's; others keep their own type.
+    """
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        return work()
+    except CheckpointException as error:
+        cause: BaseException = next(iter(error.failures.values()))[0]
+    except (OSError, SafetensorError) as error:
+        cause = error
+    if isinstance(cause, OSError):
+        raise _unwritable(folder, cause) from cause
+    if isinstance(cause, SafetensorError):
+        raise UserError(str(folder), f"checkpoint cannot be read ({one_line(cause)})", "remove it") from cause
+    raise cause
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        "checkpoint",
+        f"{folder} cannot be written or read ({error.strerror or error})",
+        "make room or give a directory you may write; the checkpoints before it are whole",
+    )
+
+
+def _digest(header: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Force a file's or folder's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,79 @@
+"""What float8 does to a run's losses, measured before its first round: on the same states, with the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_fast.config import Config
+from opd_fast.data.prompt_files import Prompt
+from opd_fast.data.text_embeddings import EmbeddingCache
+from opd_fast.engine.float8 import check_gate, supported
+from opd_fast.models.base import DiffusionModel
+from opd_fast.objectives import step_weights
+from opd_fast.seeds import noise_keys
+from opd_fast.solvers import SolverTable
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.rollout import losses_at
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank
+
+SAMPLES = 4
+"""Of each task. A step's loss is a mean over all of them; of one alone float8 may move it by more."""
+_STREAM = 3
+"""Sets the noise apart from any other drawn from the same seed."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The losses of unquantised weights, and how to measure them again."""
+
+    losses: Tensor
+    again: Callable[[], Tensor]
+    tolerance: float
+
+    @classmethod
+    def before(
+        cls,
+        config: Config,
+        model: DiffusionModel,
+        student: Student,
+        teachers: TeacherBank,
+        table: SolverTable,
+        text: EmbeddingCache,
+        prompts: Sequence[Sequence[Prompt]],
+    ) -> Gate | None:
+        """Measure before anything is quantised; None for a run that will not be."""
+        if config.engine.precision != "fp8" or supported(model.device) is not None or not len(teachers):
+            return None
+        count = SAMPLES * len(prompts)
+        chosen = [own[i % len(own)].text for own in prompts for i in range(SAMPLES)]
+        batch = RoundBatch(
+            text=text.rows(chosen),
+            negative=text.negative,
+            tasks=tuple((i, slice(i * SAMPLES, (i + 1) * SAMPLES)) for i in range(len(prompts))),
+            keys=noise_keys(config.train.seed, _STREAM, samples=count).to(model.device),
+            scale=torch.full((count,), 1 / count, device=model.device),
+            shape=model.latent_shape(model.resolution(config.model.resolution)),
+        )
+        weight = step_weights(table, config.objective.kind).clone()
+        if not config.sampler.train_last:
+            weight[-1] = 0
+        parts = [part for _, part in batch.split(config.train.micro_batch)]
+        found = [losses_at(model, student, teachers, part, table, weight) for part in parts]
+
+        def again() -> Tensor:
+            losses = [
+                losses_at(model, student, teachers, part, table, weight, states)[0]
+                for part, (_, states) in zip(parts, found, strict=True)
+            ]
+            return torch.cat(losses, 1)
+
+        return cls(torch.cat([losses for losses, _ in found], 1), again, config.engine.fp8_tolerance)
+
+    def after(self) -> str:
+        """Measure again: a line for the log. Raises UserError where a step's loss moved by more than is accepted."""
+        return check_gate(self.losses, self.again, limit=self.tolerance)

@@ -1,0 +1,347 @@
+"""What a run's numbers follow from, identified so that a resumed run can be held to it.
+
+`identify` hashes the files and prompts that the settings name, and `compare` holds a resumed run to what its checkpoint
+recorded. Prompts count with their texts, metadata and order, whatever file holds them; files count with their content,
+wherever they lie. `digest` says which edits of large weights it sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from opd_fast.config import Config, TeacherConfig
+from opd_fast.config.paths import package_file
+from opd_fast.config.serialize import from_dict, refuse_unsafe_changes, sections
+from opd_fast.errors import UserError
+
+Sources = dict[str, dict[str, str]]
+"""Setting to {file below what it names, or "" for itself: what identifies its content}."""
+
+WHOLE_FILE = 64 * 2**20
+"""Bytes up to which a file of weights is hashed from end to end."""
+SAMPLE = 4096
+"""Bytes of a sample of a larger one."""
+STRIDE = 4 * 2**20
+"""Bytes of a tensor for each of its samples; it has three at least."""
+_READ = (".safetensors", ".json", ".txt", ".model", ".jinja")  # what components are loaded from
+_WEIGHTED = ("transformer", "vae", "text_encoder")
+_PARTS = (*_WEIGHTED, "scheduler", "tokenizer")
+_VARIANTS = ("*.fp16.*", "*.fp16-*", "*.non_ema.*")  # which no component is loaded from
+_MAY_CHANGE = {
+    "student.start": "the run goes on from its checkpoint, which no longer depends on it",
+    "model.family": "the rounds before were computed by the former code",
+    "libraries": "the numbers may differ by rounding from those of a run that never stopped",
+    "model.dtype": "the rounds before were computed in the former",
+}
+"""Sources whose change is said and not refused, and why; rewards are among them, since mending one is a reason to
+resume."""
+_REWARD = "the rounds before learnt from, or were judged by, the former code"
+
+
+def digest(file: Path) -> str:
+    """The SHA-256, in hexadecimal, of a file's content.
+
+    A safetensors file above `WHOLE_FILE` bytes, which takes long to read, counts with its size, its header (names,
+    dtypes, shapes, metadata) and, of each tensor, samples of `SAMPLE` bytes: the first, the last, and one in each
+    `STRIDE` bytes between. That sees whatever changes a tensor as a whole (training, merging, another precision,
+    another tensor) and misses a change of single numbers between the samples.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        if size > WHOLE_FILE and file.suffix == ".safetensors" and (ends := _tensors(content, size)) is not None:
+            found = hashlib.sha256(str(size).encode())
+            content.seek(0)
+            found.update(content.read(ends[0][0]))
+            for begin, end in ends[1:]:
+                for place in _places(begin, end):
+                    content.seek(place)
+                    found.update(content.read(min(SAMPLE, end - place)))
+            return found.hexdigest()
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _tensors(content: Any, size: int) -> list[tuple[int, int]] | None:
+    """(begin, end) of a safetensors file's tensors in bytes, after (end of the header, size); None if it is damaged."""
+    length = int.from_bytes(content.read(8), "little")
+    if length > size - 8:
+        return None
+    try:
+        header = json.loads(content.read(length))
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        found = sorted((8 + length + int(begin), 8 + length + int(end)) for begin, end in spans)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return [(8 + length, size), *found]
+
+
+def _places(begin: int, end: int) -> list[int]:
+    """Where the samples of a tensor begin: spread evenly, the first at its begin and the last at its end."""
+    last = max(begin, end - SAMPLE)
+    count = max(2, (end - begin) // STRIDE)
+    return sorted({begin + (last - begin) * i // count for i in range(count + 1)})
+
+
+# --- what there is ---------------------------------------------------------------------------------------------------
+
+
+def identify(config: Config) -> Sources:
+    """What identifies the content of each source that `config` names.
+
+    A source that cannot be read, and one of the hub that has not been fetched yet, is left out: loading it says what
+    is wrong with it, or fetches it.
+    """
+    from opd_fast.distributed.plan import resolve
+
+    found = {"model.path": _pipeline(config.model.path), "model.family": _family(config.model.family)}
+    found["libraries"] = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    found["model.dtype"] = {"": str(resolve(config).dtype).removeprefix("torch.")}
+    for key, weights, own in (
+        ("student.start", config.student.start, "merged"),
+        ("objective.anchor", config.objective.anchor, "base"),
+    ):
+        found[key] = {} if weights in (None, own) else _weights(str(weights))
+    for teacher in config.teachers:
+        found |= {f"teachers.{teacher.name}.{name}": files for name, files in _task(teacher, config).items()}
+    return {key: files for key, files in found.items() if files}
+
+
+def _task(teacher: TeacherConfig, config: Config) -> Sources:
+    held_out = teacher.eval_prompts or (teacher.prompts if teacher.prompts.startswith("bundled/") else None)
+    return {
+        "weights": {} if config.reinforces else _weights(teacher.weights),
+        "prompts": _prompts(teacher.prompts, "train"),
+        "eval_prompts": _prompts(held_out, "test") if held_out is not None and teacher.reward is not None else {},
+        "reward": {} if teacher.reward is None else _reward(teacher.reward),
+    }
+
+
+def _pipeline(path: str) -> dict[str, str]:
+    """The files that a pipeline's components are loaded from; a folder of another kind counts with its own files."""
+    folder = package_file("assets", "pipeline") if path == "bundled" else _local(path)
+    with contextlib.suppress(OSError):
+        if folder is None or not folder.is_dir():
+            return {} if folder is None else {"": digest(folder)}
+        parts = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.startswith(_PARTS)]
+        files = [folder / "model_index.json"] if parts else _loaded(folder)
+        for part in parts:
+            inside = _loaded(part)
+            # Of a hub model, components that the run leaves out have their configuration in the cache and no more.
+            if not part.name.startswith(_WEIGHTED) or any(file.suffix == ".safetensors" for file in inside):
+                files += inside
+        return {file.relative_to(folder).as_posix(): digest(file) for file in files if file.is_file()}
+    return {}
+
+
+def _loaded(folder: Path) -> list[Path]:
+    files = (file for file in sorted(folder.iterdir()) if file.suffix in _READ and file.is_file())
+    return [file for file in files if not any(fnmatch(file.name, variant) for variant in _VARIANTS)]
+
+
+def _local(path: str) -> Path | None:
+    """The file or folder that a path or a hub id names, nothing being fetched; None where there is none."""
+    from opd_fast.models.pipeline_folder import HUB_ID
+
+    local = Path(path).expanduser()
+    if local.exists() or not HUB_ID.fullmatch(path):
+        return local if local.exists() else None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except Exception:  # the hub's errors share no base
+        return None
+
+
+def _weights(path: str) -> dict[str, str]:
+    """The files of a LoRA or of a whole transformer on this machine."""
+    from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+
+    local = Path(path).expanduser()
+    if path.startswith("bundled/"):
+        local = package_file("assets", "teachers", path.removeprefix("bundled/"))
+    with contextlib.suppress(OSError):
+        if local.is_file():
+            return {"": digest(local)}
+        for names in ((PEFT_CONFIG, PEFT_WEIGHTS), (DIFFUSERS_WEIGHTS,)):
+            if (files := [local / name for name in names if (local / name).is_file()]) != []:
+                return {file.name: digest(file) for file in files}
+        folder = local / "transformer" if (local / "transformer").is_dir() else local
+        return {file.name: digest(file) for file in _loaded(folder)} if folder.is_dir() else {}
+    return {}
+
+
+def _prompts(source: str, split: Any) -> dict[str, str]:
+    """The prompts as the run sees them: texts and metadata, in their order."""
+    from opd_fast.data.prompt_files import load_prompts
+
+    try:
+        prompts = load_prompts(source, split)
+    except (ValueError, OSError):
+        return {}
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(json.dumps([prompt.text, prompt.metadata], sort_keys=True, default=str).encode() + b"\n")
+    return {"": found.hexdigest()}
+
+
+def _reward(text: str) -> dict[str, str]:
+    """The files that the user's own rewards are written in: those of the module named and of the function itself."""
+    from opd_fast.rewards import get_reward, reward_terms
+
+    found: dict[str, str] = {}
+    with contextlib.suppress(ValueError, OSError):
+        for name in (term.reward for term in reward_terms(text)):
+            if ":" in name:
+                function = get_reward(name)  # imports its module
+                found |= _code(sys.modules.get(name.partition(":")[0]), function)
+    return found
+
+
+def _family(name: str) -> dict[str, str]:
+    """The file of a family of the user's own."""
+    from opd_fast.models import find_family
+
+    with contextlib.suppress(ValueError, OSError):
+        if ":" in name:
+            return _code(find_family(name, Path))
+    return {}
+
+
+def _code(*made: Any) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for thing in made:
+        with contextlib.suppress(TypeError, OSError):  # what has no source file
+            file = inspect.getsourcefile(inspect.unwrap(thing))
+            if file is not None:
+                found[Path(file).name] = digest(Path(file))
+    return found
+
+
+# --- what changed ----------------------------------------------------------------------------------------------------
+
+
+def compare(folder: Path, meta: dict[str, Any], config: Config, found: Sources, *, staged: bool = False) -> list[str]:
+    """Hold a resumed run to what its checkpoint recorded.
+
+    Args:
+        folder: the checkpoint's; its name goes into the messages.
+        meta: the checkpoint's metadata, with `settings` (`to_dict`) and `sources` (`identify`).
+        config: the settings that the run goes on with.
+        found: what `identify` finds now; a source that only one side has is passed over.
+        staged: whether the run is a stage of another, whose `student.start` moves with it.
+
+    Returns:
+        Lines for the user: what changed and may change, or what an earlier version did not record.
+
+    Raises:
+        UserError: a setting or a source that the numbers follow from has changed.
+    """
+    if "sources" not in meta or "settings" not in meta:
+        return [
+            f"{folder.name} was saved by a version that recorded no sources: whether model.path, the prompts, the "
+            f"rewards or the settings in config.yaml have changed since then could not be checked"
+        ]
+    before: Sources = meta["sources"]
+    both = [key for key in before if key in found]
+    refuse_unsafe_changes(
+        from_dict(_known(meta["settings"])), config, staged=staged, besides=list(_settings_of(config, both, staged))
+    )
+    lines = []
+    for key in both:
+        if key.endswith(".eval_prompts") and config.evaluation.every == 0:
+            continue  # not read
+        change = _change(key, before[key], found[key], decodes=_decodes(config))
+        if change is None:
+            continue
+        reason = _REWARD if key.endswith(".reward") else _MAY_CHANGE.get(key)
+        if reason is not None:
+            lines.append(f"note: {key} changed since {folder.name} was saved ({change}); {reason}")
+            continue
+        raise UserError(
+            key,
+            f"changed since {folder.name} was saved ({_named(key, config)}{change})",
+            "put the former files back, or start a new run",
+        )
+    return lines
+
+
+def judged_otherwise(meta: dict[str, Any], config: Config, found: Sources) -> list[str]:
+    """What an evaluation's rewards follow from that differs from the checkpoint's, by setting: base and teachers are to
+    be judged again. Arguments as in `compare`."""
+    if "sources" not in meta or "settings" not in meta:
+        return []
+    before, sources = meta["settings"]["evaluation"], meta["sources"]
+    names = ("prompts", "images_per_prompt", "steps", "guidance", "vae_tiling")
+    changed = [f"evaluation.{name}" for name in names if before.get(name) != getattr(config.evaluation, name)]
+    return changed + [key for key in sources if key.endswith(".reward") and sources[key] != found.get(key)]
+
+
+def _change(key: str, before: dict[str, str], now: dict[str, str], *, decodes: bool) -> str | None:
+    """What differs first, in words; None where nothing does."""
+    parts = [{file.partition("/")[0] for file in files if "/" in file} for files in (before, now)]
+    for file in sorted({**before, **now}):
+        part, inside, _ = file.partition("/")
+        if inside and not all(part in names for names in parts):
+            continue  # loading says what is missing, and what no component names is not read
+        if part == "vae" and not decodes:
+            continue
+        old, new = before.get(file), now.get(file)
+        if old != new:
+            if old is None or new is None:
+                return f"{file} is {'new' if old is None else 'missing'}"
+            named = f"{file}: " if file else ""
+            hashed = "sha256 " if len(old) == 64 else ""
+            return f"{named}{hashed}{old[:12]} then, {new[:12]} now"
+    return None
+
+
+def _decodes(config: Config) -> bool:
+    """Whether the run looks at images, for which its numbers follow from the VAE."""
+    judged = any(teacher.reward is not None for teacher in config.teachers)
+    return judged and (config.reinforces or config.train.method == "sft" or config.evaluation.every > 0)
+
+
+def _named(key: str, config: Config) -> str:
+    """The path that a setting gives, for a message."""
+    values: dict[str, Any] = {"model.path": config.model.path, "objective.anchor": config.objective.anchor}
+    for teacher in config.teachers:
+        for name in ("weights", "prompts", "eval_prompts"):
+            values[f"teachers.{teacher.name}.{name}"] = getattr(teacher, name)
+    return f"{values[key]}, " if values.get(key) else ""
+
+
+def _settings_of(config: Config, keys: Iterable[str], staged: bool) -> Iterable[str]:
+    """The settings, by their dotted keys, whose content is compared in place of the path that they give."""
+    places = {teacher.name: i for i, teacher in enumerate(config.teachers)}
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        teacher = section.removeprefix("teachers.")
+        if section.startswith("teachers.") and name != "reward" and teacher in places:
+            yield f"teachers[{places[teacher]}].{name}"
+        elif key in ("model.path", "student.start", "objective.anchor"):
+            yield key
+    if staged:
+        yield "student.start"
+
+
+def _known(data: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that this version does not have."""
+    known = {name: {f.name for f in fields(kind)} for name, kind in sections().items()}
+    named = {f.name for f in fields(TeacherConfig)}
+    found: dict[str, Any] = {
+        section: {key: value for key, value in data[section].items() if key in names}
+        for section, names in known.items()
+        if section in data
+    }
+    found["teachers"] = [{k: v for k, v in teacher.items() if k in named} for teacher in data.get("teachers", [])]
+    return found

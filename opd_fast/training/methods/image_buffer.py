@@ -1,0 +1,194 @@
+"""What the methods have in common that draw images once for several rounds: whose images are whose, and which round
+learns from which.
+
+The images of a draw are numbered over all tasks, those of a prompt beside each other. Image i belongs to process
+i % size: it is drawn, kept and learnt from there. A round takes a random part of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from opd_fast.data.prompt_files import Prompt
+from opd_fast.models.base import TextEmbeds
+from opd_fast.rewards.runner import Jury
+from opd_fast.seeds import noise_keys
+from opd_fast.training.setup import Setup, prompts_per_turn
+from opd_fast.training.teachers import TeacherBank
+
+ROLLOUT_STREAM, ORDER_STREAM = 1, 3
+"""Set apart what is drawn from one seed."""
+
+
+class SharedImages(ABC):
+    """A method of the training loop whose rounds share images.
+
+    Args:
+        updates: rounds that learn from one draw.
+        repeats: images of one prompt.
+        guidance: of the base, where it is asked.
+    """
+
+    everywhere: tuple[str, ...] = ()
+    """What every process holds of all images, by its name in `_drawn`."""
+
+    def __init__(self, setup: Setup, *, updates: int, repeats: int, guidance: float | None) -> None:
+        self.setup, self.updates, self.repeats = setup, updates, repeats
+        config = setup.config
+        self.images = config.train.samples_per_task * setup.schedule.per_round
+        """Of a draw, on all devices."""
+        mine, own = setup.world.rows(self.images)
+        self.mine = torch.tensor(mine[:own], dtype=torch.int64)
+        """Which of them this process draws and learns from."""
+        self.samples = self.images / updates
+        """Images that a round learns from, on average."""
+        self.jury = Jury("raise", config.evaluation.reward_timeout)
+        self._base = TeacherBank.of_base(setup.model, guidance)
+        self._drawn: dict[str, Tensor] = {}
+        """The images in hand: each tensor's first dimension is this process's own, in the order of `mine`, or all
+        images where its name is in `everywhere`."""
+        self._counts: dict[str, Tensor] = {}
+        """What the last round has for its metrics beside the loss, each 0-dim."""
+        self._learnt = 0
+        """Images that the last round learnt from, on all devices."""
+
+    @abstractmethod
+    def _draw(self, epoch: int) -> dict[str, Tensor]:
+        """The images of draw `epoch`, for `_drawn`."""
+
+    @abstractmethod
+    def learn(
+        self, epoch: int, rows: Tensor, shares: Tensor, scaler: torch.amp.GradScaler
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradient of the loss of `rows` (n,), some of `mine`, weighed by `shares` (n,).
+
+        Returns the weighed losses (steps, images) float32, 0 for images that are not in `rows`, and counts for the
+        metrics, weighed alike.
+        """
+
+    @abstractmethod
+    def trained_steps(self, epoch: int) -> range:
+        """The steps at which draw `epoch` is learnt from, as `learn` orders them."""
+
+    @abstractmethod
+    def rewards(self) -> Tensor | None:
+        """(images,) of all processes' images in hand; None where nothing was judged."""
+
+    def worthy(self, order: Tensor) -> Tensor:
+        """Those of the images `order` (images,) that are learnt from."""
+        return order
+
+    # --- the loop's side ---------------------------------------------------------------------------------------------
+
+    def accumulate(self, index: int, scaler: torch.amp.GradScaler) -> Tensor:
+        """Add the gradient of round `index`, times the scaler's factor, to the student's parameters.
+
+        Returns the weighed loss of every image in hand at every trained step (steps, images) float32, unscaled, 0 for
+        images that the round does not learn from.
+        """
+        config, world, device = self.setup.config, self.setup.world, self.setup.model.device
+        epoch, part = divmod(index, self.updates)
+        if part == 0:
+            self._drawn = self._draw(epoch)
+        order = torch.randperm(self.images, generator=generator(config.train.seed, ORDER_STREAM, epoch)).to(device)
+        rows = self.worthy(order)[part :: self.updates]
+        owners = torch.tensor(self.owners(epoch))
+        weights = torch.tensor([teacher.weight for teacher in config.teachers])[owners].to(device)
+        shares = weights / weights[rows].sum() * world.size  # gradients are averaged
+        own = rows[rows % world.size == world.rank]
+        losses, self._counts = torch.zeros(len(self.trained_steps(epoch)), self.images, device=device), {}
+        self._learnt = len(rows)
+        if len(rows):
+            losses, counts = self.learn(epoch, own, shares[own], scaler)
+            self._counts = {name: world.mean(value) for name, value in counts.items()}
+        self.setup.student.average_gradients()
+        if (rewards := self.rewards()) is not None:
+            for task in owners.unique().tolist():
+                self._counts[f"reward/{config.teachers[task].name}"] = rewards.cpu()[owners == task].mean()
+        if part == self.updates - 1:
+            self._drawn = {}
+        return world.mean(losses)
+
+    def not_finite(self, index: int, losses: Tensor) -> tuple[int, str] | None:
+        """(row of `losses`, task's name) where a round's losses first cease to be finite; None where all are."""
+        bad = torch.nonzero(~torch.isfinite(losses))
+        if not len(bad):
+            return None
+        row, image = bad[0].tolist()
+        return row, self.setup.config.teachers[self.owners(index // self.updates)[image]].name
+
+    def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
+        """The loss of the round just accumulated, its rewards, and what the method counts."""
+        return {"loss": float(losses.sum())} | {name: float(value) for name, value in self._counts.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The images in hand, whole, where a checkpoint falls between two of their rounds."""
+        collect = self.setup.world.collect
+        return {
+            f"drawn.{name}": tensor if name in self.everywhere else collect(tensor, self.images)
+            for name, tensor in self._drawn.items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave, on however many processes."""
+        prefix, device = "drawn.", self.setup.model.device
+        drawn = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self._drawn = {k: (v if k in self.everywhere else v[self.mine]).to(device) for k, v in drawn.items()}
+
+    # --- the methods' side -------------------------------------------------------------------------------------------
+
+    def tasks(self, epoch: int) -> list[tuple[int, list[Prompt]]]:
+        """(task, the prompts of its images) of draw `epoch`, the images of a prompt beside each other."""
+        setup, found = self.setup, []
+        for task, turns in setup.schedule.round(epoch):
+            indices = [i for turn in turns for i in setup.sources[task].batch(turn, prompts_per_turn(setup.config))]
+            found.append((task, [setup.prompts[task][i] for i in indices for _ in range(self.repeats)]))
+        return found
+
+    def no_images(self, *each: int) -> Tensor:
+        """(0, *each, C, H, W) float32: what a process holds before its first image, and one without images always.
+
+        Every process must hold the same tensors, because gathering them takes all processes.
+        """
+        return torch.empty(0, *each, *self.setup.shape, device=self.setup.model.device)
+
+    def own_parts(self, epoch: int) -> Iterator[tuple[int, list[Prompt], Tensor, Tensor]]:
+        """(task, its prompts, which of `mine` are its images, their places among its prompts), where there are any."""
+        first = 0
+        for task, prompts in self.tasks(epoch):
+            here = (self.mine >= first) & (self.mine < first + len(prompts))
+            if bool(here.any()):
+                yield task, prompts, here, self.mine[here] - first
+            first += len(prompts)
+
+    def owners(self, epoch: int) -> list[int]:
+        """The task of each image of draw `epoch`."""
+        return [task for task, prompts in self.tasks(epoch) for _ in prompts]
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Where images of this process lie among `mine`."""
+        return rows // self.setup.world.size
+
+    def keys(self, epoch: int, stream: int = ROLLOUT_STREAM) -> Tensor:
+        """(images,) int64 noise keys."""
+        seed = self.setup.config.train.seed
+        parts = [noise_keys(seed, stream, epoch, task, samples=len(p)) for task, p in self.tasks(epoch)]
+        return torch.cat(parts).to(self.setup.model.device)
+
+    def text(self, epoch: int, rows: Tensor) -> TextEmbeds:
+        """The prompts of some images, embedded."""
+        prompts = [prompt.text for _, prompts in self.tasks(epoch) for prompt in prompts]
+        return self.setup.text.rows([prompts[i] for i in rows.tolist()])
+
+    def micro_batches(self, rows: Tensor) -> Iterator[Tensor]:
+        if len(rows):  # a process may have none
+            yield from rows.split(self.setup.config.train.micro_batch or len(rows))
+
+
+def generator(*path: int) -> torch.Generator:
+    """A generator that follows from a path such as seed, stream, draw."""
+    return torch.Generator().manual_seed(int(noise_keys(*path, samples=1)) % 2**63)

@@ -1,0 +1,199 @@
+"""The engine's techniques, put to work on a run's models in the one order that is right, and what of them is at work.
+
+What a technique needs to know stands in its own module. Here: the order. Frozen weights are changed first, then blocks
+are checkpointed, then compiled, and only then may FSDP's hooks go around them; graphs are captured when a round first
+runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import nn
+
+from opd_fast.config import EngineConfig
+from opd_fast.distributed.world import World
+from opd_fast.engine import attention
+from opd_fast.engine import float8 as fp8
+from opd_fast.engine.activation_checkpointing import recompute_blocks
+from opd_fast.engine.attention import Case
+from opd_fast.engine.cuda_graphs import CudaBackend, Graphs
+from opd_fast.engine.fused_qkv import fuse_projections
+from opd_fast.models.base import DiffusionModel
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank
+
+COMPILATIONS = 64
+"""Forms of a block that may be compiled: kinds of block, adapters on or off, gradient or not, numbers of rows."""
+
+
+@dataclass
+class Engaged:
+    """What is at work, counted: 0 and empty names stand for techniques that are off or do not fit the model."""
+
+    merged_teachers: int = 0
+    """Teachers with weights of their own, their LoRA merged."""
+    grouped_teachers: int = 0
+    """Teachers on one base that are asked in one forward."""
+    merged_layers: int = 0
+    """The student's LoRA layers that are merged for a round."""
+    fused: int = 0
+    """Attention modules of the teachers whose projections are one product."""
+    modulation: int = 0
+    """Layers of student and teachers that are computed once a round for all its steps."""
+    backends: tuple[str, ...] = ()
+    """The implementations of attention that were set: the student's and, where they have weights, the teachers'."""
+    fp8: int = 0
+    """Layers of student and teachers in float8."""
+    recomputed: int = 0
+    """Blocks of the student that compute their activations again in the backward."""
+    compiled: int = 0
+    """Blocks under torch.compile."""
+    graphs: Graphs = field(default_factory=lambda: Graphs(None))
+    """What was captured and replayed so far."""
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """The sizes of a round's forwards; rows count the branches of guidance."""
+
+    student_rows: int
+    teacher_rows: int
+    resolution: int
+
+
+def engage(
+    settings: EngineConfig,
+    model: DiffusionModel,
+    student: Student,
+    teachers: TeacherBank,
+    forwards: Forwards,
+    *,
+    anchor: TeacherBank | None = None,
+    compiled: bool = False,
+    graphed: bool = False,
+    recompute: int = 0,
+    backends: Sequence[str] = (),
+    world: World | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Engaged:
+    """Put the techniques of `settings` to work, in place; what does not fit model or machine is left out and said.
+
+    `compiled`, `graphed` and `recompute` are what engine.compile, engine.graphs and engine.recompute came to;
+    `backends`, those that the run had before, spare the measurement of attention; `world` is the one that the student
+    will be distributed in. Raises UserError for a setting of no known name.
+    """
+    world = world or World()
+    banks = [bank for bank in (teachers, anchor) if bank is not None]
+    own = list({id(t): t for bank in banks for t in bank.own}.values())
+    engaged = Engaged(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
+    engaged.merged_layers = student.merge_in_rounds(settings.merge_student)
+    if settings.fuse_projections:
+        engaged.fused = sum(fuse_projections(transformer) for transformer in own)
+    if settings.attention != "native":  # as diffusers has it
+        engaged.backends = _attention(settings.attention, backends, model, student, own, forwards, world, say)
+    if settings.precision == "fp8":
+        engaged.fp8 = _float8(model, student, own, world, say)
+    if settings.group_teachers and not world.sharded:
+        engaged.grouped_teachers = teachers.group()
+    if settings.cache_modulation and not world.sharded:
+        engaged.modulation = student.remember_modulation() + sum(bank.remember_modulation() for bank in banks)
+    engaged.recomputed = recompute_blocks(model.blocks(student.transformer), recompute)
+    if compiled:
+        engaged.compiled = compile_blocks(model, student, *banks)
+    if graphed:
+        engaged.graphs = _graphs(model, banks, say)
+    return engaged
+
+
+def _attention(
+    setting: str,
+    before: Sequence[str],
+    model: DiffusionModel,
+    student: Student,
+    own: Sequence[nn.Module],
+    forwards: Forwards,
+    world: World,
+    say: Callable[[str], None],
+) -> tuple[str, ...]:
+    """Choose and set the implementations: of student and base, which a gradient needs, and of the teachers."""
+    tokens = model.image_tokens(forwards.resolution) + model.text_tokens
+    chosen = []
+    trained = [student.transformer, model.transformer]
+    groups = (trained, forwards.student_rows, True), (own, forwards.teacher_rows, False)
+    for i, (transformers, rows, needs_grad) in enumerate(groups):
+        if not transformers:
+            continue
+        if setting == attention.AUTO and i < len(before):
+            name = before[i]
+        else:
+            try:
+                case = Case.of(
+                    transformers[0],
+                    device=model.device,
+                    dtype=model.dtype,
+                    rows=rows,
+                    tokens=tokens,
+                    mask=model.masks_text,
+                    needs_grad=needs_grad,
+                )
+            except ValueError as error:  # a family of the user's own
+                say(f"attention: {error}; it stays as it is")
+                return ()
+            told = _naming(say, "student" if needs_grad else "teachers")
+            # One rank measures for all: what they compute must not depend on whose clock was disturbed.
+            name = world.on_first(partial(_backend, setting, case, told))
+        for transformer in {id(t): t for t in transformers}.values():
+            attention.route(transformer, name)
+        chosen.append(name)
+    return tuple(chosen)
+
+
+def _backend(setting: str, case: Case, say: Callable[[str], None]) -> str:
+    return attention.choose(setting, case, say=say).backend
+
+
+def _naming(say: Callable[[str], None], of: str) -> Callable[[str], None]:
+    return lambda line: say(line.replace("attention:", f"attention of the {of}:", 1))
+
+
+def _float8(
+    model: DiffusionModel, student: Student, own: Sequence[nn.Module], world: World, say: Callable[[str], None]
+) -> int:
+    """Frozen weights in float8 where the machine computes in it; how many layers."""
+    why = fp8.supported(model.device)
+    if why is not None:
+        say(f"precision: fp8 {why}; frozen weights stay in {model.dtype}".replace("torch.", ""))
+        return 0
+    layers = sum(fp8.quantize_frozen(transformer) for transformer in own)
+    return layers if world.sharded else layers + student.merge_in_float8()
+
+
+def _graphs(model: DiffusionModel, banks: Sequence[TeacherBank], say: Callable[[str], None]) -> Graphs:
+    """The graphs of a run, or none, with the reason."""
+    why = None
+    if model.device.type != "cuda":
+        why = "there is no CUDA device"
+    elif any(bank.offloaded for bank in banks):
+        why = "teachers come from the CPU's memory block by block (parallel.offload_teachers)"
+    if why is None:
+        return Graphs(CudaBackend(model.device, say), say)
+    say(f"graphs: off, {why}; every step is launched from Python")
+    return Graphs(None)
+
+
+def compile_blocks(model: DiffusionModel, student: Student, *banks: TeacherBank) -> int:
+    """torch.compile of each repeated block, in place: one compilation serves all blocks of a kind. Their number."""
+    import torch._dynamo
+
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, COMPILATIONS)  # beyond it blocks would run uncompiled
+    transformers = [student.transformer, *(teacher.transformer for bank in banks for teacher in bank.teachers)]
+    blocks = {id(block): block for transformer in transformers for block in model.blocks(transformer)}
+    for block in blocks.values():
+        # A round has few forms of batch, and each gets kernels of its own: a second number of rows, such as that of
+        # a teacher without guidance, would otherwise be compiled with symbolic sizes, whose kernels are slower.
+        block.compile(dynamic=False)
+    return len(blocks)

@@ -1,0 +1,115 @@
+"""What keeps a run from beginning that its settings and the disk tell: weights, prompts, resolution, rewards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from opd_fast.config import Config
+from opd_fast.config.paths import bundled_remedy, looks_like_hub_id, package_file
+from opd_fast.errors import UserError, did_you_mean
+
+
+def check_paths(config: Config) -> None:
+    """Raise `UserError` for weights or prompt files that are not there, or hold nothing."""
+    for error in problems(config):
+        raise error
+
+
+def problems(config: Config) -> Iterator[UserError]:
+    """What keeps a run from beginning: weights and prompt files in the configuration's order, resolution, rewards, and
+    what the rewards miss in the prompts.
+
+    A name of the form `org/name` that is no local path is taken for a hub id, and is looked up when it is loaded.
+    """
+    from opd_fast.training.prompt_checks import metadata_problems, read_held_out, read_prompts
+
+    checks: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+    checks.append((_check_weights, ("model.path", config.model.path, "pipeline")))
+    if config.student.start not in (None, "merged"):
+        checks.append((_check_weights, ("student.start", config.student.start, "teachers")))
+    if config.objective.anchor not in (None, "base"):
+        checks.append((_check_weights, ("objective.anchor", config.objective.anchor, "teachers")))
+    for i, teacher in enumerate(config.teachers):
+        of = f" of teacher {teacher.name!r}"
+        if not config.reinforces:
+            checks.append((_check_weights, (f"teachers[{i}].weights", teacher.weights, "teachers", of)))
+        checks.append((read_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
+        if teacher.eval_prompts is not None and config.evaluation.every > 0:
+            checks.append((read_prompts, (f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")))
+        elif teacher.reward is not None and config.evaluation.every > 0:
+            checks.append((read_held_out, (f"teachers[{i}].eval_prompts", teacher.prompts)))
+    checks += [(_check_resolution, (config,)), (_check_rewards, (config,))]
+    for check, arguments in checks:
+        try:
+            check(*arguments)
+        except UserError as error:
+            yield error
+            if check is _check_rewards:
+                return
+    yield from metadata_problems(config)
+
+
+def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
+    if path == "bundled" or path.startswith("bundled/"):
+        folder = package_file("assets", kind)
+        target = folder if path == "bundled" else folder / path.removeprefix("bundled/")
+        if not target.exists() or (path == "bundled" and kind != "pipeline"):
+            raise UserError(key, f"{path}{of} is not in the package", bundled_remedy(path, folder))
+        return
+    target = Path(path).expanduser()
+    if target.exists():
+        if target.is_dir() and not any(target.iterdir()):
+            raise UserError(key, f"{path}{of} is an empty folder", "name the folder that holds the weights")
+        return
+    if not looks_like_hub_id(path):
+        raise UserError(key, f"{path}{of} does not exist", "give a path that does, a hub id org/name or bundled/NAME")
+
+
+def _check_resolution(config: Config) -> None:
+    """Latents must be whole patches: pixels divide by (VAE factor * patch size). The pipeline's own is asked later."""
+    if config.model.resolution is None:
+        return
+    root = (
+        package_file("assets", "pipeline") if config.model.path == "bundled" else Path(config.model.path).expanduser()
+    )
+    with contextlib.suppress(OSError, KeyError, TypeError, json.JSONDecodeError):  # a broken folder: the loader says so
+        vae = json.loads((root / "vae" / "config.json").read_text())
+        transformer = json.loads((root / "transformer" / "config.json").read_text())
+        unit = 2 ** (len(vae["block_out_channels"]) - 1) * int(transformer["patch_size"])
+        most = int(transformer.get("pos_embed_max_size") or 0) * unit
+        size = config.model.resolution
+        if size % unit:
+            raise UserError(
+                "model.resolution", f"{size} is no multiple of {unit}", f"give {max(size // unit, 1) * unit}"
+            )
+        if most and size > most:
+            raise UserError("model.resolution", f"{size} is above the model's {most}", f"give {most} or less")
+
+
+def _check_rewards(config: Config) -> None:
+    named = [(f"teachers[{i}].reward", t.reward) for i, t in enumerate(config.teachers) if t.reward is not None]
+    if not named:
+        return
+    from opd_fast.rewards import REWARDS, get_reward, reward_terms  # imports torch, so it comes last
+
+    for key, text in named:
+        try:
+            terms = reward_terms(text)
+        except ValueError as error:
+            raise UserError(key, str(error), "such as 0.8*text + 0.2*colour") from error
+        if len(terms) > 1 and config.train.method == "opd":
+            raise UserError(key, f"{text} is a sum, and a distillation learns from none", "name one reward")
+        for name in (term.reward for term in terms):
+            if ":" in name:
+                try:
+                    get_reward(name)
+                except ValueError as error:
+                    raise UserError(
+                        key, str(error), "name a function of (images, prompts) as package.module:function"
+                    ) from error
+            elif name not in REWARDS:
+                raise UserError(key, f"unknown reward {name!r}", did_you_mean(name, REWARDS))

@@ -1,0 +1,69 @@
+"""Where a run stands, read from its directory without torch: a finished run says so before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_fast.config import Config
+from opd_fast.config.run_dir import newest_round
+from opd_fast.config.serialize import config_hash
+from opd_fast.config.stages import Stage, stages_hash
+from opd_fast.errors import UserError
+
+
+def finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
+    """The content of results.json where the run in `run_dir` has done all rounds of `config` and was judged under its
+    settings; None where something is left to do.
+
+    Raises:
+        UserError: `train.rounds` is below the rounds that were done.
+    """
+    done = newest_round(run_dir / "checkpoints")
+    if done is not None:
+        check_rounds(run_dir, config, done)
+    results = _results(run_dir)
+    alike = results.get("rounds") == config.train.rounds and results.get("config_hash") == config_hash(config)
+    return results if alike else None
+
+
+def finished_stages(run_dir: Path, stages: Sequence[Stage]) -> dict[str, Any] | None:
+    """The same of a run in stages."""
+    results = _results(run_dir)
+    rounds = sum(stage.config.train.rounds for stage in stages)
+    alike = results.get("rounds") == rounds and results.get("config_hash") == stages_hash(stages)
+    return results if alike else None
+
+
+def check_rounds(run_dir: Path, config: Config, done: int) -> None:
+    """Raise `UserError` for a run that would have to take rounds back."""
+    if config.train.rounds < done:
+        raise UserError(
+            "train.rounds",
+            f"{config.train.rounds} is below the {done} rounds that {run_dir} has done",
+            f"give {done} to end there, or more to go on",
+        )
+
+
+def ended(run_dir: Path, results: dict[str, Any], *, staged: bool = False) -> str:
+    """What to say of a finished run."""
+    remedy = (
+        "its stages keep their rounds, so start a new run to train longer"
+        if staged
+        else f"go on with --resume {run_dir} --train.rounds N, N above {results['rounds']}"
+    )
+    return (
+        f"{run_dir} is finished: all of its {results['rounds']} rounds are done; {remedy}\n"
+        f"student: {run_dir / 'student'}   report: {run_dir / 'report.html'}"
+    )
+
+
+def _results(run_dir: Path) -> dict[str, Any]:
+    """The content of results.json; empty where there is none that can be read."""
+    try:
+        found = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

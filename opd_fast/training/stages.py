@@ -1,0 +1,135 @@
+"""A run in stages: each trains in a folder of its own, from the student that the one before it left."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from opd_fast.config import Config
+from opd_fast.config.serialize import to_yaml
+from opd_fast.config.stages import Stage, stages_hash
+from opd_fast.distributed.world import World
+from opd_fast.reporting.results import new_results, newest_grids, print_table, write_report, write_results
+from opd_fast.reporting.reward_keys import reward_keys
+from opd_fast.reporting.telemetry import read_metrics
+from opd_fast.rewards import judged_rewards
+from opd_fast.training.checkpoint import replace_folder
+from opd_fast.training.loop import train
+
+Row = dict[str, Any]
+"""The means of one row of results.json, by key."""
+
+
+def train_stages(
+    stages: Sequence[Stage],
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Run the stages one after the other, or on from where they stood; returns the content of results.json.
+
+    It has the base's rewards, the teachers', those after each stage (rows `stage:NAME`) and the last student's, and the
+    rounds and seconds of all together. An interrupted run returns what its stage did.
+    """
+    world, run_dir = world or World(), Path(run_dir).expanduser()
+    done: list[dict[str, Any]] = []
+    told: set[tuple[str, str]] = set()
+    folders = [run_dir / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]
+    for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
+        config = stage.config if number == 0 else starting_from(stage.config, folders[number - 1] / "student")
+        results = world.on_first(partial(_finished, folder)) if resume else None
+        if results is None:
+            if world.first:
+                print(f"stage {number + 1} of {len(stages)}: {stage.name}", flush=True)
+            again = world.on_first(partial(_begin, folder, config))
+            results = train(config, folder, resume=again, profile=profile, world=world, within=run_dir, told=told)
+        if results["rounds"] < config.train.rounds:
+            return results
+        done.append(results)
+    return _finish(stages, folders, done, run_dir, world)
+
+
+def starting_from(config: Config, student: Path) -> Config:
+    """The settings with another start."""
+    config = copy.deepcopy(config)
+    config.student.start = str(student)
+    return config
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The results of a stage that ran to its end."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _begin(folder: Path, config: Config) -> bool:
+    """Make a stage's folder; whether one was there."""
+    again = (folder / "config.yaml").is_file()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return again
+
+
+def _finish(
+    stages: Sequence[Stage], folders: Sequence[Path], done: Sequence[dict[str, Any]], run_dir: Path, world: World
+) -> dict[str, Any]:
+    results = new_results(stages[-1].config) | {"config_hash": stages_hash(stages)}
+    results["rows"] = joined_rows(stages, [found["rows"] for found in done])
+    results["recovered"] = done[-1]["recovered"]
+    results["failures"] = list(dict.fromkeys(said for found in done for said in found.get("failures", ())))
+    results["rounds"] = sum(found["rounds"] for found in done)
+    results["seconds"] = {key: round(sum(found["seconds"][key] for found in done), 2) for key in ("train", "total")}
+    if not world.first:
+        return results
+    last = folders[-1] / "student"
+    replace_folder(run_dir / "student", lambda part: shutil.copytree(last, part, dirs_exist_ok=True))  # type: ignore[arg-type]
+    (run_dir / "samples").mkdir(exist_ok=True)
+    for path in newest_grids(folders[-1]).values():
+        shutil.copy(path, run_dir / "samples")
+    write_results(run_dir, results)
+    print_table(results)
+    write_report(run_dir, results, history(folders, done))
+    print(f"student: {run_dir / 'student'}   report: {run_dir / 'report.html'}", flush=True)
+    return results
+
+
+def joined_rows(stages: Sequence[Stage], tables: Sequence[dict[str, Row]]) -> dict[str, Row]:
+    """The rows of all stages in one table: the base's and the teachers', one after each stage, the last student's.
+
+    A stage may have tasks that the others lack, so that the keys are those of all stages' tasks together.
+    """
+    pairs = [[(t.name, r) for t in stage.config.teachers for r in judged_rewards(t)] for stage in stages]
+    keys = reward_keys(pair for of_stage in pairs for pair in of_stage)
+    base: Row = {}
+    teachers: dict[str, Row] = {}
+    students: dict[str, Row] = {}
+    for stage, of_stage, rows in zip(stages, pairs, tables, strict=True):
+        own = reward_keys(of_stage)
+        found = {name: {keys[pair]: row[key] for pair, key in own.items() if key in row} for name, row in rows.items()}
+        base |= {key: mean for key, mean in found["base"].items() if key not in base}
+        for name, row in found.items():
+            if name.startswith("teacher:"):
+                teachers[name] = teachers.get(name, {}) | row
+        students[f"stage:{stage.name}"] = found["student"]
+    return {"base": base, **teachers, **students, "student": found["student"]}
+
+
+def history(folders: Sequence[Path], done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of all stages' metrics.jsonl, rounds and seconds counted through."""
+    lines: list[dict[str, Any]] = []
+    rounds, seconds = 0, 0.0
+    for folder, results in zip(folders, done, strict=True):
+        for line in read_metrics(folder / "metrics.jsonl"):
+            lines.append(line | {"round": rounds + line["round"], "time": seconds + line["time"]})
+        rounds, seconds = rounds + results["rounds"], seconds + results["seconds"]["total"]
+    return lines

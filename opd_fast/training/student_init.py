@@ -1,0 +1,186 @@
+"""Where a student begins, if not at the base: at a LoRA, or at the mean of its teachers.
+
+The mean is that of the teachers' weight differences, D = sum_i share_i * (W_i - W), the shares in the ratio of
+teachers[].weight. A LoRA student takes each module's D as its best approximation of the student's rank, the truncated
+singular value decomposition D = U S V^T (Eckart and Young): with the adapter's scale s = alpha / rank,
+A = (S/s)^(1/2) V^T and B = U (S/s)^(1/2), so that s*B@A = D where the rank suffices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from opd_fast.config import StudentConfig
+from opd_fast.models.base import DiffusionModel
+from opd_fast.models.lora.files import LoraWeights, delta, find_lora, read_lora
+from opd_fast.training.teachers import TeacherBank
+
+MERGED = "merged"
+Factors = list[tuple[Tensor, Tensor, float]]
+
+
+class MeanDifference:
+    """D of every parameter that some teacher changes, one at a time; names are those of the base without adapters.
+
+    A LoRA counts by its own factors, unrounded; a whole transformer by its weights less the base's.
+    """
+
+    def __init__(self, model: DiffusionModel, bank: TeacherBank) -> None:
+        self._base = {
+            name.replace(".base_layer.", "."): parameter
+            for name, parameter in model.transformer.named_parameters()
+            if ".lora_" not in name
+        }
+        self._device = model.device
+        self._loras: dict[str, Factors] = {}
+        self._whole: list[tuple[dict[str, nn.Parameter], float]] = []
+        total = sum(teacher.weight for teacher in bank.teachers)
+        for teacher in bank.teachers:
+            share = teacher.weight / total
+            if teacher.origin.format == "transformer":
+                self._whole.append((dict(teacher.transformer.named_parameters()), share))
+                continue
+            lora = read_lora(teacher.origin.source, model)
+            for module, (a, b) in lora.tensors.items():
+                name = f"{module}.weight"
+                if name in self._base:  # else a partial match, which the bank was asked for
+                    self._loras.setdefault(name, []).append((a, b, lora.scale[module] * share))
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters that may differ, in the base's order."""
+        return [name for name in self._base if self._whole or name in self._loras]
+
+    def factors(self, name: str) -> Factors:
+        """What the LoRAs add: (A (r, in), B (out, r), scale) in float32 on the model's device."""
+        return [
+            (a.to(self._device, torch.float32), b.to(self._device, torch.float32), scale)
+            for a, b, scale in self._loras.get(name, [])
+        ]
+
+    def dense(self, name: str) -> Tensor | None:
+        """What the whole transformers add, float32; None without any."""
+        if not self._whole:
+            return None
+        base = self._base[name].detach().float()
+        found = torch.zeros_like(base)
+        for parameters, share in self._whole:
+            found.add_(parameters[name].detach().float() - base, alpha=share)
+        return found
+
+    def __call__(self, name: str) -> Tensor:
+        """D of one parameter, in its shape, float32."""
+        found = self.dense(name)
+        if found is None:
+            found = torch.zeros_like(self._base[name], dtype=torch.float32)
+        for factor in self.factors(name):
+            found += delta(*factor)
+        return found
+
+
+@torch.no_grad()
+def add_mean(transformer: nn.Module, mean: MeanDifference) -> None:
+    """Add D in full to a transformer's own float32 weights."""
+    parameters = dict(transformer.named_parameters())
+    for name in mean.names:
+        parameters[name].add_(mean(name))
+
+
+@torch.no_grad()
+def start_from_mean(transformer: nn.Module, adapter: str, config: StudentConfig, mean: MeanDifference) -> float:
+    """Put D into the adapter's factors; the share of its square that they hold.
+
+    What lies outside the adapter's modules or beyond its rank is left out. Rows that D does not need keep their random
+    A and zero B, so that they can still learn. Raises ValueError where the adapter has none of the modules.
+    """
+    adapters = _adapters(transformer, adapter)
+    scale = config.alpha / config.rank
+    kept = total = 0.0
+    for name in mean.names:
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or module not in adapters:
+            total += float(mean(name).double().square().sum())
+            continue
+        left, size, right = singular(mean.factors(name), mean.dense(name))
+        count = min(config.rank, int((size > size[0] * size.numel() * torch.finfo(torch.float32).eps).sum()))
+        root = (size[:count] / scale).sqrt()
+        a, b = adapters[module]
+        a[:count] = root[:, None] * right[:count]
+        b[:, :count] = left[:, :count] * root
+        kept += float(size[:count].double().square().sum())
+        total += float(size.double().square().sum())
+    check_mean(config, bool(kept) or not total)
+    return kept / total if total else 1.0
+
+
+def check_mean(config: StudentConfig, trained: bool) -> None:
+    """Raise ValueError unless the student trains something of what the teachers change."""
+    if not trained:
+        raise ValueError(
+            f"student.start {MERGED}: the teachers change nothing in student.targets {config.targets}; add the modules "
+            f"that they change"
+        )
+
+
+def singular(factors: Factors, dense: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, n), S (n,) descending and V^T (n, in) of dense + sum scale*B@A, without forming it where there is no
+    `dense`: then n is at most the sum of the ranks."""
+    if dense is not None:
+        for factor in factors:
+            dense = dense + delta(*factor)
+        u, s, vt = torch.linalg.svd(dense, full_matrices=False)
+        return u, s, vt
+    a = torch.cat([a.double() for a, _, _ in factors])
+    b = torch.cat([b.double() * scale for _, b, scale in factors], dim=1)
+    (qa, ra), (qb, rb) = torch.linalg.qr(a.T), torch.linalg.qr(b)
+    u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    return qb @ u, s, vt @ qa.T
+
+
+@torch.no_grad()
+def start_from_lora(model: DiffusionModel, adapter: str, config: StudentConfig) -> None:
+    """Put a LoRA of the same or a lower rank into the first rows of the student's."""
+    adapters = _adapters(model.transformer, adapter)
+    lora = check_start(model, config, {m: (a.shape[1], b.shape[0]) for m, (a, b) in adapters.items()})
+    for module, (a, b) in lora.tensors.items():
+        mine_a, mine_b = adapters[module]
+        mine_a[: len(a)] = a
+        mine_b[:, : len(a)] = b.float() * (lora.scale[module] * config.rank / config.alpha)
+
+
+def check_start(model: DiffusionModel, config: StudentConfig, layers: Mapping[str, tuple[int, int]]) -> LoraWeights:
+    """The LoRA that a LoRA student begins at. ``layers``: (inputs, outputs) of each that the student trains; ``model``
+    may be an outline. Raises ValueError for what is no LoRA, or has no room in the student.
+    """
+    assert config.start is not None
+    if find_lora(config.start) is None:
+        raise ValueError(
+            f"student.start {config.start} is no LoRA, so that a LoRA student cannot begin there and still be exported "
+            f"on this base; name a LoRA, or merge it into model.path"
+        )
+    lora = read_lora(config.start, model)
+    for module, (a, b) in lora.tensors.items():
+        if module not in layers:
+            raise ValueError(f"student.start changes {module}, which student.targets leave out; add it there")
+        if len(a) > config.rank:
+            raise ValueError(f"student.start has rank {len(a)}, the student {config.rank}; raise student.rank")
+        if layers[module] != (a.shape[1], b.shape[0]):
+            raise ValueError(f"student.start was made for another width at {module}; name a LoRA of this model")
+    return lora
+
+
+def _adapters(transformer: nn.Module, adapter: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """An adapter's A and B by module."""
+    parameters = dict(transformer.named_parameters())
+    suffix = f".lora_A.{adapter}.weight"
+    modules = [name.removesuffix(suffix) for name in parameters if name.endswith(suffix)]
+    return {m: (parameters[m + suffix], parameters[m + suffix.replace("lora_A", "lora_B")]) for m in modules}
+
+
+def passed_over() -> str:
+    """What to say where `merged` could also have meant a folder."""
+    return f" (the folder {MERGED} is not read; write ./{MERGED} for it)" if Path(MERGED).exists() else ""
