@@ -35,8 +35,8 @@ from opd_fast.models.lora.files import merge_into, read_lora
 from opd_fast.rewards.text import read
 from opd_fast.solvers import solver_table
 from opd_fast.training.rollout import sample
+from tests.benchmarks.test_benchmarks import ENVIRONMENT, row
 from tests.runs import PROMPTS
-from tests.test_benchmarks import ENVIRONMENT, row
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,10 +56,10 @@ RUN: dict[str, str] = {
     "rewards.md: # my_rewards.py": "test_a_reward_is_learnt_from",
     "rewards.md: prompt,colour": "test_a_reward_is_learnt_from",
     "rewards.md: # tint.yaml": "test_a_reward_is_learnt_from",
-    "rewards.md: python -m opd_fast.evaluate --prompts tint.csv": "test_evaluate:test_the_documented_reward",
+    "rewards.md: python -m opd_fast.evaluate --prompts tint.csv": "training.test_evaluate:test_the_documented_reward",
     "scaling.md: python -m opd_fast.train sd35-mopd --dry-run --devices 8": "test_plans",
-    "scaling.md: $ python -m opd_fast.scale --reshard block": "test_scale:test_the_page_shows_what_the_commands_print",
-    "scaling.md: $ python -m opd_fast.scale\n": "test_scale:test_the_page_shows_what_the_commands_print",
+    "scaling.md: $ python -m opd_fast.scale --reshard block": "distributed.test_scale:test_the_page_shows_what_the_commands_print",
+    "scaling.md: $ python -m opd_fast.scale\n": "distributed.test_scale:test_the_page_shows_what_the_commands_print",
 }
 """Beginning of a block to the test that runs it, here or in another file."""
 

@@ -29,7 +29,7 @@ from opd_fast.training.loop import train
 from opd_kernels.tuning import replace_json
 from tests.runs import change, settings, write_world
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "train__schedule": "constant",
     "train__rounds": 2,

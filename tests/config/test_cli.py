@@ -17,7 +17,7 @@ from opd_fast import evaluate, train
 from opd_fast.config import command_line as command
 from opd_fast.errors import UserError, is_ours, main_guard, one_line
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

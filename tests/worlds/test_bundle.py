@@ -23,7 +23,7 @@ from tests.runs import settings
 
 TASKS = ("composition", "text", "colour")
 PROMPTS = 64
-RECIPE = Path(__file__).resolve().parents[1] / "opd_fast" / "recipes" / "bundled.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "opd_fast" / "recipes" / "bundled.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
 SHAPE = (4, 4, 4)
 PROMPTS = [Prompt(f"a red circle {i}") for i in range(5)]
 
-PAGE = Path(__file__).parents[1] / "docs" / "rewards.md"
+PAGE = Path(__file__).parents[2] / "docs" / "rewards.md"
 
 
 class World:

@@ -15,7 +15,7 @@ from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.objectives import step_weights
 from opd_fast.training.rollout import one_pass
 from tests.recorded import RecordedBackend
-from tests.test_one_pass import GUIDED, World
+from tests.training.test_one_pass import GUIDED, World
 
 
 @pytest.fixture(scope="module")

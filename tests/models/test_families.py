@@ -12,7 +12,7 @@ import torch
 from opd_fast.models import find_family, load_model, outline_model
 from opd_fast.train import main
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 
 
 @pytest.fixture

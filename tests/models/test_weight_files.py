@@ -24,7 +24,7 @@ from opd_fast.models.sd3 import SD3
 from opd_fast.models.weight_files import find_weights
 from tests import tiny_qwen, tiny_z_image
 from tests.family_checks import edit
-from tests.test_module_names import WRAPPED
+from tests.models.test_module_names import WRAPPED
 from tests.tiny import save_tiny, tiny_pipeline, tiny_transformer
 from tests.tiny_flux import tiny_flux_pipeline
 

@@ -17,7 +17,7 @@ from opd_fast.objectives import Surrogate, step_weights
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.rollout import one_pass
 from tests.recorded import RecordedBackend
-from tests.test_one_pass import GUIDED, UNGUIDED, Case, World
+from tests.training.test_one_pass import GUIDED, UNGUIDED, Case, World
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from opd_fast.training.student import Student
 from opd_fast.training.teachers import TeacherBank
 from tests.recorded import RecordedBackend
 from tests.runs import write_world
-from tests.test_one_pass import GUIDED, UNGUIDED, Guidance, World
+from tests.training.test_one_pass import GUIDED, UNGUIDED, Guidance, World
 
 
 @pytest.fixture

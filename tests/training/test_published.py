@@ -16,7 +16,7 @@ from opd_fast.solvers import solver_table
 from opd_fast.training.methods.opd import OPD
 from tests.runs import settings
 
-RECIPES = Path(__file__).resolve().parents[1] / "opd_fast" / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "opd_fast" / "recipes"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from opd_fast.config.command_line import parse
 from opd_fast.training import optimize as engine
 from opd_fast.training.optimize import Engaged
 from opd_fast.training.student import Student
-from tests.test_benchmarks import ENVIRONMENT
+from tests.benchmarks.test_benchmarks import ENVIRONMENT
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opd_fast.engine.attention import JointAttention, route
 from opd_fast.engine.fused_qkv import fuse_projections
-from tests.test_attention import FAMILIES, call_flux, call_sd3, noise
+from tests.engine.test_attention import FAMILIES, call_flux, call_sd3, noise
 from tests.tiny import tiny_transformer
 from tests.tiny_flux import tiny_flux_transformer
 

@@ -11,9 +11,9 @@ import pytest
 
 from opd_fast import scale
 from opd_fast.distributed.communication import Network, Work, collectives, round_time, seconds, sent
-from tests.test_memory import FULL, LORA
+from tests.distributed.test_memory import FULL, LORA
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 # Links without latency, so that a time is bytes over bandwidth; 100 B/s within a node of 4, 10 B/s between.
 PLAIN = Network(ranks_per_node=4, intra_bandwidth=100, inter_bandwidth=10, intra_latency=0, inter_latency=0, share=1)
 

@@ -127,7 +127,7 @@ def test_other_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load_prompts(tmp_path / "folder")
     with pytest.raises(ValueError, match="choose train or test"):
         prompt_file(tmp_path, "eval")  # type: ignore[arg-type]
-    monkeypatch.setattr("opd_fast.data.prompt_files.ASSETS", tmp_path)
+    monkeypatch.setattr("opd_fast.config.paths.ASSETS", tmp_path)
     with pytest.raises(ValueError, match=r"no prompts named bundled/nothing; build them: python -m opd_fast\.worlds"):
         load_prompts("bundled/nothing")
     (tmp_path / "prompts" / "colour").mkdir(parents=True)

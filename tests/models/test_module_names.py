@@ -28,7 +28,7 @@ from opd_fast.models.lora.files import (
     save_lora,
 )
 from opd_fast.models.lora.load import Origin
-from tests.test_lora_origins import (
+from tests.models.test_lora_origins import (
     A_B,
     ALPHA,
     DOWN_UP,

@@ -127,7 +127,7 @@ def alike(images: Tensor, prompts: list[Prompt]) -> Tensor:
 
 def test_half_precision_takes_a_first_round_with_nothing_to_learn(small_world: Path, tmp_path: Path) -> None:
     config = reinforced(
-        small_world, "grpo", "tests.test_empty_shares:alike", model__dtype="float16", evaluation__every=0
+        small_world, "grpo", "tests.distributed.test_empty_shares:alike", model__dtype="float16", evaluation__every=0
     )
     assert train(config, tmp_path)["rounds"] == 2
     metrics = read_metrics(tmp_path / "metrics.jsonl")

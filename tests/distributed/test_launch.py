@@ -14,7 +14,7 @@ from torch.distributed.run import get_args_parser
 from opd_fast.config.command_line import Command, parse
 from opd_fast.config.serialize import to_yaml
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", (DOCS / "launch.md").read_text(), re.DOTALL)
