@@ -41,6 +41,7 @@ from tests.runs import PROMPTS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+SCALE = "distributed.test_scale:test_the_page_shows_what_the_commands_print"
 RUN: dict[str, str] = {
     "README.md: python -m venv .venv && . .venv/bin/activate && pip install -e . &&": "test_the_first_command",
     "README.md: # mine.yaml": "test_a_model_and_teachers_of_ones_own",
@@ -58,8 +59,8 @@ RUN: dict[str, str] = {
     "rewards.md: # tint.yaml": "test_a_reward_is_learnt_from",
     "rewards.md: python -m opd_fast.evaluate --prompts tint.csv": "training.test_evaluate:test_the_documented_reward",
     "scaling.md: python -m opd_fast.train sd35-mopd --dry-run --devices 8": "test_plans",
-    "scaling.md: $ python -m opd_fast.scale --reshard block": "distributed.test_scale:test_the_page_shows_what_the_commands_print",
-    "scaling.md: $ python -m opd_fast.scale\n": "distributed.test_scale:test_the_page_shows_what_the_commands_print",
+    "scaling.md: $ python -m opd_fast.scale --reshard block": SCALE,
+    "scaling.md: $ python -m opd_fast.scale\n": SCALE,
 }
 """Beginning of a block to the test that runs it, here or in another file."""
 
