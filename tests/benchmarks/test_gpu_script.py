@@ -32,7 +32,12 @@ esac
 
 
 def environment(folder: Path, **changes: str) -> dict[str, str]:
-    return os.environ | {"OUT": str(folder / "out"), "OPD_GPU_CACHE": str(folder / "cache"), **changes}
+    return outside() | {"OUT": str(folder / "out"), "OPD_GPU_CACHE": str(folder / "cache"), **changes}
+
+
+def outside() -> dict[str, str]:
+    """The environment without the marks of a pytest-xdist worker, in which pytest-benchmark measures nothing."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
 
 
 def pretend(folder: Path, parts: dict[str, str], **changes: str) -> tuple[int, str, list[str]]:
@@ -202,7 +207,7 @@ def test_a_part_that_is_killed_leaves_the_rows_it_had(command: list[str], folder
     running = subprocess.Popen(
         [sys.executable, "-m", *command, "--save-results", str(out)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        env=outside() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
