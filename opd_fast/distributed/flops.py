@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from opd_fast.engine.merged_lora import merged_linear
 from opd_fast.models.base import DiffusionModel, TextEmbeds
@@ -26,6 +28,11 @@ from opd_fast.models.base import DiffusionModel, TextEmbeds
 # The widths of a text row, by the names that diffusers' transformers give them.
 _SEQUENCE = ("joint_attention_dim", "cap_feat_dim")
 _POOLED = "pooled_projection_dim"
+
+SAVED_PER_BLOCK = {"lora": 26, "full": 46}
+"""For families that cannot be traced: values of the model's dtype that autograd keeps
+for each token, unit of width and block. Those of SD3.5-Medium in bfloat16, where the norms run in float32;
+FLUX.1-dev keeps 18 and 31, float32 models 14 and 25."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +50,19 @@ def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int
     on half-precision models autocast as CUDA has it. Uncompiled: torch.compile keeps less.
 
     Args:
-        model: an outline. Its transformer's dtype and requires_grad change.
+        model: on the meta device.
         lora: rank by module name, None for full weights.
         resolution: pixels.
 
     Raises:
         ValueError: a family whose forward needs numbers, or text of a form that is not known here.
     """
+    with _as_in_training(model.transformer, model.dtype if lora is not None else torch.float32, lora is None):
+        return _traced(model, lora or {}, resolution)
+
+
+def _traced(model: DiffusionModel, lora: dict[str, int], resolution: int) -> RowCost:
     transformer: Any = model.transformer
-    kind = model.dtype if lora is not None else torch.float32
-    for parameter in transformer.parameters():
-        parameter.data = parameter.data.to(kind)
-        parameter.requires_grad_(lora is None)
     text = _text(model)
     x = torch.empty(1, *model.latent_shape(resolution), device="meta")
     autocast = model.dtype if model.dtype != torch.float32 else None
@@ -65,12 +73,10 @@ def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int
         kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no storage takes another's place
         return tensor
 
-    from torch.utils.flop_counter import FlopCounterMode
-
     counter, engine = FlopCounterMode(display=False), _Engine(autocast)
     try:
         with (
-            _adapted(transformer, lora or {}) as factors,
+            _adapted(transformer, lora) as factors,
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             counter,
             engine,
@@ -85,6 +91,24 @@ def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int
     return RowCost(int(counter.get_total_flops()) + engine.attention, saved)
 
 
+def row_cost_or_estimate(model: DiffusionModel, lora: dict[str, int] | None, resolution: int) -> tuple[RowCost, bool]:
+    """`row_cost`, and whether it was traced: the cost of a family that cannot be traced is estimated from its size."""
+    try:
+        return row_cost(model, lora, resolution), True
+    except ValueError:
+        tokens = model.image_tokens(resolution) + model.text_tokens
+        parameters = sum(p.numel() for p in model.transformer.parameters())
+        saved = SAVED_PER_BLOCK["full" if lora is None else "lora"] * len(model.blocks(model.transformer))
+        return RowCost(2 * parameters * tokens, saved * block_input(model, resolution)), False
+
+
+def block_input(model: DiffusionModel, resolution: int) -> int:
+    """Bytes of one row at the entrance of a block."""
+    # Most of the linear layers read it.
+    width = statistics.mode([m.in_features for m in model.transformer.modules() if isinstance(m, nn.Linear)])
+    return (model.image_tokens(resolution) + model.text_tokens) * width * model.dtype.itemsize
+
+
 def _text(model: DiffusionModel) -> TextEmbeds:
     config: Any = getattr(model.transformer, "config", {})
     width = next((config[name] for name in _SEQUENCE if name in config), None)
@@ -97,6 +121,21 @@ def _text(model: DiffusionModel) -> TextEmbeds:
     pooled = empty(config[_POOLED]) if config.get(_POOLED) else None
     mask = torch.empty(1, model.text_tokens, device="meta", dtype=torch.bool)
     return TextEmbeds(empty(model.text_tokens, width), pooled, mask)
+
+
+@contextlib.contextmanager
+def _as_in_training(transformer: nn.Module, dtype: torch.dtype, trained: bool) -> Iterator[None]:
+    """The weights in the dtype that a student keeps them in, with a gradient where they are trained."""
+    before = [(p, p.data, p.requires_grad) for p in transformer.parameters()]
+    try:
+        for parameter, data, _ in before:
+            parameter.data = data.to(dtype)
+            parameter.requires_grad_(trained)
+        yield
+    finally:
+        for parameter, data, needs_gradient in before:
+            parameter.data = data
+            parameter.requires_grad_(needs_gradient)
 
 
 @contextlib.contextmanager

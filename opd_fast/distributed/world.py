@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from opd_fast.config import Config
 from opd_fast.distributed.memory import Reshard, Strategy
+from opd_fast.distributed.plan import Planner
 from opd_fast.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -251,10 +252,11 @@ def check_alone(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def open_world(config: Config) -> Iterator[World]:
-    """The processes of this run, joined; left again at the end.
+def open_world(config: Config, planner: Planner | None = None) -> Iterator[World]:
+    """Join the processes of this run, and leave them at the end of the block.
 
-    Without a launcher it is a process alone. Raises UserError for a strategy that the launch does not allow.
+    Without a launcher it is a process alone. `planner` is that of `config`, where the caller has one; the strategy
+    behind auto is read from its plan. Raises UserError for a strategy that the launch does not allow.
     """
     size = launched()
     if size is None:
@@ -281,7 +283,7 @@ def open_world(config: Config) -> Iterator[World]:
         backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=timeout
     )
     try:
-        chosen = _strategy(config, size)
+        chosen = _strategy(config, size, planner or Planner(config, size))
         mesh = _mesh(config, chosen, size, "cuda" if on_gpu else "cpu")
         yield World(rank, size, local_rank, chosen, mesh, config.parallel.reshard)
     except RuntimeError as error:
@@ -296,17 +298,13 @@ def open_world(config: Config) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _strategy(config: Config, size: int) -> Strategy:
+def _strategy(config: Config, size: int, planner: Planner) -> Strategy:
     asked = config.parallel.strategy
     if asked == "single" and size > 1:
         raise UserError("parallel.strategy", f"single, with {size} processes", "give auto, or start one process")
     if asked != "auto":
         return asked
-    if size == 1:
-        return "single"
-    from opd_fast.distributed.plan import make_plan
-
-    return make_plan(config, size).strategy
+    return "single" if size == 1 else planner.plan.strategy
 
 
 def _mesh(config: Config, strategy: Strategy, size: int, device: str) -> DeviceMesh | None:

@@ -100,7 +100,7 @@ def identify(config: Config) -> Sources:
     A source that cannot be read, and one of the hub that has not been fetched yet, is left out: loading it says what
     is wrong with it, or fetches it.
     """
-    from opd_fast.distributed.plan import resolve
+    from opd_fast.distributed.resolve import resolve
 
     found = {"model.path": _pipeline(config.model.path), "model.family": _family(config.model.family)}
     found["libraries"] = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}

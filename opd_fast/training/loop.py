@@ -21,6 +21,7 @@ from opd_fast.config import Config
 from opd_fast.config.run_dir import make_run_dir, write_settings
 from opd_fast.config.serialize import to_dict
 from opd_fast.config.validate import validate
+from opd_fast.distributed.plan import Planner
 from opd_fast.distributed.world import World, whole
 from opd_fast.errors import UserError
 from opd_fast.reporting.profiler import RoundProfiler
@@ -52,14 +53,16 @@ def train(
     resume: bool = False,
     profile: bool = False,
     world: World | None = None,
+    planner: Planner | None = None,
     within: Path | None = None,
     told: set[tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`, or on from its newest checkpoint; returns the content of results.json.
 
     `run_dir` is made where it does not exist. `profile` records some rounds of rank 0
-    (`opd_fast.reporting.profiler`); `within` is the run that this one is a stage of, and `told` what its other
-    stages have printed of rewards that failed (`evaluate`). Every process of `world` calls it alike. Ctrl-C or
+    (`opd_fast.reporting.profiler`); `planner` is that of `config`, where the caller has one; `within` is the run that
+    this one is a stage of, and `told` what its other stages have printed of rewards that failed (`evaluate`). Every
+    process of `world` calls it alike. Ctrl-C or
     SIGTERM ends it after the round in hand, everything learnt saved. A run that is finished is told at once and not
     loaded again. Raises ValueError for what cannot run, before anything is loaded where that can be seen then.
     """
@@ -84,7 +87,7 @@ def train(
             say(line)
     world.on_first(partial(write_settings, run_dir, config))
     backends = () if saved is None else saved[1].get("attention", ())
-    setup = prepare(config, say, world, backends)
+    setup = prepare(config, say, world, backends, planner)
     run = Run(setup, run_dir, checkpoints, started, told)
     if saved is not None:
         for line in compare(*saved, config, run.sources, staged=staged):  # what loading fetched from the hub among them

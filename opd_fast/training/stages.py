@@ -13,6 +13,7 @@ from typing import Any
 from opd_fast.config import Config
 from opd_fast.config.serialize import to_yaml
 from opd_fast.config.stages import Stage, stages_hash
+from opd_fast.distributed.plan import Planner
 from opd_fast.distributed.world import World
 from opd_fast.reporting.results import new_results, newest_grids, print_table, write_report, write_results
 from opd_fast.reporting.reward_keys import reward_keys
@@ -32,8 +33,11 @@ def train_stages(
     resume: bool = False,
     profile: bool = False,
     world: World | None = None,
+    planner: Planner | None = None,
 ) -> dict[str, Any]:
     """Run the stages one after the other, or on from where they stood; returns the content of results.json.
+
+    `planner` is that of the first stage, where the caller has one.
 
     It has the base's rewards, the teachers', those after each stage (rows `stage:NAME`) and the last student's, and the
     rounds and seconds of all together. An interrupted run returns what its stage did.
@@ -49,7 +53,16 @@ def train_stages(
             if world.first:
                 print(f"stage {number + 1} of {len(stages)}: {stage.name}", flush=True)
             again = world.on_first(partial(_begin, folder, config))
-            results = train(config, folder, resume=again, profile=profile, world=world, within=run_dir, told=told)
+            results = train(
+                config,
+                folder,
+                resume=again,
+                profile=profile,
+                world=world,
+                planner=planner if number == 0 else None,
+                within=run_dir,
+                told=told,
+            )
         if results["rounds"] < config.train.rounds:
             return results
         done.append(results)

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opd_fast.config import StudentConfig
 from opd_fast.config.command_line import parse
-from opd_fast.distributed.flops import row_cost
-from opd_fast.distributed.plan import SAVED_PER_BLOCK, lora_modules, make_plan
+from opd_fast.distributed.flops import SAVED_PER_BLOCK, row_cost
+from opd_fast.distributed.plan import lora_modules, make_plan
 from opd_fast.models import load_model, outline_model
 from opd_fast.training.loop import make_optimizer
 from opd_fast.training.methods.opd import OPD

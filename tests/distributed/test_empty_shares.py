@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
-from opd_fast.distributed.plan import make_plan, print_plan
+from opd_fast.distributed.plan import make_plan
+from opd_fast.distributed.plan_table import print_plan
 from opd_fast.distributed.world import World
 from opd_fast.reporting.telemetry import read_metrics
 from opd_fast.training.checkpoint import Checkpoints

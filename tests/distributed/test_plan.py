@@ -12,7 +12,8 @@ from opd_fast import train
 from opd_fast.config import Config
 from opd_fast.config.serialize import from_dict
 from opd_fast.distributed.memory import GIB, RESERVE
-from opd_fast.distributed.plan import make_plan, pick_dtype, resolve
+from opd_fast.distributed.plan import make_plan
+from opd_fast.distributed.resolve import pick_dtype, resolve
 from opd_fast.models import load_model
 from opd_fast.models.lora.files import save_lora
 from opd_fast.training.student import Student

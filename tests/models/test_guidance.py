@@ -21,7 +21,7 @@ from opd_fast import evaluate as evaluation
 from opd_fast.config import Config, StudentConfig, TeacherConfig
 from opd_fast.config.command_line import parse
 from opd_fast.config.serialize import from_dict, to_dict, to_yaml
-from opd_fast.distributed.plan import make_plan
+from opd_fast.distributed.plan import Planner, make_plan
 from opd_fast.errors import UserError
 from opd_fast.models import SD3, DiffusionModel, ZImage, load_model
 from opd_fast.models.guidance import Conditioning
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def check(config: Config) -> None:
     """Raise what a run of `config` is refused for first."""
-    for error in refusals(config, torch.float32, sharded=False, fetches=True):
+    for error in refusals(Planner(config), sharded=False, fetches=True):
         raise error
 
 
