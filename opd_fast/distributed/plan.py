@@ -20,7 +20,7 @@ from opd_fast.config.paths import held_out, looks_like_hub_id
 from opd_fast.data.prompt_files import TaskSchedule, load_prompts
 from opd_fast.distributed.communication import collectives, sent
 from opd_fast.distributed.flops import RowCost, block_input, row_cost_or_estimate
-from opd_fast.distributed.memory import GIB, RESERVE, Load, Strategy, choose_strategy, memory, recomputation
+from opd_fast.distributed.memory import GIB, RESERVE, Strategy, Workload, choose_strategy, memory, recomputation
 from opd_fast.distributed.resolve import Resolved, resolve
 from opd_fast.errors import UserError
 from opd_fast.models import outline_model
@@ -65,7 +65,7 @@ class Plan:
     """Of one row of a forward."""
     traced: bool
     """Whether `row` was found by a trace; else it is a rough estimate."""
-    load: Load
+    workload: Workload
     """What memory and traffic follow from."""
     strategy: Strategy
     reason: str
@@ -79,37 +79,37 @@ class Plan:
     @property
     def trained_steps(self) -> int:
         """Solver steps, or noise levels, at which a sample is learnt from."""
-        return self.load.steps
+        return self.workload.steps
 
     @property
     def forwards_per_step(self) -> int:
         """Of a device."""
-        return self.load.forwards_per_step(self.devices)
+        return self.workload.forwards_per_step(self.devices)
 
     @property
     def parameters(self) -> int:
         """Of the transformer."""
-        return self.load.parameters
+        return self.workload.parameters
 
     @property
     def trainable(self) -> int:
         """Of these or of LoRA's, those that are trained."""
-        return self.load.trainable
+        return self.workload.trainable
 
     @property
     def blocks(self) -> int:
         """Repeated blocks of the transformer."""
-        return self.load.blocks
+        return self.workload.blocks
 
     @property
     def bytes(self) -> dict[str, int]:
         """Of the fullest device at a round's peak, by purpose (`opd_fast.distributed.memory`)."""
-        return memory(self.load, self.strategy, self.devices, self.shard_size)
+        return memory(self.workload, self.strategy, self.devices, self.shard_size)
 
     @property
     def sent(self) -> dict[str, int]:
         """Bytes that a rank sends in a round, by kind of collective."""
-        return sent(collectives(self.load, self.strategy, self.devices, self.shard_size, self.ranks_per_node))
+        return sent(collectives(self.workload, self.strategy, self.devices, self.shard_size, self.ranks_per_node))
 
 
 class Planner:
@@ -185,27 +185,27 @@ def _plan(config: Config, model: DiffusionModel, resolved: Resolved, devices: in
     layers = lora_modules(model.transformer, model.targets(config.student.targets)) if lora else None
     ranks = None if layers is None else dict.fromkeys(layers, config.student.rank)
     row, traced = row_cost_or_estimate(model, ranks, resolution)
-    load = _load(config, model, layers, row, schedule.per_round)
+    workload = _workload(config, model, layers, row, schedule.per_round)
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
-    load, strategy, shard_size, reason = _fit(config, load, devices, ranks_per_node, gpu_memory)
+    workload, strategy, shard_size, reason = _fit(config, workload, devices, ranks_per_node, gpu_memory)
     evaluations, evaluation_rows = _evaluation(config, model)
     own = train.samples_per_task
     teacher_rows = {t.name: own * branches(model, t.guidance) for t in config.teachers if not config.reinforces}
     turns = {t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)}
-    asked = _asked_steps(config, load.steps)
+    asked = _asked_steps(config, workload.steps)
     samples, updates = own * schedule.per_round, _updates(config)
     rows = samples * _student_branches(config, model)
     round_rows = (
-        _rows_of_distillation(config, rows, load.steps, asked, teacher_rows, turns)
+        _rows_of_distillation(config, rows, workload.steps, asked, teacher_rows, turns)
         if train.method == "opd"
-        else _rows_of_learning(config, rows, load.steps, updates, teacher_rows, turns)
+        else _rows_of_learning(config, rows, workload.steps, updates, teacher_rows, turns)
     )
     return Plan(
         resolved=resolved,
         devices=devices,
         samples=samples,
         updates=updates,
-        student_rows=load.samples * _student_branches(config, model),
+        student_rows=workload.samples * _student_branches(config, model),
         teacher_rows=teacher_rows,
         turns=turns,
         asked_steps=asked,
@@ -219,7 +219,7 @@ def _plan(config: Config, model: DiffusionModel, resolved: Resolved, devices: in
         lora_modules=None if layers is None else len(layers),
         row=row,
         traced=traced,
-        load=load,
+        workload=workload,
         strategy=strategy,
         reason=reason,
         shard_size=shard_size,
@@ -230,9 +230,9 @@ def _plan(config: Config, model: DiffusionModel, resolved: Resolved, devices: in
     )
 
 
-def _load(
+def _workload(
     config: Config, model: DiffusionModel, layers: dict[str, tuple[int, int]] | None, row: RowCost, tasks: int
-) -> Load:
+) -> Workload:
     """What memory and traffic of a round of `tasks` tasks depend on; `layers` are those of a LoRA student."""
     parameters = sum(p.numel() for p in model.transformer.parameters())
     adapter = sum(config.student.rank * (i + o) for i, o in (layers or {}).values())
@@ -243,7 +243,7 @@ def _load(
     frozen += [] if anchor is None or anchor == "base" else [anchor]
     samples, steps, method = config.train.samples_per_task * tasks, _trained_steps(config), config.train.method
     resolution, rows = model.resolution(config.model.resolution), _student_branches(config, model)
-    return Load(
+    return Workload(
         kind=config.student.kind,
         parameters=parameters,
         trainable=parameters if layers is None else adapter,
@@ -336,20 +336,20 @@ def _rows_of_learning(
 
 
 def _fit(
-    config: Config, load: Load, devices: int, ranks_per_node: int, gpu_memory: float
-) -> tuple[Load, Strategy, int, str]:
-    """The load with the blocks that must recompute, the strategy, the ranks of a shard group, and the reason."""
-    strategy, shard_size, reason = _strategy(config, load, devices, ranks_per_node, gpu_memory)
+    config: Config, workload: Workload, devices: int, ranks_per_node: int, gpu_memory: float
+) -> tuple[Workload, Strategy, int, str]:
+    """The workload with the blocks that must recompute, the strategy, the ranks of a shard group, and the reason."""
+    strategy, shard_size, reason = _strategy(config, workload, devices, ranks_per_node, gpu_memory)
     if config.engine.recompute is None and (
-        again := recomputation(load, strategy, devices, shard_size, gpu_memory * GIB)
+        again := recomputation(workload, strategy, devices, shard_size, gpu_memory * GIB)
     ):
-        load = replace(load, recomputed=again)
-        reason = f"{_strategy(config, load, devices, ranks_per_node, gpu_memory)[2]}, as {again} blocks recompute"
-    return load, strategy, shard_size, reason
+        workload = replace(workload, recomputed=again)
+        reason = f"{_strategy(config, workload, devices, ranks_per_node, gpu_memory)[2]}, as {again} blocks recompute"
+    return workload, strategy, shard_size, reason
 
 
 def _strategy(
-    config: Config, load: Load, devices: int, ranks_per_node: int, gpu_memory: float
+    config: Config, workload: Workload, devices: int, ranks_per_node: int, gpu_memory: float
 ) -> tuple[Strategy, int, str]:
     """(strategy, ranks of a shard group, why)."""
     wanted = config.parallel.strategy
@@ -360,14 +360,14 @@ def _strategy(
         )
     if wanted == "single" and devices > 1:
         raise UserError("parallel.strategy", f"single on {devices} devices", "give auto, ddp, fsdp2 or hsdp")
-    chosen, reason = choose_strategy(load, devices, gpu_memory * GIB, shard_size)
+    chosen, reason = choose_strategy(workload, devices, gpu_memory * GIB, shard_size)
     if config.train.method != "opd" and chosen not in ("single", "ddp"):
-        need = sum(memory(load, "ddp", devices, shard_size).values()) / GIB
+        need = sum(memory(workload, "ddp", devices, shard_size).values()) / GIB
         return "ddp", shard_size, f"{config.train.method} shards no weights, but {need:.1f} GiB do not fit"
     if wanted == "auto":
         return chosen, shard_size, reason
     why = "as parallel.strategy says"
-    need = sum(memory(load, wanted, devices, shard_size).values()) / GIB
+    need = sum(memory(workload, wanted, devices, shard_size).values()) / GIB
     if need > gpu_memory * (1 - RESERVE):
         why += f", but {need:.1f} GiB do not fit into the {gpu_memory * (1 - RESERVE):.1f} GiB that may be filled"
     if wanted != chosen:

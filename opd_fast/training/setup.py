@@ -211,7 +211,7 @@ def blocks_to_recompute(planner: Planner) -> int:
     """engine.recompute, or what a GPU's memory demands."""
     if planner.config.engine.recompute is not None:
         return planner.config.engine.recompute
-    return planner.plan.load.recomputed if planner.resolved.device.type == "cuda" else 0
+    return planner.plan.workload.recomputed if planner.resolved.device.type == "cuda" else 0
 
 
 def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:

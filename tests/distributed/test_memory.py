@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from opd_fast.distributed.memory import GIB, RESERVE, Load, activations, choose_strategy, memory, recomputation
+from opd_fast.distributed.memory import GIB, RESERVE, Workload, activations, choose_strategy, memory, recomputation
 
 # 2 G parameters in bfloat16 (4e9 bytes a copy), 20 M trained, three teachers, 50 MB a sample.
-LORA = Load(
+LORA = Workload(
     kind="lora",
     parameters=2_000_000_000,
     trainable=20_000_000,
@@ -95,7 +95,7 @@ def test_as_few_blocks_recompute_as_make_the_round_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("load", "world", "gib", "strategy", "words"),
+    ("workload", "world", "gib", "strategy", "words"),
     [
         (LORA, 1, 80, "single", "fit into"),
         (LORA, 8, 80, "ddp", "fits into"),
@@ -108,8 +108,8 @@ def test_as_few_blocks_recompute_as_make_the_round_fit() -> None:
         (LORA, 8, 0.5, "fsdp2", "no setting helps"),
     ],
 )
-def test_choice(load: Load, world: int, gib: float, strategy: str, words: str) -> None:
-    chosen, reason = choose_strategy(load, world, gib * GIB)
+def test_choice(workload: Workload, world: int, gib: float, strategy: str, words: str) -> None:
+    chosen, reason = choose_strategy(workload, world, gib * GIB)
     assert chosen == strategy, reason
     assert words in reason
     assert "\n" not in reason
@@ -124,10 +124,10 @@ def test_what_is_advised_does_fit() -> None:
         "parallel.reshard block": {"reshard": "block"},
     }
     told = 0
-    for load in (LORA, FULL, replace(LORA, activation=GIB), replace(FULL, activation=GIB)):
+    for workload in (LORA, FULL, replace(LORA, activation=GIB), replace(FULL, activation=GIB)):
         for world in (1, 2, 8):
             for gib in range(2, 80):
-                _, reason = choose_strategy(load, world, gib * GIB)
+                _, reason = choose_strategy(workload, world, gib * GIB)
                 if not reason.endswith("would do"):
                     continue
                 advice = reason.split("; ")[-1]
@@ -137,14 +137,14 @@ def test_what_is_advised_does_fit() -> None:
                 if ", " in advice or " devices" in advice or len(changes) == 1:
                     changes = [{key: value for change in changes for key, value in change.items()}]
                 for change in changes:
-                    _, then = choose_strategy(replace(load, **change), ranks, gib * GIB)
+                    _, then = choose_strategy(replace(workload, **change), ranks, gib * GIB)
                     assert "do not fit" not in then, (reason, then)
                     told += 1
     assert told > 50
 
 
 def test_more_devices_never_need_more() -> None:
-    for load in (LORA, FULL):
-        sizes = [sum(memory(load, "fsdp2", world).values()) for world in (2, 4, 8, 16, 64)]
+    for workload in (LORA, FULL):
+        sizes = [sum(memory(workload, "fsdp2", world).values()) for world in (2, 4, 8, 16, 64)]
         assert all(b <= a for a, b in pairwise(sizes))
     assert 0 < RESERVE < 0.5

@@ -217,17 +217,17 @@ def test_options_of_a_plan(
 def test_blocks_recompute_where_a_round_does_not_fit(pipeline: Path) -> None:
     config = made(pipeline, train={"samples_per_task": 64})
     plain = make_plan(config)
-    assert plain.load.recomputed == 0
+    assert plain.workload.recomputed == 0
     need, room = sum(plain.bytes.values()), 1 - RESERVE
     tight = make_plan(config, gpu_memory=(need / room - plain.bytes["activations"] / 4) / GIB)
-    assert 0 < tight.load.recomputed <= tight.blocks
+    assert 0 < tight.workload.recomputed <= tight.blocks
     assert sum(tight.bytes.values()) < need
     assert "blocks recompute" in tight.reason
     asked = make_plan(made(pipeline, train={"samples_per_task": 64}, engine={"recompute": 1}))
-    assert asked.load.recomputed == 1
+    assert asked.workload.recomputed == 1
     never = make_plan(
         made(pipeline, train={"samples_per_task": 64}, engine={"recompute": 0}),
         gpu_memory=(need / room - plain.bytes["activations"] / 4) / GIB,
     )
-    assert never.load.recomputed == 0
+    assert never.workload.recomputed == 0
     assert "engine.recompute" in never.reason
