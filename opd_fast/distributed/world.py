@@ -60,7 +60,7 @@ class World:
     reshard: Reshard = "round"
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the run's files and speaks for all."""
         return self.rank == 0
 
@@ -78,7 +78,7 @@ class World:
         padding = -(-count // self.size) - len(own)
         return own + [own[-1] if own else 0] * padding, len(own)
 
-    def collect(self, mine: Tensor, count: int, dim: int = 0) -> Tensor:
+    def gather_samples(self, mine: Tensor, count: int, dim: int = 0) -> Tensor:
         """All `count` samples' values from every rank's own, in the samples' order.
 
         `mine` holds this rank's `rows(count)` along `dim`, or only its own of them; a rank that owns none may give a
@@ -104,7 +104,7 @@ class World:
         dist.all_reduce(found)
         return found / self.size
 
-    def everyone(self, mine: Sequence[T]) -> list[T]:
+    def all_gather_objects(self, mine: Sequence[T]) -> list[T]:
         """All ranks' items, which pickle can hold, rank after rank; the same on every rank."""
         if self.size == 1:
             return list(mine)
@@ -125,7 +125,7 @@ class World:
         if self.size == 1:
             return work()
         outcome: list[Any] = [None]
-        if self.first:
+        if self.is_main:
             try:
                 outcome = [work()]
             except UserError as error:
@@ -137,7 +137,7 @@ class World:
         return result
 
     @contextlib.contextmanager
-    def first_here(self) -> Iterator[None]:
+    def local_main_first(self) -> Iterator[None]:
         """The block runs on the first process of each machine, then on its others: they find its files."""
         if self.size > 1 and self.local_rank != 0:
             dist.barrier()

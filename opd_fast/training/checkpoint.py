@@ -185,7 +185,7 @@ class Checkpoints:
         digests = self._digests(temporary)
         header = {"version": VERSION, "round": round, "sha256": digests, **meta}
         self._by_first(final, lambda: self._commit(temporary, final, header))
-        if afterwards is not None and self.world.first:
+        if afterwards is not None and self.world.is_main:
             afterwards()
 
     def _begin(self, temporary: Path) -> None:
@@ -229,7 +229,7 @@ class Checkpoints:
     def _by_first(self, final: Path, work: Callable[[], None]) -> None:
         """Rank 0 works while the others wait; where it fails all of them raise."""
         failure: list[UserError | None] = [None]
-        if self.world.first:
+        if self.world.is_main:
             try:
                 work()
             except OSError as error:

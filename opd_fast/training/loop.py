@@ -72,11 +72,11 @@ def train(
     validate(config)
     check_paths(config)
     if resume and (results := world.on_first(partial(finished, run_dir, config))) is not None:
-        if world.first:
+        if world.is_main:
             _say(ended(run_dir, results))
         return results
     world.on_first(partial(make_run_dir, run_dir, resume=resume))
-    say = _say if world.first else _silent
+    say = _say if world.is_main else _silent
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, world)
     saved = checkpoints.find() if resume and world.on_first(lambda: checkpoints.latest() is not None) else None
     staged, notes = within is not None, list[str]()
@@ -94,11 +94,11 @@ def train(
             if line not in notes:
                 say(line)
         run.load(*saved)
-    elif resume and world.first:
+    elif resume and world.is_main:
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
     rounds, begun = config.train.rounds, run.rounds
-    telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.first else Silence()
-    with telemetry, RoundProfiler(run_dir, say=telemetry.message) if profile and world.first else nullcontext() as p:
+    telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.is_main else Silence()
+    with telemetry, RoundProfiler(run_dir, say=telemetry.message) if profile and world.is_main else nullcontext() as p:
         try:
             run.go(telemetry, p.round if p is not None else nullcontext)
         except UserError:
@@ -296,7 +296,7 @@ class Run:
     def _judge_student(self) -> Evaluation:
         with self.setup.student.averaged() as transformer:
             evaluation = self._judge(transformer, self._guidance())
-        if self.world.first:
+        if self.world.is_main:
             self._grids(evaluation.images)
         return evaluation
 
@@ -406,7 +406,7 @@ class Run:
         results["failures"] = list(self.failures.values())
         results["rounds"] = self.rounds
         results["seconds"] = {"train": round(self.train_seconds, 2), "total": round(self._total_seconds(), 2)}
-        if not self.world.first:
+        if not self.world.is_main:
             return results
         if self.interrupted:
             print(f"stopped after round {self.rounds}; go on with --resume {resume}", flush=True)

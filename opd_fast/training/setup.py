@@ -185,7 +185,7 @@ def _encode(
     # One process of a machine writes the store, the others read it. Waiting for it takes all processes, those included
     # whose machine can keep no store.
     stored = world.any(store is not None, model.device)
-    with world.first_here() if stored else nullcontext(), encoding_progress() as progress:
+    with world.local_main_first() if stored else nullcontext(), encoding_progress() as progress:
         text = EmbeddingCache.build(model, texts, progress=progress, store=store)
     model.release_text_encoders()
     read = f", read {len(text) - text.encoded} from {store.folder}" if store is not None else ""

@@ -50,7 +50,7 @@ def train_stages(
         config = stage.config if number == 0 else starting_from(stage.config, folders[number - 1] / "student")
         results = world.on_first(partial(_finished, folder)) if resume else None
         if results is None:
-            if world.first:
+            if world.is_main:
                 print(f"stage {number + 1} of {len(stages)}: {stage.name}", flush=True)
             again = world.on_first(partial(_begin, folder, config))
             results = train(
@@ -102,7 +102,7 @@ def _finish(
     results["failures"] = list(dict.fromkeys(said for found in done for said in found.get("failures", ())))
     results["rounds"] = sum(found["rounds"] for found in done)
     results["seconds"] = {key: round(sum(found["seconds"][key] for found in done), 2) for key in ("train", "total")}
-    if not world.first:
+    if not world.is_main:
         return results
     last = folders[-1] / "student"
     replace_folder(run_dir / "student", lambda part: shutil.copytree(last, part, dirs_exist_ok=True))  # type: ignore[arg-type]

@@ -249,7 +249,7 @@ class Student:
         average = {}
         for (name, _), e in zip(self._named, self._ema_parameters, strict=True):
             full = whole(e)
-            if self.world.first:
+            if self.world.is_main:
                 average[name] = full.cpu().clone()
         if self.config.kind == "lora":
             return functools.partial(self._write_lora, average)
