@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opd_fast.config import Config
 from opd_fast.data.prompt_files import Prompt
-from opd_fast.distributed.world import launched, open_world, whole
+from opd_fast.distributed.world import full_tensor, launched, open_world
 from opd_fast.reporting.telemetry import Silence
 from opd_fast.training.checkpoint import Checkpoints
 from opd_fast.training.loop import METHODS, Run
@@ -124,7 +124,7 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
         if not resume:
             METHODS[config.train.method](setup).accumulate(0, torch.amp.GradScaler("cpu", enabled=False))
             named = setup.student.named_parameters()
-            found = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
+            found = {name: full_tensor(p.grad).clone() for name, p in named if p.grad is not None}
             if world.is_main:
                 save_file(found, directory / "gradient.safetensors")
             for _, parameter in named:

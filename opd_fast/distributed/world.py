@@ -217,7 +217,7 @@ def _buckets(parameters: Sequence[nn.Parameter], most: int = 2**28) -> Iterator[
         yield bucket
 
 
-def release(transformer: nn.Module) -> None:
+def reshard(transformer: nn.Module) -> None:
     """Give back whatever of sharded weights is still gathered."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -226,14 +226,14 @@ def release(transformer: nn.Module) -> None:
             module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered onto every rank; any other as it is. Collective."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; any other as it is."""
     from torch.distributed.tensor import DTensor
 

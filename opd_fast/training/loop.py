@@ -22,7 +22,7 @@ from opd_fast.config.run_dir import make_run_dir, write_settings
 from opd_fast.config.serialize import to_dict
 from opd_fast.config.validate import validate
 from opd_fast.distributed.plan import Planner
-from opd_fast.distributed.world import World, whole
+from opd_fast.distributed.world import World, full_tensor
 from opd_fast.errors import UserError
 from opd_fast.reporting.profiler import RoundProfiler
 from opd_fast.reporting.results import gain_recovered, image_grid, new_results, print_table, write_report, write_results
@@ -195,7 +195,7 @@ class Run:
         with annotate("optimizer"):
             self.scaler.unscale_(self.optimizer)
             parameters = self.setup.student.parameters()
-            norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip))
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip))
             rate = learning_rate(self.config, self.rounds)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
