@@ -76,8 +76,8 @@ class Workload:
     kept: int = 0
     """Bytes of each of them."""
     old_policy: bool = False
-    recomputed: int = 0
-    """Blocks of the student that keep their inputs alone and are computed again in the backward."""
+    checkpointed: int = 0
+    """Blocks of the student under activation checkpointing."""
 
     def samples_per_device(self, world: int) -> int:
         """Of the rank that has most: sample i goes to rank i % world."""
@@ -129,24 +129,26 @@ def memory(workload: Workload, strategy: Strategy, world: int = 1, shard_size: i
 
 
 def activations(workload: Workload) -> int:
-    """Bytes that a student forward keeps of one sample: blocks that recompute keep their inputs, and one at a time all
-    else. What is outside the blocks counts as theirs.
+    """Bytes that a student forward keeps of one sample.
+
+    Blocks under activation checkpointing keep their inputs, and one of them at a time keeps all else as well. What is
+    outside the blocks counts as theirs.
     """
-    if not workload.recomputed:
+    if not workload.checkpointed:
         return workload.activation
     of_block = workload.activation // workload.blocks
-    return workload.activation - workload.recomputed * (of_block - workload.boundary) + of_block
+    return workload.activation - workload.checkpointed * (of_block - workload.boundary) + of_block
 
 
-def recomputation(workload: Workload, strategy: Strategy, world: int, shard_size: int, gpu_memory: float) -> int:
-    """The fewest blocks that must recompute for a round to fit: 0 where it fits as it is, or where none helps.
+def blocks_to_checkpoint(workload: Workload, strategy: Strategy, world: int, shard_size: int, gpu_memory: float) -> int:
+    """The fewest blocks under activation checkpointing with which a round fits; 0 where it fits without, or never.
 
     Args:
         gpu_memory: bytes of a device, of which `RESERVE` stays free.
     """
     room = gpu_memory * (1 - RESERVE)
     for count in range(workload.blocks + 1):
-        if sum(memory(replace(workload, recomputed=count), strategy, world, shard_size).values()) <= room:
+        if sum(memory(replace(workload, checkpointed=count), strategy, world, shard_size).values()) <= room:
             return count
     return 0
 
@@ -207,8 +209,8 @@ def _too_large(workload: Workload, strategy: Strategy, world: int, room: float, 
     says = f"{sum(found.values()) / GIB:.1f} GiB ({largest} {found[largest] / GIB:.1f}) do not fit into "
     says += f"{room / GIB:.1f} GiB"
     changes: dict[str, dict[str, Any]] = {}
-    if workload.recomputed < workload.blocks and workload.boundary:
-        changes[f"engine.recompute {workload.blocks}"] = {"recomputed": workload.blocks}
+    if workload.checkpointed < workload.blocks and workload.boundary:
+        changes[f"engine.recompute {workload.blocks}"] = {"checkpointed": workload.blocks}
     if workload.forward_samples(world) > 1:
         changes["train.micro_batch 1"] = {"micro_batch": 1}
     if workload.placement == "merged" and workload.teachers > 1 and not workload.offload:

@@ -20,7 +20,7 @@ from opd_fast.config.paths import held_out, looks_like_hub_id
 from opd_fast.data.prompt_files import TaskSchedule, load_prompts
 from opd_fast.distributed.communication import collectives, sent
 from opd_fast.distributed.flops import RowCost, block_input, row_cost_or_estimate
-from opd_fast.distributed.memory import GIB, RESERVE, Strategy, Workload, choose_strategy, memory, recomputation
+from opd_fast.distributed.memory import GIB, RESERVE, Strategy, Workload, blocks_to_checkpoint, choose_strategy, memory
 from opd_fast.distributed.resolve import Resolved, resolve
 from opd_fast.errors import UserError
 from opd_fast.models import outline_model
@@ -267,7 +267,7 @@ def _workload(
         # States, next states and means of the trained steps, or the last latent alone; float32.
         kept=4 * math.prod(model.latent_shape(resolution)) * (3 * steps if method == "grpo" else 1),
         old_policy=method == "nft",
-        recomputed=min(config.engine.recompute or 0, len(blocks)),
+        checkpointed=min(config.engine.recompute or 0, len(blocks)),
     )
 
 
@@ -338,13 +338,14 @@ def _rows_of_learning(
 def _fit(
     config: Config, workload: Workload, devices: int, ranks_per_node: int, gpu_memory: float
 ) -> tuple[Workload, Strategy, int, str]:
-    """The workload with the blocks that must recompute, the strategy, the ranks of a shard group, and the reason."""
+    """The workload with its checkpointed blocks, the strategy, the ranks of a shard group, and the reason."""
     strategy, shard_size, reason = _strategy(config, workload, devices, ranks_per_node, gpu_memory)
     if config.engine.recompute is None and (
-        again := recomputation(workload, strategy, devices, shard_size, gpu_memory * GIB)
+        again := blocks_to_checkpoint(workload, strategy, devices, shard_size, gpu_memory * GIB)
     ):
-        workload = replace(workload, recomputed=again)
-        reason = f"{_strategy(config, workload, devices, ranks_per_node, gpu_memory)[2]}, as {again} blocks recompute"
+        workload = replace(workload, checkpointed=again)
+        reason = _strategy(config, workload, devices, ranks_per_node, gpu_memory)[2]
+        reason += f", with activation checkpointing of {again} blocks"
     return workload, strategy, shard_size, reason
 
 

@@ -59,7 +59,8 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     work = ", ".join(f"{name} {rows}" for name, rows in plan.round_rows.items())
     c, h, w = plan.latent
     own = " (the pipeline's own)" if config.model.resolution is None else ""
-    again = f"; {plan.workload.recomputed} of {plan.blocks} blocks recompute theirs" if plan.workload.recomputed else ""
+    checkpointed = plan.workload.checkpointed
+    again = f"; {checkpointed} of {plan.blocks} blocks under activation checkpointing" if checkpointed else ""
     lora = "" if plan.lora_modules is None else f" in {plan.lora_modules} LoRA modules of rank {config.student.rank}"
     teachers = ", ".join(f"{name} ({rows},{c},{h},{w})" for name, rows in plan.teacher_rows.items())
     total = sum(plan.round_rows.values()) * config.train.rounds

@@ -103,7 +103,7 @@ def prepare(
         anchor=anchor,
         compiled=resolved.compile,
         graphed=resolved.graphs,
-        recompute=blocks_to_recompute(planner),
+        recompute=checkpointed_blocks(planner),
         backends=backends,
         world=world,
         say=say,
@@ -207,11 +207,11 @@ def forwards(config: Config, model: DiffusionModel, world: World) -> Forwards:
     )
 
 
-def blocks_to_recompute(planner: Planner) -> int:
+def checkpointed_blocks(planner: Planner) -> int:
     """engine.recompute, or what a GPU's memory demands."""
     if planner.config.engine.recompute is not None:
         return planner.config.engine.recompute
-    return planner.plan.workload.recomputed if planner.resolved.device.type == "cuda" else 0
+    return planner.plan.workload.checkpointed if planner.resolved.device.type == "cuda" else 0
 
 
 def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:

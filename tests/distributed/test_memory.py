@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from opd_fast.distributed.memory import GIB, RESERVE, Workload, activations, choose_strategy, memory, recomputation
+from opd_fast.distributed.memory import (
+    GIB,
+    RESERVE,
+    Workload,
+    activations,
+    blocks_to_checkpoint,
+    choose_strategy,
+    memory,
+)
 
 # 2 G parameters in bfloat16 (4e9 bytes a copy), 20 M trained, three teachers, 50 MB a sample.
 LORA = Workload(
@@ -77,21 +85,21 @@ def test_half_precision_full_weights_are_cast() -> None:
 BLOCKS = replace(LORA, blocks=20, boundary=500_000)
 
 
-def test_blocks_that_recompute_keep_their_inputs() -> None:
+def test_checkpointed_blocks_keep_their_inputs() -> None:
     assert activations(BLOCKS) == 50_000_000
-    assert activations(replace(BLOCKS, recomputed=1)) == 50_000_000 + 500_000  # its own comes back in its backward
-    assert activations(replace(BLOCKS, recomputed=20)) == 20 * 500_000 + 2_500_000
+    assert activations(replace(BLOCKS, checkpointed=1)) == 50_000_000 + 500_000  # its own comes back in its backward
+    assert activations(replace(BLOCKS, checkpointed=20)) == 20 * 500_000 + 2_500_000
 
 
-def test_as_few_blocks_recompute_as_make_the_round_fit() -> None:
+def test_as_few_blocks_are_checkpointed_as_make_the_round_fit() -> None:
     def need(count: int) -> float:
-        return sum(memory(replace(BLOCKS, recomputed=count), "single").values()) / (1 - RESERVE)
+        return sum(memory(replace(BLOCKS, checkpointed=count), "single").values()) / (1 - RESERVE)
 
-    assert recomputation(BLOCKS, "single", 1, 8, need(0)) == 0
-    assert recomputation(BLOCKS, "single", 1, 8, need(0) - 1) == 2
-    assert recomputation(BLOCKS, "single", 1, 8, need(13)) == 13
-    assert recomputation(BLOCKS, "single", 1, 8, need(20)) == 20
-    assert recomputation(BLOCKS, "single", 1, 8, need(20) - 10) == 0  # in vain
+    assert blocks_to_checkpoint(BLOCKS, "single", 1, 8, need(0)) == 0
+    assert blocks_to_checkpoint(BLOCKS, "single", 1, 8, need(0) - 1) == 2
+    assert blocks_to_checkpoint(BLOCKS, "single", 1, 8, need(13)) == 13
+    assert blocks_to_checkpoint(BLOCKS, "single", 1, 8, need(20)) == 20
+    assert blocks_to_checkpoint(BLOCKS, "single", 1, 8, need(20) - 10) == 0  # in vain
 
 
 @pytest.mark.parametrize(

@@ -214,20 +214,20 @@ def test_options_of_a_plan(
         assert words in capsys.readouterr().err
 
 
-def test_blocks_recompute_where_a_round_does_not_fit(pipeline: Path) -> None:
+def test_blocks_are_checkpointed_where_a_round_does_not_fit(pipeline: Path) -> None:
     config = made(pipeline, train={"samples_per_task": 64})
     plain = make_plan(config)
-    assert plain.workload.recomputed == 0
+    assert plain.workload.checkpointed == 0
     need, room = sum(plain.bytes.values()), 1 - RESERVE
     tight = make_plan(config, gpu_memory=(need / room - plain.bytes["activations"] / 4) / GIB)
-    assert 0 < tight.workload.recomputed <= tight.blocks
+    assert 0 < tight.workload.checkpointed <= tight.blocks
     assert sum(tight.bytes.values()) < need
-    assert "blocks recompute" in tight.reason
+    assert "activation checkpointing of" in tight.reason
     asked = make_plan(made(pipeline, train={"samples_per_task": 64}, engine={"recompute": 1}))
-    assert asked.workload.recomputed == 1
+    assert asked.workload.checkpointed == 1
     never = make_plan(
         made(pipeline, train={"samples_per_task": 64}, engine={"recompute": 0}),
         gpu_memory=(need / room - plain.bytes["activations"] / 4) / GIB,
     )
-    assert never.workload.recomputed == 0
+    assert never.workload.checkpointed == 0
     assert "engine.recompute" in never.reason

@@ -13,7 +13,7 @@ from opd_fast import train
 from opd_fast.config.serialize import to_yaml
 from opd_fast.distributed.plan import Planner
 from opd_fast.models import SD3
-from opd_fast.training.setup import blocks_to_recompute, prepare
+from opd_fast.training.setup import checkpointed_blocks, prepare
 from tests.runs import settings, write_world
 
 
@@ -50,7 +50,7 @@ def test_one_process_builds_it_once(
 
 
 def test_setup_and_plan_share_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's memory decides which blocks recompute; the plan that says so reads the model that was checked."""
+    """The plan decides how many blocks are checkpointed on a GPU. It reads the model that was checked."""
     built: list[str] = []
     monkeypatch.setattr(SD3, "outline", counted(built))
     config = settings(run.parent / "run.yaml", evaluation__every=0)
@@ -59,7 +59,7 @@ def test_setup_and_plan_share_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     prepare(config, lambda text: None, planner=planner)
     assert planner.plan is planner.plan
     assert planner.plan.parameters == sum(p.numel() for p in planner.model.transformer.parameters())
-    assert blocks_to_recompute(planner) == 0
+    assert checkpointed_blocks(planner) == 0
     assert built == ["SD3"]
     assert [(p.dtype, p.requires_grad) for p in planner.model.transformer.parameters()] == before
 
