@@ -90,7 +90,7 @@ def predicted(case: str, n: int, found: dict[str, float], alone: float) -> tuple
     plan = make_plan(settings(case, n), n)
     wire = 0.0
     for c in collectives(plan.workload, plan.strategy, n, plan.shard_size, n):
-        parts = plan.blocks if c.purpose != "gradients" or c.kind == "reduce-scatter" else 1
+        parts = plan.workload.blocks if c.purpose != "gradients" or c.kind == "reduce-scatter" else 1
         wire += c.count * parts * seconds(c.kind, c.size / parts, c.ranks, network, c.per_node)
     return alone + wire, {"latency_s": latency, "bandwidth_Bps": bandwidth}
 

@@ -81,7 +81,7 @@ def rows(
             student=per_device["student forward"] * plan.row.flops,
             teacher=per_device["teacher forward"] * plan.row.flops,
             backward=1.0 if kind == "lora" else 2.0,
-            blocks=plan.blocks,
+            blocks=plan.workload.blocks,
         )
         for world in worlds:
             workload = replace(plan.workload, samples=samples * world, reshard=reshard)

@@ -57,16 +57,10 @@ def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int
     Raises:
         ValueError: a family whose forward needs numbers, or text of a form that is not known here.
     """
-    with _as_in_training(model.transformer, model.dtype if lora is not None else torch.float32, lora is None):
-        return _traced(model, lora or {}, resolution)
-
-
-def _traced(model: DiffusionModel, lora: dict[str, int], resolution: int) -> RowCost:
     transformer: Any = model.transformer
     text = _text(model)
     x = torch.empty(1, *model.latent_shape(resolution), device="meta")
     autocast = model.dtype if model.dtype != torch.float32 else None
-    weights = {p.untyped_storage()._cdata for p in transformer.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -76,7 +70,8 @@ def _traced(model: DiffusionModel, lora: dict[str, int], resolution: int) -> Row
     counter, engine = FlopCounterMode(display=False), _Engine(autocast)
     try:
         with (
-            _adapted(transformer, lora) as factors,
+            _as_trained(transformer, model.dtype if lora is not None else torch.float32, lora is None) as weights,
+            _adapted(transformer, lora or {}) as factors,
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             counter,
             engine,
@@ -124,14 +119,17 @@ def _text(model: DiffusionModel) -> TextEmbeds:
 
 
 @contextlib.contextmanager
-def _as_in_training(transformer: nn.Module, dtype: torch.dtype, trained: bool) -> Iterator[None]:
-    """The weights in the dtype that a student keeps them in, with a gradient where they are trained."""
+def _as_trained(transformer: nn.Module, dtype: torch.dtype, trained: bool) -> Iterator[set[int]]:
+    """Keep the weights as a student does, in `dtype` and with a gradient where they are trained; yields their storages.
+
+    Afterwards they are as they were.
+    """
     before = [(p, p.data, p.requires_grad) for p in transformer.parameters()]
     try:
         for parameter, data, _ in before:
             parameter.data = data.to(dtype)
             parameter.requires_grad_(trained)
-        yield
+        yield {parameter.untyped_storage()._cdata for parameter, _, _ in before}
     finally:
         for parameter, data, needs_gradient in before:
             parameter.data = data

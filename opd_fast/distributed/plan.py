@@ -77,31 +77,6 @@ class Plan:
     evaluation_rows: int
 
     @property
-    def trained_steps(self) -> int:
-        """Solver steps, or noise levels, at which a sample is learnt from."""
-        return self.workload.steps
-
-    @property
-    def forwards_per_step(self) -> int:
-        """Of a device."""
-        return self.workload.forwards_per_step(self.devices)
-
-    @property
-    def parameters(self) -> int:
-        """Of the transformer."""
-        return self.workload.parameters
-
-    @property
-    def trainable(self) -> int:
-        """Of these or of LoRA's, those that are trained."""
-        return self.workload.trainable
-
-    @property
-    def blocks(self) -> int:
-        """Repeated blocks of the transformer."""
-        return self.workload.blocks
-
-    @property
     def bytes(self) -> dict[str, int]:
         """Of the fullest device at a round's peak, by purpose (`opd_fast.distributed.memory`)."""
         return memory(self.workload, self.strategy, self.devices, self.shard_size)
@@ -146,7 +121,10 @@ class Planner:
     def plan(self) -> Plan:
         """The plan of the run."""
         devices = self._devices or int(os.environ.get("WORLD_SIZE", "1"))
-        gpu_memory = self._gpu_memory or _own_memory(self.resolved.device)
+        gpu_memory, device = self._gpu_memory, self.resolved.device
+        if gpu_memory is None:
+            on_gpu = device.type == "cuda"
+            gpu_memory = torch.cuda.get_device_properties(device).total_memory / GIB if on_gpu else GPU_MEMORY
         return _plan(self.config, self.model, self.resolved, devices, gpu_memory)
 
 
@@ -376,11 +354,6 @@ def _strategy(
     return wanted, shard_size, why
 
 
-def _own_memory(device: torch.device) -> float:
-    """GiB of the GPU, or what stands for it."""
-    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else GPU_MEMORY
-
-
 def _adapter_values(weights: str) -> int | None:
     """Values of a LoRA that lies on this machine; None for anything else."""
     if looks_like_hub_id(weights) and not weights.startswith("bundled/"):
@@ -423,16 +396,14 @@ def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[
         UserError: a target that names none.
     """
     linear = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
-    for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in linear):
+    named = {t: {name for name in linear if name == t or name.endswith("." + t)} for t in targets}
+    for target, names in named.items():
+        if not names:
             raise UserError(
                 "student.targets", f"no linear layer is named {target}", "use attention, all or other names"
             )
-    return {
-        name: (m.in_features, m.out_features)
-        for name, m in linear.items()
-        if any(name == target or name.endswith("." + target) for target in targets)
-    }
+    wanted = set().union(*named.values())
+    return {name: (m.in_features, m.out_features) for name, m in linear.items() if name in wanted}
 
 
 def _evaluation(config: Config, model: DiffusionModel) -> tuple[int, int]:

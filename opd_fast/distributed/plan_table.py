@@ -37,7 +37,7 @@ def print_plan(
         rows.add_column(name, justify="right", no_wrap=True)
     for j in range(t.steps):
         numbers = [float(column[j]) + 0.0 for column in (t.sigmas, t.a, t.b, t.h, t.std)]
-        trained = (f"{plan.weight[j]:.3e}", "yes" if j < plan.trained_steps else "no") if plan.weight else ()
+        trained = (f"{plan.weight[j]:.3e}", "yes" if j < plan.workload.steps else "no") if plan.weight else ()
         rows.add_row(str(j), *(f"{number:.5f}" for number in numbers), *trained)
     console.print(rows)
     if lines := [str(error) for error in refused]:
@@ -60,7 +60,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     c, h, w = plan.latent
     own = " (the pipeline's own)" if config.model.resolution is None else ""
     checkpointed = plan.workload.checkpointed
-    again = f"; {checkpointed} of {plan.blocks} blocks under activation checkpointing" if checkpointed else ""
+    again = f"; {checkpointed} of {plan.workload.blocks} blocks under activation checkpointing" if checkpointed else ""
     lora = "" if plan.lora_modules is None else f" in {plan.lora_modules} LoRA modules of rank {config.student.rank}"
     teachers = ", ".join(f"{name} ({rows},{c},{h},{w})" for name, rows in plan.teacher_rows.items())
     total = sum(plan.round_rows.values()) * config.train.rounds
@@ -78,9 +78,9 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     if not distils:
         each = "" if plan.updates == 1 else f", which serves {plan.updates} rounds"
         rounds = f"{config.train.rounds} of {config.train.method}; a rollout has {plan.samples} images: {tasks}{each}"
-    steps = f"{plan.table.steps}, of which {plan.trained_steps} are run and trained"
+    steps = f"{plan.table.steps}, of which {plan.workload.steps} are run and trained"
     if not distils:
-        steps = f"{plan.table.steps}; an image is learnt from at {plan.trained_steps}"
+        steps = f"{plan.table.steps}; an image is learnt from at {plan.workload.steps}"
     return [
         ("run directory", str(run_dir)),
         ("device", f"{r.device}, {str(r.dtype).removeprefix('torch.')}{', TF32' if r.tf32 else ''}, {switches}"),
@@ -91,14 +91,14 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
             "student batch",
             f"({plan.student_rows},{c},{h},{w})"
             + (f" on {plan.devices} devices, each" if many else "")
-            + f" in {plan.forwards_per_step} forward(s) a step"
+            + f" in {plan.workload.forwards_per_step(plan.devices)} forward(s) a step"
             + (f"; {idle} of the devices have no sample of their own" if idle else ""),
         ),
         *((("teacher batch", f"{teachers} a step"),) if teachers else ()),
         ("rows of a round", f"{work}  (a guided sample is two rows)"),
         ("rows of the run", f"{total:,}"),
         ("tokens of a row", f"{plan.image_tokens} image + {plan.text_tokens} text"),
-        ("parameters", f"{plan.parameters:,} in the transformer, {plan.trainable:,} trained{lora}"),
+        ("parameters", f"{plan.workload.parameters:,} in the transformer, {plan.workload.trainable:,} trained{lora}"),
         ("cost of a row", f"{plan.row.flops / 1e9:,.1f} GFLOP forward, {_size(plan.row.saved)} kept ({found})"),
         ("strategy", f"{plan.strategy}{group} on {plan.devices} device(s) of {plan.gpu_memory:g} GiB: {plan.reason}"),
         ("memory of a device", f"{_size(sum(sizes.values()))} at a round's peak, of which"),

@@ -104,12 +104,15 @@ class World:
         dist.all_reduce(found)
         return found / self.size
 
-    def all_gather_objects(self, mine: Sequence[T]) -> list[T]:
-        """All ranks' items, which pickle can hold, rank after rank; the same on every rank."""
+    def all_gather_objects(self, mine: Sequence[T], group: dist.ProcessGroup | None = None) -> list[T]:
+        """Gather all ranks' items, which pickle can hold, rank after rank; the same on every rank.
+
+        `group`, where given, is another group of all ranks that carries the messages.
+        """
         if self.size == 1:
             return list(mine)
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, list(mine))
+        dist.all_gather_object(found, list(mine), group)
         return [item for items in found for item in items]
 
     def any(self, flag: bool, device: torch.device) -> bool:
@@ -120,8 +123,8 @@ class World:
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         return bool(asked.item())
 
-    def on_first(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0 alone. Its result, or the UserError it raised, is every rank's."""
+    def on_first(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """Do `work` on rank 0 alone. Its result, or the UserError it raised, is every rank's; `group` as above."""
         if self.size == 1:
             return work()
         outcome: list[Any] = [None]
@@ -130,7 +133,7 @@ class World:
                 outcome = [work()]
             except UserError as error:
                 outcome = [error]
-        dist.broadcast_object_list(outcome)
+        dist.broadcast_object_list(outcome, group=group)
         if isinstance(outcome[0], UserError):
             raise outcome[0]
         result: T = outcome[0]

@@ -208,13 +208,7 @@ class Checkpoints:
         for path in sorted(folder.glob(f"shard-{self.world.rank + 1:05d}-*.safetensors")):
             _sync(path)
             mine[path.name] = _sha256(path)
-        if self.world.size == 1:
-            return mine
-        import torch.distributed as dist
-
-        everyone: list[dict[str, str]] = [{}] * self.world.size
-        dist.all_gather_object(everyone, mine, group=self._group)
-        return {name: digest for part in everyone for name, digest in part.items()}
+        return dict(self.world.all_gather_objects(list(mine.items()), self._group))
 
     def _commit(self, temporary: Path, final: Path, header: dict[str, Any]) -> None:
         text = json.dumps({**header, "digest": _digest(header)}, indent=1)
@@ -228,18 +222,14 @@ class Checkpoints:
 
     def _by_first(self, final: Path, work: Callable[[], None]) -> None:
         """Rank 0 works while the others wait; where it fails all of them raise."""
-        failure: list[UserError | None] = [None]
-        if self.world.is_main:
+
+        def checked() -> None:
             try:
                 work()
             except OSError as error:
-                failure = [_unwritable(final, error)]
-        if self.world.size > 1:
-            import torch.distributed as dist
+                raise _unwritable(final, error) from error
 
-            dist.broadcast_object_list(failure, group=self._group)
-        if failure[0] is not None:
-            raise failure[0]
+        self.world.on_first(checked, self._group)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

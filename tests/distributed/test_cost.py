@@ -74,7 +74,7 @@ def test_what_cannot_be_traced_is_estimated(monkeypatch: pytest.MonkeyPatch) -> 
     rough = make_plan(config)
     assert (traced.traced, rough.traced) == (True, False)
     tokens = rough.image_tokens + rough.text_tokens
-    assert rough.row.flops == 2 * rough.parameters * tokens
+    assert rough.row.flops == 2 * rough.workload.parameters * tokens
     # In float32 the norms keep no second copy, so the estimate lies above.
     assert traced.row.saved < rough.row.saved < 3 * traced.row.saved
     assert rough.row.saved % SAVED_PER_BLOCK["lora"] == 0

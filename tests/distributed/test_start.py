@@ -58,7 +58,7 @@ def test_setup_and_plan_share_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     before = [(p.dtype, p.requires_grad) for p in planner.model.transformer.parameters()]
     prepare(config, lambda text: None, planner=planner)
     assert planner.plan is planner.plan
-    assert planner.plan.parameters == sum(p.numel() for p in planner.model.transformer.parameters())
+    assert planner.plan.workload.parameters == sum(p.numel() for p in planner.model.transformer.parameters())
     assert checkpointed_blocks(planner) == 0
     assert built == ["SD3"]
     assert [(p.dtype, p.requires_grad) for p in planner.model.transformer.parameters()] == before

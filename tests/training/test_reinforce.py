@@ -245,7 +245,7 @@ def test_its_plan_counts_its_rows(world: Path) -> None:
     config = reinforced(world, "grpo", student__guidance=2.0)
     assert list(problems(config)) == []
     plan = make_plan(config)
-    assert (plan.samples, plan.updates, plan.trained_steps, plan.teacher_rows) == (8, 2, 3, {})
+    assert (plan.samples, plan.updates, plan.workload.steps, plan.teacher_rows) == (8, 2, 3, {})
     assert plan.round_rows == {
         "rollout": 2 * 8 * 4 // 2,
         **dict.fromkeys(("student forward", "student backward", "base forward"), 2 * 8 * 3 // 2),
