@@ -49,7 +49,7 @@ class Network:
     """Seconds of a hop."""
     inter_latency: float = 10e-6
     share: float = 0.8
-    """Of the bandwidths that collectives reach."""
+    """Share of the bandwidths that collectives reach."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Collective:
     size: int
     """Bytes of the whole tensor: what is gathered, reduced or summed."""
     count: int
-    """In a round."""
+    """How often it happens in a round."""
     ranks: int
     per_node: int
-    """Ranks of it that share a node."""
+    """How many of these ranks share a node."""
     purpose: Literal["student", "teacher", "gradients"]
 
     @property
@@ -119,7 +119,7 @@ def sent(found: Iterable[Collective]) -> dict[str, int]:
 
 
 def seconds(kind: Kind, size: float, ranks: int, network: Network, per_node: int | None = None) -> float:
-    """Of one collective of `size` bytes over `ranks`, `per_node` of them to a node (None: as many as it has)."""
+    """Seconds of a collective of `size` bytes over `ranks`, `per_node` of them on a node (None: as many as it has)."""
     g = min(ranks, network.ranks_per_node if per_node is None else per_node)
     within = (network.intra_bandwidth * network.share, network.intra_latency)
     between = (network.inter_bandwidth * network.share, network.inter_latency)
@@ -148,13 +148,13 @@ def _flat(kind: Kind, size: float, n: int, bandwidth: float, latency: float) -> 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one device in a round, in floating-point operations."""
+    """Floating-point operations of one device in a round."""
 
     student: float
     """All student forwards."""
     teacher: float
     backward: float
-    """As a multiple of the student's forwards: 1 for LoRA, 2 for full weights."""
+    """A multiple of the student's forwards: 1 for LoRA, 2 for full weights."""
     blocks: int
     """Repeated blocks of the transformer."""
 

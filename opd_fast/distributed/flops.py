@@ -1,9 +1,8 @@
-"""What one row costs a transformer, found by a run without numbers: operations, and bytes that autograd keeps.
+"""The cost of one row: operations of a forward, and bytes that autograd keeps, counted in a forward without numbers.
 
-The transformer of an outline lies on the meta device, where a forward computes shapes alone. Counted there are the
-matrix products that really happen (in an MMDiT image tokens and text tokens meet different weights, and modulation runs
-once a row, so 2 x parameters x tokens counts far too many), and the tensors that a student's forward leaves for its
-backward.
+The transformer lies on the meta device, where a forward computes shapes alone. The count covers the matrix products
+that really happen and the tensors that a student's forward leaves for its backward. (2 x parameters x tokens counts far
+too many operations: in an MMDiT image tokens and text tokens meet different weights, and modulation runs once a row.)
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ _SEQUENCE = ("joint_attention_dim", "cap_feat_dim")
 _POOLED = "pooled_projection_dim"
 
 SAVED_PER_BLOCK = {"lora": 26, "full": 46}
-"""For families that cannot be traced: values of the model's dtype that autograd keeps
-for each token, unit of width and block. Those of SD3.5-Medium in bfloat16, where the norms run in float32;
-FLUX.1-dev keeps 18 and 31, float32 models 14 and 25."""
+"""Values of the model's dtype that autograd keeps for each token, unit of width and block, for families that cannot be
+traced. SD3.5-Medium keeps so many in bfloat16, where the norms run in float32; FLUX.1-dev keeps 18 and 31, float32
+models 14 and 25."""
 
 
 @dataclass(frozen=True)
 class RowCost:
-    """Of one row of a forward."""
+    """The cost of one row of a forward."""
 
     flops: int
-    """Of the forward; a multiplication and an addition count as two."""
+    """Operations of the forward; a multiplication and an addition count as two."""
     saved: int
     """Bytes kept for the backward, weights left out."""
 
@@ -138,8 +137,7 @@ def _as_trained(transformer: nn.Module, dtype: torch.dtype, trained: bool) -> It
 
 @contextlib.contextmanager
 def _adapted(transformer: nn.Module, lora: dict[str, int]) -> Iterator[set[int]]:
-    """LoRA on the named layers as `opd_fast.engine.merged_lora` runs it; the storages of its factors and of the
-    merged weights."""
+    """Run LoRA on the named layers as `opd_fast.engine.merged_lora` does; yields the storages of its factors."""
     layers: list[Any] = []
     storages: set[int] = set()
     held = []
@@ -205,7 +203,7 @@ class _Engine(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """What flash attention (arXiv 2205.14135) returns and keeps: q (..., L, E), k, v, the result, a float32 a row."""
+    """Attention that keeps what flash attention (arXiv 2205.14135) does: q (..., L, E), k, v, the result, a float32 a row."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

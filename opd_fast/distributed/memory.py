@@ -1,4 +1,4 @@
-"""Bytes on each device by purpose, and the parallel strategy that they leave: pure arithmetic, no torch, no files.
+"""Bytes on each device by purpose, and the parallel strategy that fits: arithmetic without torch and without files.
 
 With P parameters of a transformer, T trained values, w bytes of the model's dtype, M teachers, and the base or the
 masters cut into s shards:
@@ -39,11 +39,11 @@ PREFETCHED = 2
 
 @dataclass(frozen=True)
 class Workload:
-    """What memory and traffic depend on. Counts are of values unless they say bytes."""
+    """The sizes and settings that memory and traffic depend on. Sizes count values unless they are said to be bytes."""
 
     kind: Literal["lora", "full"]
     parameters: int
-    """Of one transformer."""
+    """Values of one transformer."""
     trainable: int
     merged: int
     """Weights of the layers that the student's LoRA adapts; 0 for full weights."""
@@ -55,19 +55,19 @@ class Workload:
     """Bytes of the model's dtype."""
     teachers: int
     adapters: int
-    """Of all teachers' LoRAs; read where they share the base."""
+    """Values of all teachers' LoRAs, for teachers that share the base."""
     placement: Literal["merged", "shared"]
     offload: bool
     reshard: Reshard
     samples: int
-    """Of a round, on all devices."""
+    """Samples of a round on all devices."""
     micro_batch: int | None
     activation: int
     """Bytes of one sample in a student forward, both branches of guidance."""
     steps: int
     """Trained solver steps."""
     tasks: int
-    """In a round."""
+    """Tasks of a round."""
     blocks: int = 1
     boundary: int = 0
     """Bytes of one sample at the entrance of a block, both branches."""
@@ -80,7 +80,7 @@ class Workload:
     """Blocks of the student under activation checkpointing."""
 
     def samples_per_device(self, world: int) -> int:
-        """Of the rank that has most: sample i goes to rank i % world."""
+        """Samples of the rank that has most of them: sample i goes to rank i % world."""
         return math.ceil(self.samples / world)
 
     def forward_samples(self, world: int) -> int:
@@ -92,7 +92,7 @@ class Workload:
 
 
 def shards(strategy: Strategy, world: int, shard_size: int) -> int:
-    """Into how many parts what is sharded is cut."""
+    """The number of parts into which a sharded tensor is cut."""
     return {"single": 1, "ddp": 1, "fsdp2": world, "hsdp": min(shard_size, world)}[strategy]
 
 
@@ -198,7 +198,7 @@ def choose_strategy(workload: Workload, world: int, gpu_memory: float, shard_siz
 
 
 def _too_large(workload: Workload, strategy: Strategy, world: int, room: float, shard_size: int) -> str:
-    """That it does not fit, what is largest, and what would help: one change, all of them, or more devices as well."""
+    """A sentence: it does not fit, what is largest, and which change, changes, or number of devices would help."""
 
     def fits(changed: Workload, ranks: int = world) -> bool:
         of: Strategy = "fsdp2" if ranks > 1 else strategy

@@ -1,6 +1,6 @@
-"""What a run would do, worked out from configuration files alone: `--dry-run`, and the choices behind `auto`.
+"""The plan of a run: rows, memory, traffic and the parallel strategy, worked out from configuration files alone.
 
-The transformer is built on the meta device, so nothing is loaded and a model of any size is planned in a second or two.
+The transformer is built on the meta device: nothing is loaded, and a model of any size is planned in a second or two.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Plan:
     resolved: Resolved
     devices: int
     samples: int
-    """Of a round, on all devices; of methods that learn from one rollout several times, of the rollout."""
+    """Samples of a rollout on all devices; under opd a round has a rollout of its own."""
     updates: int
     """Rounds that a rollout serves."""
     student_rows: int
-    """Of a step that is learnt from, on all devices."""
+    """Rows of a step that is learnt from, on all devices."""
     teacher_rows: dict[str, int]
-    """When the teacher's task has a turn."""
+    """Rows of a step by teacher, for one turn of its task."""
     turns: dict[str, float]
-    """Of each task in a round, on average."""
+    """Turns of each task in a round, on average."""
     asked_steps: float
     """Trained steps that a round has a loss at, on average: fewer where steps are queried."""
     round_rows: dict[str, int]
@@ -62,11 +62,11 @@ class Plan:
     weight: list[float]
     lora_modules: int | None
     row: RowCost
-    """Of one row of a forward."""
+    """Cost of one row of a forward."""
     traced: bool
-    """Whether `row` was found by a trace; else it is a rough estimate."""
+    """Whether `row` comes from a trace; otherwise it is a rough estimate."""
     workload: Workload
-    """What memory and traffic follow from."""
+    """The sizes and settings that memory and traffic follow from."""
     strategy: Strategy
     reason: str
     shard_size: int
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Of the fullest device at a round's peak, by purpose (`opd_fast.distributed.memory`)."""
+        """Bytes of the fullest device at a round's peak, by purpose (`opd_fast.distributed.memory`)."""
         return memory(self.workload, self.strategy, self.devices, self.shard_size)
 
     @property
@@ -211,7 +211,7 @@ def _plan(config: Config, model: DiffusionModel, resolved: Resolved, devices: in
 def _workload(
     config: Config, model: DiffusionModel, layers: dict[str, tuple[int, int]] | None, row: RowCost, tasks: int
 ) -> Workload:
-    """What memory and traffic of a round of `tasks` tasks depend on; `layers` are those of a LoRA student."""
+    """The workload of a round of `tasks` tasks; `layers` are those of a LoRA student."""
     parameters = sum(p.numel() for p in model.transformer.parameters())
     adapter = sum(config.student.rank * (i + o) for i, o in (layers or {}).values())
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks(model.transformer)]
@@ -282,8 +282,10 @@ def _asked_steps(config: Config, trained_steps: int) -> float:
 def _rows_of_distillation(
     config: Config, rows: int, steps: int, asked: float, teacher_rows: dict[str, int], turns: dict[str, float]
 ) -> dict[str, int]:
-    """Of a round, from the student's `rows` of a step. Queries end a rollout at the last queried step, which is not
-    taken off the student's forwards."""
+    """The rows of a round, by purpose, where the student has `rows` of them in a step.
+
+    Queries end a rollout at the last queried step; the student's forwards are counted as if they did not.
+    """
     o = config.objective
     rollouts = 2 if o.kind == "ppo" and o.reward_gradient == "return_to_go" else 1  # one without gradient before
     teachers = sum(rows * turns[name] for name, rows in teacher_rows.items())
@@ -298,8 +300,10 @@ def _rows_of_distillation(
 def _rows_of_learning(
     config: Config, rows: int, steps: int, updates: int, teacher_rows: dict[str, int], turns: dict[str, float]
 ) -> dict[str, int]:
-    """Of a round, from the `rows` of a step of a whole rollout, which serves `updates` rounds; GRPO from no more:
-    images of groups without variance are left out."""
+    """The rows of a round, by purpose, where a step of a rollout has `rows` and the rollout serves `updates` rounds.
+
+    GRPO may have fewer, because it leaves out the images of groups without variance.
+    """
     method, drawn = config.train.method, config.sampler.steps / updates
     if method == "sft":
         teachers = sum(rows * turns[name] for name, rows in teacher_rows.items()) * config.sft.images_per_prompt
@@ -316,7 +320,7 @@ def _rows_of_learning(
 def _fit(
     config: Config, workload: Workload, devices: int, ranks_per_node: int, gpu_memory: float
 ) -> tuple[Workload, Strategy, int, str]:
-    """The workload with its checkpointed blocks, the strategy, the ranks of a shard group, and the reason."""
+    """Returns the workload with its checkpointed blocks, the strategy, the ranks of a shard group, and the reason."""
     strategy, shard_size, reason = _strategy(config, workload, devices, ranks_per_node, gpu_memory)
     if config.engine.recompute is None and (
         again := blocks_to_checkpoint(workload, strategy, devices, shard_size, gpu_memory * GIB)
@@ -330,7 +334,7 @@ def _fit(
 def _strategy(
     config: Config, workload: Workload, devices: int, ranks_per_node: int, gpu_memory: float
 ) -> tuple[Strategy, int, str]:
-    """(strategy, ranks of a shard group, why)."""
+    """Returns the strategy, the ranks of a shard group, and the reason."""
     wanted = config.parallel.strategy
     shard_size = config.parallel.shard_size or min(ranks_per_node, devices)
     if wanted == "hsdp" and devices % shard_size:
@@ -366,7 +370,7 @@ def _adapter_values(weights: str) -> int | None:
     try:
         with safe_open(file, framework="pt") as opened:
             return sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError):  # damaged, or None: the loader says so when it comes to it
+    except (SafetensorError, OSError, TypeError):  # damaged, or None: the loader reports it
         return None
 
 
@@ -407,7 +411,7 @@ def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[
 
 
 def _evaluation(config: Config, model: DiffusionModel) -> tuple[int, int]:
-    """(evaluations of the student, rows forwarded in all of them and in judging base and teachers once)."""
+    """Returns how often the student is evaluated, and the rows of all evaluations with one of the base and teachers."""
     e = config.evaluation
     images = sum(_evaluation_images(teacher, config) for teacher in config.teachers if teacher.reward is not None)
     if e.every == 0 or not images:
@@ -420,7 +424,7 @@ def _evaluation(config: Config, model: DiffusionModel) -> tuple[int, int]:
 
 
 def _evaluation_images(teacher: TeacherConfig, config: Config) -> int:
-    """Images of a task in an evaluation; where its prompts cannot be read yet, of as many as are asked for."""
+    """Images of a task in an evaluation; as many as the settings ask for where its prompts cannot be read yet."""
     asked = config.evaluation.prompts
     with contextlib.suppress(ValueError, OSError):
         file = held_out(teacher.prompts, teacher.eval_prompts)

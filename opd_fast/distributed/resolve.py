@@ -1,4 +1,4 @@
-"""What the settings that say auto come to on this machine: device, dtype, switches of the engine."""
+"""The device, the dtype and the engine's switches of a run, where its settings leave the choice to auto."""
 
 from __future__ import annotations
 

@@ -53,10 +53,10 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Its number on its own machine."""
+    """The process's number on its own machine."""
     strategy: Strategy = "single"
     mesh: DeviceMesh | None = None
-    """Of sharded weights: (W,) under fsdp2, (replicas, shards) under hsdp."""
+    """The mesh of sharded weights: (W,) under fsdp2, (replicas, shards) under hsdp."""
     reshard: Reshard = "round"
 
     @property
@@ -79,7 +79,7 @@ class World:
         return own + [own[-1] if own else 0] * padding, len(own)
 
     def gather_samples(self, mine: Tensor, count: int, dim: int = 0) -> Tensor:
-        """All `count` samples' values from every rank's own, in the samples' order.
+        """Gather the values of all `count` samples from the ranks that own them, in the samples' order.
 
         `mine` holds this rank's `rows(count)` along `dim`, or only its own of them; a rank that owns none may give a
         tensor of length 0 there. The result is the same on every rank.
@@ -141,7 +141,7 @@ class World:
 
     @contextlib.contextmanager
     def local_main_first(self) -> Iterator[None]:
-        """The block runs on the first process of each machine, then on its others: they find its files."""
+        """Run the block on the first process of each machine, then on its others, so that they find its files."""
         if self.size > 1 and self.local_rank != 0:
             dist.barrier()
         yield
@@ -221,7 +221,7 @@ def _buckets(parameters: Sequence[nn.Parameter], most: int = 2**28) -> Iterator[
 
 
 def reshard(transformer: nn.Module) -> None:
-    """Give back whatever of sharded weights is still gathered."""
+    """Free the gathered copies of sharded weights."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in transformer.modules():
@@ -230,14 +230,14 @@ def reshard(transformer: nn.Module) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered onto every rank; any other as it is. Collective."""
+    """Gather a sharded tensor onto every rank, collectively; any other tensor is returned as it is."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other as it is."""
+    """This rank's part of a sharded tensor, in the same memory; any other tensor is returned as it is."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

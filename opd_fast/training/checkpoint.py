@@ -91,7 +91,7 @@ class Checkpoints:
         return final
 
     def wait(self) -> None:
-        """Until everything saved lies on the disk. Raises UserError if it could not be written."""
+        """Wait until everything saved lies on the disk. Raises UserError if it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -190,12 +190,12 @@ class Checkpoints:
 
     def _begin(self, temporary: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._mend()
+        self._restore_replaced()
         for leftover in self.directory.glob(".round-*"):  # of an earlier crash
             shutil.rmtree(leftover)
         temporary.mkdir()
 
-    def _mend(self) -> None:
+    def _restore_replaced(self) -> None:
         """Put back a checkpoint that a crash caught between its own renaming and its successor's."""
         for old in self.directory.glob(".round-*.old"):
             final = self.directory / old.name[1 : -len(".old")]
@@ -237,7 +237,7 @@ class Checkpoints:
         if path is not None:
             return Path(path), _verify(Path(path))
         with contextlib.suppress(OSError):  # of a directory that may only be read
-            self._mend()
+            self._restore_replaced()
         found = self._all()
         if not found:
             raise UserError("--resume", f"no checkpoint in {self.directory}", "start the run anew without --resume")
@@ -309,9 +309,9 @@ def _verify(folder: Path) -> dict[str, Any]:
 
 
 def _unwrapped(folder: Path, work: Callable[[], Any]) -> Any:
-    """Call DCP: what it raises, on whatever process, as the UserError it amounts to.
+    """Call DCP, and raise what fails on any process as a UserError.
 
-    Only failures of the disk and of the files themselves are a user's; others keep their own type.
+    Only failures of the disk and of the files themselves become one; others keep their own type.
     """
     from safetensors import SafetensorError
     from torch.distributed.checkpoint import CheckpointException

@@ -1,7 +1,7 @@
-"""What a run is refused for before its first round, told from settings, configuration files and the headers of weights.
+"""The checks before a run. They read settings, configuration files and the headers of weights.
 
-`prepare` raises the first of it before it loads anything, and `--dry-run` prints all of it: what the one refuses, the
-other does. What only loading or running tells is left to these: weights that are NaN, a teacher that yields NaN.
+`prepare` raises the first refusal before it loads anything, and `--dry-run` prints all of them, so that both refuse the
+same. What shows only in loading or running is found there: weights that are NaN, a teacher that yields NaN.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from opd_fast.training.student_init import MERGED, check_mean, check_start
 from opd_fast.training.teachers import BASE, check_teachers
 
 ANCHOR = "the anchor"
-"""Its name; the space keeps it apart from those that teachers may have."""
+"""The anchor's name. A teacher cannot have it, because a teacher's name has no space."""
 
 
 def refusals(planner: Planner, *, sharded: bool, fetches: bool) -> Iterator[ValueError]:
@@ -83,7 +83,7 @@ def _model_checks(config: Config, meta: DiffusionModel, passed_over: set[str]) -
 
 
 def unchecked(config: Config) -> list[str]:
-    """The settings' weights that lie on the hub, which is asked for them only when they are loaded."""
+    """The weights of the settings that lie on the hub; the hub is asked for them only when they are loaded."""
     named = [config.model.path, config.student.start, config.objective.anchor]
     named += [teacher.weights for teacher in frozen_teachers(config)]
     words = ("bundled", BASE, MERGED)
@@ -99,7 +99,7 @@ def unchecked(config: Config) -> list[str]:
 
 
 def _raised(*checks: Callable[[], object]) -> Iterator[ValueError]:
-    """What each check raises, where it is a mistake of the user's and no defect of a library."""
+    """Yields what the checks raise for a user's mistake; other errors, which are defects of a library, are raised."""
     for check in checks:
         try:
             check()
@@ -120,7 +120,7 @@ def _check_device(planner: Planner, sharded: bool) -> None:
 
 
 def _check_text_cache(config: Config) -> None:
-    """That a folder of one's own can be made; the cache of all runs is done without where it cannot."""
+    """Check that a folder of one's own can be made. A run does without the shared cache where that cannot be made."""
     setting = config.model.text_cache
     if setting in ("auto", "off"):
         return
@@ -189,7 +189,7 @@ def evaluation_solver(config: Config, model: DiffusionModel) -> SolverTable:
 def evaluation_task(teacher: TeacherConfig, config: Config, say: Callable[[str], None]) -> EvalTask | None:
     """A teacher's held-out prompts and rewards; None where it has no reward or evaluations are off.
 
-    `say` is told which file is taken where `eval_prompts` names none, and where it has fewer prompts than asked for.
+    `say` gets a line where the file is found without `eval_prompts`, and where it has fewer prompts than asked for.
     """
     if teacher.reward is None or config.evaluation.every == 0:
         return None

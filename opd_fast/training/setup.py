@@ -44,9 +44,9 @@ class Setup:
     prompts: list[list[Prompt]]
     """The training prompts of each teacher's task."""
     sources: list[PromptSource]
-    """Which of them a task's turn takes."""
+    """The choice of the prompts that a task's turn takes."""
     schedule: TaskSchedule
-    """Which tasks a round takes."""
+    """The choice of the tasks that a round takes."""
     tasks: list[EvalTask]
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
@@ -54,7 +54,7 @@ class Setup:
     engaged: Engaged
     """The engine's techniques that are at work."""
     anchor: TeacherBank | None
-    """A bank of one: what the student is held to."""
+    """A bank with the one model that the objective holds the student to."""
 
 
 def prepare(
@@ -208,7 +208,7 @@ def forwards(config: Config, model: DiffusionModel, world: World) -> Forwards:
 
 
 def checkpointed_blocks(planner: Planner) -> int:
-    """engine.recompute, or what a GPU's memory demands."""
+    """Blocks under activation checkpointing: engine.recompute, or as many as a GPU's memory demands."""
     if planner.config.engine.recompute is not None:
         return planner.config.engine.recompute
     return planner.plan.workload.checkpointed if planner.resolved.device.type == "cuda" else 0
