@@ -203,7 +203,7 @@ class _Engine(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Attention that keeps what flash attention (arXiv 2205.14135) does: q (..., L, E), k, v, the result, a float32 a row."""
+    """Keeps what flash attention (arXiv 2205.14135) does: q (..., L, E), k, v, the result, and a float32 a row."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
