@@ -186,10 +186,10 @@ def evaluation_solver(config: Config, model: DiffusionModel) -> SolverTable:
     return solver_table("ode", sigmas, 0.0)
 
 
-def evaluation_task(teacher: TeacherConfig, config: Config, say: Callable[[str], None]) -> EvalTask | None:
+def evaluation_task(teacher: TeacherConfig, config: Config, log: Callable[[str], None]) -> EvalTask | None:
     """A teacher's held-out prompts and rewards; None where it has no reward or evaluations are off.
 
-    `say` gets a line where the file is found without `eval_prompts`, and where it has fewer prompts than asked for.
+    `log` gets a line where the file is found without `eval_prompts`, and where it has fewer prompts than asked for.
     """
     if teacher.reward is None or config.evaluation.every == 0:
         return None
@@ -198,10 +198,10 @@ def evaluation_task(teacher: TeacherConfig, config: Config, say: Callable[[str],
         raise no_held_out(f"teachers.{teacher.name}.eval_prompts", teacher.prompts)
     every, asked = load_prompts(file), config.evaluation.prompts
     if teacher.eval_prompts is None and not teacher.prompts.startswith("bundled/"):
-        say(f"task {teacher.name}: held-out prompts from {file}")
+        log(f"task {teacher.name}: held-out prompts from {file}")
     images = config.evaluation.images(len(every))
     if len(every) < asked:
-        say(
+        log(
             f"task {teacher.name}: {len(every)} held-out prompts in {file}, fewer than evaluation.prompts = {asked}; "
             f"an evaluation draws {images} images of them"
         )

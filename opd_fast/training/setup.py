@@ -59,7 +59,7 @@ class Setup:
 
 def prepare(
     config: Config,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     world: World | None = None,
     backends: Sequence[str] = (),
     planner: Planner | None = None,
@@ -79,18 +79,18 @@ def prepare(
     prompts = [load_prompts(teacher.prompts) for teacher in config.teachers]
     sources = [PromptSource(len(p), config.train.seed, stream) for stream, p in enumerate(prompts)]
     schedule = task_schedule(config)
-    tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config, say)) is not None]
+    tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config, log)) is not None]
 
-    model = _load_model(config, resolved, world, say)
+    model = _load_model(config, resolved, world, log)
     table = rollout_solver(config, model)
     turns = schedule.turns(config.train.rounds)
-    text = _encode(model, config, _texts(config, prompts, sources, turns, tasks), world, say)
+    text = _encode(model, config, _texts(config, prompts, sources, turns, tasks), world, log)
 
     teachers = TeacherBank.load(
         model, frozen_teachers(config), config.engine.placement, offload=config.parallel.offload_teachers
     )
     for teacher in teachers.teachers:
-        say(f"teacher {teacher.name}: {teacher.origin}")
+        log(f"teacher {teacher.name}: {teacher.origin}")
     anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
     gate = Gate.before(config, model, student, teachers, table, text, prompts) if not world.sharded else None
@@ -106,10 +106,10 @@ def prepare(
         recompute=checkpointed_blocks(planner),
         backends=backends,
         world=world,
-        say=say,
+        say=log,
     )
     if engaged.fp8:
-        say(gate.after() if gate is not None else "precision: fp8, its change of the losses not measured")
+        log(gate.after() if gate is not None else "precision: fp8, its change of the losses not measured")
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
     teachers.together = world.sharded and config.engine.placement == "shared"
     shape = model.latent_shape(model.resolution(config.model.resolution))
@@ -117,8 +117,8 @@ def prepare(
     probe = philox_normal(noise_keys(config.train.seed, samples=1).to(resolved.device), shape, INITIAL_NOISE)
     teachers.check(probe, sigma, Conditioning.build(model, text.negative, None, None))
     trainable = sum(p.numel() for p in student.parameters())
-    say(f"student starts from {student.began}")
-    say(f"student trains {trainable:,} parameters in {resolved.dtype}".replace("torch.", "") + f" on {resolved.device}")
+    log(f"student starts from {student.began}")
+    log(f"student trains {trainable:,} parameters in {resolved.dtype}".replace("torch.", "") + f" on {resolved.device}")
     return Setup(
         config=config,
         model=model,
@@ -138,7 +138,7 @@ def prepare(
     )
 
 
-def _load_model(config: Config, resolved: Resolved, world: World, say: Callable[[str], None]) -> DiffusionModel:
+def _load_model(config: Config, resolved: Resolved, world: World, log: Callable[[str], None]) -> DiffusionModel:
     settings = config.model
     torch.backends.cuda.matmul.allow_tf32 = resolved.tf32
     model = load_model(
@@ -155,7 +155,7 @@ def _load_model(config: Config, resolved: Resolved, world: World, say: Callable[
         model.vae.to(resolved.device)
     guidances = [config.student.guidance, config.evaluation.guidance, *(t.guidance for t in config.teachers)]
     if any(guidance is not None for guidance in guidances):
-        say(f"guidance: {model.guidance_meaning}")
+        log(f"guidance: {model.guidance_meaning}")
     if config.evaluation.vae_tiling:
         model.vae.enable_tiling()
     return model
@@ -178,7 +178,7 @@ def _texts(
 
 
 def _encode(
-    model: DiffusionModel, config: Config, texts: Sequence[str], world: World, say: Callable[[str], None]
+    model: DiffusionModel, config: Config, texts: Sequence[str], world: World, log: Callable[[str], None]
 ) -> EmbeddingCache:
     """Embed the texts, or read their embeddings from the store, and free the text encoders."""
     store = TextStore.open(config.model.text_cache, model)
@@ -189,7 +189,7 @@ def _encode(
         text = EmbeddingCache.build(model, texts, progress=progress, store=store)
     model.release_text_encoders()
     read = f", read {len(text) - text.encoded} from {store.folder}" if store is not None else ""
-    say(f"encoded {text.encoded} distinct prompts{read}")
+    log(f"encoded {text.encoded} distinct prompts{read}")
     return text
 
 

@@ -93,7 +93,7 @@ def test_a_round(options: list[str], least: float, most: float) -> None:
     argv = ["bundled", "--train.samples_per_task", "2", "--train.rounds", "2", "--evaluation.every", "0", *options]
     config = parse(argv).config
     plan = make_plan(config)
-    setup = prepare(config, say=lambda text: None)
+    setup = prepare(config, log=lambda text: None)
     optimizer, method = make_optimizer(setup.student, config), OPD(setup)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     method.accumulate(0, scaler)

@@ -82,7 +82,7 @@ def test_loss_of_the_released_code(tmp_path: Path, solver: str, eta: float) -> N
     )
     for teacher in config.teachers:
         teacher.guidance = teacher.weight = 1.0
-    setup = prepare(config, say=lambda text: None)
+    setup = prepare(config, log=lambda text: None)
     method = OPD(setup)
     found = method.accumulate(0, torch.amp.GradScaler("cpu", enabled=False)).sum()
 
