@@ -89,8 +89,8 @@ def predicted(case: str, n: int, found: dict[str, float], alone: float) -> tuple
     network = Network(ranks_per_node=n, intra_bandwidth=bandwidth, intra_latency=latency, share=1)
     plan = make_plan(settings(case, n), n)
     wire = 0.0
-    for c in collectives(plan.load, plan.strategy, n, plan.shard_size, n):
-        parts = plan.blocks if c.purpose != "gradients" or c.kind == "reduce-scatter" else 1
+    for c in collectives(plan.workload, plan.strategy, n, plan.shard_size, n):
+        parts = plan.workload.blocks if c.purpose != "gradients" or c.kind == "reduce-scatter" else 1
         wire += c.count * parts * seconds(c.kind, c.size / parts, c.ranks, network, c.per_node)
     return alone + wire, {"latency_s": latency, "bandwidth_Bps": bandwidth}
 

@@ -81,13 +81,13 @@ def rows(
             student=per_device["student forward"] * plan.row.flops,
             teacher=per_device["teacher forward"] * plan.row.flops,
             backward=1.0 if kind == "lora" else 2.0,
-            blocks=plan.blocks,
+            blocks=plan.workload.blocks,
         )
         for world in worlds:
-            load = replace(plan.load, samples=samples * world, reshard=reshard)
-            size = sum(memory(load, strategy, world).values()) / GIB
-            traffic = sent(collectives(load, strategy, world, ranks_per_node=network.ranks_per_node))
-            time = round_time(load, work, strategy, world, network, rate)
+            workload = replace(plan.workload, samples=samples * world, reshard=reshard)
+            size = sum(memory(workload, strategy, world).values()) / GIB
+            traffic = sent(collectives(workload, strategy, world, ranks_per_node=network.ranks_per_node))
+            time = round_time(workload, work, strategy, world, network, rate)
             found.append(Row(recipe, kind, strategy, world, size, traffic, time))
     return found
 

@@ -47,17 +47,19 @@ def main(argv: list[str]) -> int:
     for config in command.configs:
         check_paths(config)
     quiet_libraries()
+    from opd_fast.distributed.plan import Planner
     from opd_fast.distributed.world import open_world
     from opd_fast.training.loop import train
     from opd_fast.training.stages import train_stages
 
-    with open_world(command.config) as world, ExitStack() as hold:
+    planner = Planner(command.config)
+    with open_world(command.config, planner) as world, ExitStack() as hold:
         run_dir = world.on_first(lambda: prepare_run_dir(command, hold))
         resume, profile = command.resume, command.profile
         if command.stages:
-            train_stages(command.stages, run_dir, resume=resume, profile=profile, world=world)
+            train_stages(command.stages, run_dir, resume=resume, profile=profile, world=world, planner=planner)
         else:
-            train(command.config, run_dir, resume=resume, profile=profile, world=world)
+            train(command.config, run_dir, resume=resume, profile=profile, world=world, planner=planner)
     return 0
 
 
@@ -66,7 +68,8 @@ def _plan(command: Command) -> None:
 
     Raises ValueError, the first of these.
     """
-    from opd_fast.distributed.plan import make_plan, print_plan
+    from opd_fast.distributed.plan import Planner
+    from opd_fast.distributed.plan_table import print_plan
     from opd_fast.distributed.world import check_alone, launched
     from opd_fast.training.preflight import refusals, unchecked
 
@@ -80,9 +83,10 @@ def _plan(command: Command) -> None:
         except UserError as error:
             refused.append(error)
     for config in command.configs:
-        plan = make_plan(config, command.devices, command.gpu_memory)
+        planner = Planner(config, command.devices, command.gpu_memory)
+        plan = planner.plan
         sharded = plan.strategy in ("fsdp2", "hsdp")
-        refused += refusals(config, plan.resolved.dtype, sharded=sharded, fetches=False)
+        refused += refusals(planner, sharded=sharded, fetches=False)
         print_plan(plan, config, command.run_dir, dict.fromkeys(refused), unchecked(config))
     if refused:
         raise refused[0]

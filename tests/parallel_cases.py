@@ -19,7 +19,7 @@ from torch import Tensor
 
 from opd_fast.config import Config
 from opd_fast.data.prompt_files import Prompt
-from opd_fast.distributed.world import launched, open_world, whole
+from opd_fast.distributed.world import full_tensor, launched, open_world
 from opd_fast.reporting.telemetry import Silence
 from opd_fast.training.checkpoint import Checkpoints
 from opd_fast.training.loop import METHODS, Run
@@ -119,13 +119,13 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
     """The gradient of round 0, then a run up to `rounds` rounds, or on from its checkpoint."""
     with open_world(config) as world:
         setup = prepare(config, lambda text: None, world)
-        if world.first:
+        if world.is_main:
             directory.mkdir(parents=True, exist_ok=True)
         if not resume:
             METHODS[config.train.method](setup).accumulate(0, torch.amp.GradScaler("cpu", enabled=False))
             named = setup.student.named_parameters()
-            found = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
-            if world.first:
+            found = {name: full_tensor(p.grad).clone() for name, p in named if p.grad is not None}
+            if world.is_main:
                 save_file(found, directory / "gradient.safetensors")
             for _, parameter in named:
                 parameter.grad = None
@@ -137,7 +137,7 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
                 run.load(*checkpoints.find())
             setup.config.train.rounds = rounds
             run.go(Silence())
-            if world.first:
+            if world.is_main:
                 (directory / "rows.json").write_text(json.dumps(run.rows))
 
 

@@ -30,7 +30,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from opd_fast.distributed.memory import Load, Strategy, shards
+from opd_fast.distributed.memory import Strategy, Workload, shards
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 
@@ -49,7 +49,7 @@ class Network:
     """Seconds of a hop."""
     inter_latency: float = 10e-6
     share: float = 0.8
-    """Of the bandwidths that collectives reach."""
+    """Share of the bandwidths that collectives reach."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Collective:
     size: int
     """Bytes of the whole tensor: what is gathered, reduced or summed."""
     count: int
-    """In a round."""
+    """How often it happens in a round."""
     ranks: int
     per_node: int
-    """Ranks of it that share a node."""
+    """How many of these ranks share a node."""
     purpose: Literal["student", "teacher", "gradients"]
 
     @property
@@ -74,7 +74,7 @@ class Collective:
 
 
 def collectives(
-    load: Load, strategy: Strategy, world: int, shard_size: int = 8, ranks_per_node: int = 8
+    workload: Workload, strategy: Strategy, world: int, shard_size: int = 8, ranks_per_node: int = 8
 ) -> list[Collective]:
     """The traffic of a round; empty for one rank.
 
@@ -87,16 +87,18 @@ def collectives(
     parts = shards(strategy, world, shard_size)
     groups = world // parts
     within, across = min(parts, ranks_per_node), min(groups, max(1, ranks_per_node // parts))
-    weights, gradients = load.parameters * load.itemsize, 4 * load.trainable
+    weights, gradients = workload.parameters * workload.itemsize, 4 * workload.trainable
     found: list[Collective] = []
     if parts > 1:
-        forwards = load.steps * load.forwards_per_step(world)
-        often = 1 if load.reshard == "round" else 2 * forwards
+        forwards = workload.steps * workload.forwards_per_step(world)
+        often = 1 if workload.reshard == "round" else 2 * forwards
         found.append(Collective("all-gather", weights, often, parts, within, "student"))
-        if load.placement == "shared" and not (load.kind == "lora" and load.reshard != "block"):
-            calls = forwards * min(load.tasks, load.forward_samples(world)) if load.reshard != "round" else 1
+        if workload.placement == "shared" and not (workload.kind == "lora" and workload.reshard != "block"):
+            calls = (
+                forwards * min(workload.tasks, workload.forward_samples(world)) if workload.reshard != "round" else 1
+            )
             found.append(Collective("all-gather", weights, calls, parts, within, "teacher"))
-    if load.kind == "lora" or parts == 1:
+    if workload.kind == "lora" or parts == 1:
         found.append(Collective("all-reduce", gradients, 1, world, min(world, ranks_per_node), "gradients"))
         return found
     found.append(Collective("reduce-scatter", gradients, 1, parts, within, "gradients"))
@@ -117,7 +119,7 @@ def sent(found: Iterable[Collective]) -> dict[str, int]:
 
 
 def seconds(kind: Kind, size: float, ranks: int, network: Network, per_node: int | None = None) -> float:
-    """Of one collective of `size` bytes over `ranks`, `per_node` of them to a node (None: as many as it has)."""
+    """Seconds of a collective of `size` bytes over `ranks`, `per_node` of them on a node (None: as many as it has)."""
     g = min(ranks, network.ranks_per_node if per_node is None else per_node)
     within = (network.intra_bandwidth * network.share, network.intra_latency)
     between = (network.inter_bandwidth * network.share, network.inter_latency)
@@ -146,13 +148,13 @@ def _flat(kind: Kind, size: float, n: int, bandwidth: float, latency: float) -> 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one device in a round, in floating-point operations."""
+    """Floating-point operations of one device in a round."""
 
     student: float
     """All student forwards."""
     teacher: float
     backward: float
-    """As a multiple of the student's forwards: 1 for LoRA, 2 for full weights."""
+    """A multiple of the student's forwards: 1 for LoRA, 2 for full weights."""
     blocks: int
     """Repeated blocks of the transformer."""
 
@@ -172,23 +174,23 @@ class RoundTime:
 
 
 def round_time(
-    load: Load, work: Work, strategy: Strategy, world: int, network: Network, rate: float, shard_size: int = 8
+    workload: Workload, work: Work, strategy: Strategy, world: int, network: Network, rate: float, shard_size: int = 8
 ) -> RoundTime:
     """The time of a round whose collectives are those of `collectives`; `rate` is in operations a second."""
     forward, teacher = work.student / rate, work.teacher / rate
     backward = forward * work.backward
     wire = exposed = 0.0
-    for c in collectives(load, strategy, world, shard_size, network.ranks_per_node):
+    for c in collectives(workload, strategy, world, shard_size, network.ranks_per_node):
         if c.purpose == "gradients":
             once = seconds(c.kind, c.size, c.ranks, network, c.per_node)
             wire, exposed = wire + once, exposed + once
             continue
         block = seconds(c.kind, c.size / work.blocks, c.ranks, network, c.per_node)
-        calls = load.steps * load.forwards_per_step(world)
+        calls = workload.steps * workload.forwards_per_step(world)
         spans = [(c.count, teacher / max(c.count, 1))]
         if c.purpose == "student":
             spans = [(min(c.count, calls), forward / calls)]
-            if load.reshard == "block":
+            if workload.reshard == "block":
                 spans.append((calls, backward / calls))
         for count, span in spans:
             hidden = span * (work.blocks - 1) / work.blocks

@@ -1,15 +1,15 @@
-"""What one row costs a transformer, found by a run without numbers: operations, and bytes that autograd keeps.
+"""The cost of one row: operations of a forward, and bytes that autograd keeps, counted in a forward without numbers.
 
-The transformer of an outline lies on the meta device, where a forward computes shapes alone. Counted there are the
-matrix products that really happen (in an MMDiT image tokens and text tokens meet different weights, and modulation runs
-once a row, so 2 x parameters x tokens counts far too many), and the tensors that a student's forward leaves for its
-backward.
+The transformer lies on the meta device, where a forward computes shapes alone. The count covers the matrix products
+that really happen and the tensors that a student's forward leaves for its backward. (2 x parameters x tokens counts far
+too many operations: in an MMDiT image tokens and text tokens meet different weights, and modulation runs once a row.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from opd_fast.engine.merged_lora import merged_linear
 from opd_fast.models.base import DiffusionModel, TextEmbeds
@@ -27,13 +28,18 @@ from opd_fast.models.base import DiffusionModel, TextEmbeds
 _SEQUENCE = ("joint_attention_dim", "cap_feat_dim")
 _POOLED = "pooled_projection_dim"
 
+SAVED_PER_BLOCK = {"lora": 26, "full": 46}
+"""Values of the model's dtype that autograd keeps for each token, unit of width and block, for families that cannot be
+traced. SD3.5-Medium keeps so many in bfloat16, where the norms run in float32; FLUX.1-dev keeps 18 and 31, float32
+models 14 and 25."""
+
 
 @dataclass(frozen=True)
 class RowCost:
-    """Of one row of a forward."""
+    """The cost of one row of a forward."""
 
     flops: int
-    """Of the forward; a multiplication and an addition count as two."""
+    """Operations of the forward; a multiplication and an addition count as two."""
     saved: int
     """Bytes kept for the backward, weights left out."""
 
@@ -43,7 +49,7 @@ def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int
     on half-precision models autocast as CUDA has it. Uncompiled: torch.compile keeps less.
 
     Args:
-        model: an outline. Its transformer's dtype and requires_grad change.
+        model: on the meta device.
         lora: rank by module name, None for full weights.
         resolution: pixels.
 
@@ -51,25 +57,19 @@ def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int
         ValueError: a family whose forward needs numbers, or text of a form that is not known here.
     """
     transformer: Any = model.transformer
-    kind = model.dtype if lora is not None else torch.float32
-    for parameter in transformer.parameters():
-        parameter.data = parameter.data.to(kind)
-        parameter.requires_grad_(lora is None)
     text = _text(model)
     x = torch.empty(1, *model.latent_shape(resolution), device="meta")
     autocast = model.dtype if model.dtype != torch.float32 else None
-    weights = {p.untyped_storage()._cdata for p in transformer.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no storage takes another's place
         return tensor
 
-    from torch.utils.flop_counter import FlopCounterMode
-
     counter, engine = FlopCounterMode(display=False), _Engine(autocast)
     try:
         with (
+            _as_trained(transformer, model.dtype if lora is not None else torch.float32, lora is None) as weights,
             _adapted(transformer, lora or {}) as factors,
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             counter,
@@ -83,6 +83,24 @@ def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int
     weights |= factors | {weight.untyped_storage()._cdata for weight in engine.cast.values()}
     saved = sum(tensor.untyped_storage().nbytes() for found, tensor in kept.items() if found not in weights)
     return RowCost(int(counter.get_total_flops()) + engine.attention, saved)
+
+
+def row_cost_or_estimate(model: DiffusionModel, lora: dict[str, int] | None, resolution: int) -> tuple[RowCost, bool]:
+    """`row_cost`, and whether it was traced: the cost of a family that cannot be traced is estimated from its size."""
+    try:
+        return row_cost(model, lora, resolution), True
+    except ValueError:
+        tokens = model.image_tokens(resolution) + model.text_tokens
+        parameters = sum(p.numel() for p in model.transformer.parameters())
+        saved = SAVED_PER_BLOCK["full" if lora is None else "lora"] * len(model.blocks(model.transformer))
+        return RowCost(2 * parameters * tokens, saved * block_input(model, resolution)), False
+
+
+def block_input(model: DiffusionModel, resolution: int) -> int:
+    """Bytes of one row at the entrance of a block."""
+    # Most of the linear layers read it.
+    width = statistics.mode([m.in_features for m in model.transformer.modules() if isinstance(m, nn.Linear)])
+    return (model.image_tokens(resolution) + model.text_tokens) * width * model.dtype.itemsize
 
 
 def _text(model: DiffusionModel) -> TextEmbeds:
@@ -100,9 +118,26 @@ def _text(model: DiffusionModel) -> TextEmbeds:
 
 
 @contextlib.contextmanager
+def _as_trained(transformer: nn.Module, dtype: torch.dtype, trained: bool) -> Iterator[set[int]]:
+    """Keep the weights as a student does, in `dtype` and with a gradient where they are trained; yields their storages.
+
+    Afterwards they are as they were.
+    """
+    before = [(p, p.data, p.requires_grad) for p in transformer.parameters()]
+    try:
+        for parameter, data, _ in before:
+            parameter.data = data.to(dtype)
+            parameter.requires_grad_(trained)
+        yield {parameter.untyped_storage()._cdata for parameter, _, _ in before}
+    finally:
+        for parameter, data, needs_gradient in before:
+            parameter.data = data
+            parameter.requires_grad_(needs_gradient)
+
+
+@contextlib.contextmanager
 def _adapted(transformer: nn.Module, lora: dict[str, int]) -> Iterator[set[int]]:
-    """LoRA on the named layers as `opd_fast.engine.merged_lora` runs it; the storages of its factors and of the
-    merged weights."""
+    """Run LoRA on the named layers as `opd_fast.engine.merged_lora` does; yields the storages of its factors."""
     layers: list[Any] = []
     storages: set[int] = set()
     held = []
@@ -168,7 +203,7 @@ class _Engine(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """What flash attention (arXiv 2205.14135) returns and keeps: q (..., L, E), k, v, the result, a float32 a row."""
+    """Keeps what flash attention (arXiv 2205.14135) does: q (..., L, E), k, v, the result, and a float32 a row."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

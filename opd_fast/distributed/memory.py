@@ -1,4 +1,4 @@
-"""Bytes on each device by purpose, and the parallel strategy that they leave: pure arithmetic, no torch, no files.
+"""Bytes on each device by purpose, and the parallel strategy that fits: arithmetic without torch and without files.
 
 With P parameters of a transformer, T trained values, w bytes of the model's dtype, M teachers, and the base or the
 masters cut into s shards:
@@ -38,12 +38,12 @@ PREFETCHED = 2
 
 
 @dataclass(frozen=True)
-class Load:
-    """What memory and traffic depend on. Counts are of values unless they say bytes."""
+class Workload:
+    """The sizes and settings that memory and traffic depend on. Sizes count values unless they are said to be bytes."""
 
     kind: Literal["lora", "full"]
     parameters: int
-    """Of one transformer."""
+    """Values of one transformer."""
     trainable: int
     merged: int
     """Weights of the layers that the student's LoRA adapts; 0 for full weights."""
@@ -55,19 +55,19 @@ class Load:
     """Bytes of the model's dtype."""
     teachers: int
     adapters: int
-    """Of all teachers' LoRAs; read where they share the base."""
+    """Values of all teachers' LoRAs, for teachers that share the base."""
     placement: Literal["merged", "shared"]
     offload: bool
     reshard: Reshard
     samples: int
-    """Of a round, on all devices."""
+    """Samples of a round on all devices."""
     micro_batch: int | None
     activation: int
     """Bytes of one sample in a student forward, both branches of guidance."""
     steps: int
     """Trained solver steps."""
     tasks: int
-    """In a round."""
+    """Tasks of a round."""
     blocks: int = 1
     boundary: int = 0
     """Bytes of one sample at the entrance of a block, both branches."""
@@ -76,11 +76,11 @@ class Load:
     kept: int = 0
     """Bytes of each of them."""
     old_policy: bool = False
-    recomputed: int = 0
-    """Blocks of the student that keep their inputs alone and are computed again in the backward."""
+    checkpointed: int = 0
+    """Blocks of the student under activation checkpointing."""
 
     def samples_per_device(self, world: int) -> int:
-        """Of the rank that has most: sample i goes to rank i % world."""
+        """Samples of the rank that has most of them: sample i goes to rank i % world."""
         return math.ceil(self.samples / world)
 
     def forward_samples(self, world: int) -> int:
@@ -92,11 +92,11 @@ class Load:
 
 
 def shards(strategy: Strategy, world: int, shard_size: int) -> int:
-    """Into how many parts what is sharded is cut."""
+    """The number of parts into which a sharded tensor is cut."""
     return {"single": 1, "ddp": 1, "fsdp2": world, "hsdp": min(shard_size, world)}[strategy]
 
 
-def memory(load: Load, strategy: Strategy, world: int = 1, shard_size: int = 8) -> dict[str, int]:
+def memory(workload: Workload, strategy: Strategy, world: int = 1, shard_size: int = 8) -> dict[str, int]:
     """Bytes of the fullest device at the peak of a round, by purpose; see the module's table.
 
     Args:
@@ -104,70 +104,72 @@ def memory(load: Load, strategy: Strategy, world: int = 1, shard_size: int = 8) 
         shard_size: ranks of a group under hsdp.
     """
     s = shards(strategy, world, shard_size)
-    of_masters = s if load.kind == "full" else 1
-    whole = load.parameters * load.itemsize
-    trained = 4 * load.trainable
-    if load.placement == "shared":
-        teachers = 4 * load.adapters
-    elif load.offload:
-        teachers = in_passing(load) if load.teachers else 0
+    of_masters = s if workload.kind == "full" else 1
+    whole = workload.parameters * workload.itemsize
+    trained = 4 * workload.trainable
+    if workload.placement == "shared":
+        teachers = 4 * workload.adapters
+    elif workload.offload:
+        teachers = in_passing(workload) if workload.teachers else 0
     else:
-        teachers = load.teachers * whole
+        teachers = workload.teachers * whole
     return {
         "base": _cut(whole, s),
         "teachers": teachers,
-        "merged layers": load.merged * load.itemsize if s == 1 else 0,
+        "merged layers": workload.merged * workload.itemsize if s == 1 else 0,
         "trained weights": _cut(trained, of_masters),
-        "working copy": working_copy(load, s),
+        "working copy": working_copy(workload, s),
         "gradients": trained + (_cut(trained, s) if of_masters > 1 else 0),
         "optimizer": 2 * _cut(trained, of_masters),
         "average": _cut(trained, of_masters),
-        "activations": activations(load) * load.forward_samples(world),
-        **({"rollout": load.kept * math.ceil(load.drawn / world)} if load.drawn else {}),
-        **({"old policy": trained} if load.old_policy else {}),
+        "activations": activations(workload) * workload.forward_samples(world),
+        **({"rollout": workload.kept * math.ceil(workload.drawn / world)} if workload.drawn else {}),
+        **({"old policy": trained} if workload.old_policy else {}),
     }
 
 
-def activations(load: Load) -> int:
-    """Bytes that a student forward keeps of one sample: blocks that recompute keep their inputs, and one at a time all
-    else. What is outside the blocks counts as theirs.
+def activations(workload: Workload) -> int:
+    """Bytes that a student forward keeps of one sample.
+
+    Blocks under activation checkpointing keep their inputs, and one of them at a time keeps all else as well. What is
+    outside the blocks counts as theirs.
     """
-    if not load.recomputed:
-        return load.activation
-    of_block = load.activation // load.blocks
-    return load.activation - load.recomputed * (of_block - load.boundary) + of_block
+    if not workload.checkpointed:
+        return workload.activation
+    of_block = workload.activation // workload.blocks
+    return workload.activation - workload.checkpointed * (of_block - workload.boundary) + of_block
 
 
-def recomputation(load: Load, strategy: Strategy, world: int, shard_size: int, gpu_memory: float) -> int:
-    """The fewest blocks that must recompute for a round to fit: 0 where it fits as it is, or where none helps.
+def blocks_to_checkpoint(workload: Workload, strategy: Strategy, world: int, shard_size: int, gpu_memory: float) -> int:
+    """The fewest blocks under activation checkpointing with which a round fits; 0 where it fits without, or never.
 
     Args:
         gpu_memory: bytes of a device, of which `RESERVE` stays free.
     """
     room = gpu_memory * (1 - RESERVE)
-    for count in range(load.blocks + 1):
-        if sum(memory(replace(load, recomputed=count), strategy, world, shard_size).values()) <= room:
+    for count in range(workload.blocks + 1):
+        if sum(memory(replace(workload, checkpointed=count), strategy, world, shard_size).values()) <= room:
             return count
     return 0
 
 
-def working_copy(load: Load, s: int) -> int:
+def working_copy(workload: Workload, s: int) -> int:
     """Bytes of weights that live beside the stored ones from a forward to its backward.
 
     Sharded weights are gathered in the model's dtype: all of them, or few blocks at a time under reshard block. Float32
     masters that are not sharded are cast by autocast, which keeps the copies for the backward.
     """
     if s > 1:
-        return load.parameters * load.itemsize if load.reshard != "block" else in_passing(load)
-    return load.parameters * load.itemsize if load.kind == "full" and load.itemsize < 4 else 0
+        return workload.parameters * workload.itemsize if workload.reshard != "block" else in_passing(workload)
+    return workload.parameters * workload.itemsize if workload.kind == "full" and workload.itemsize < 4 else 0
 
 
-def in_passing(load: Load) -> int:
+def in_passing(workload: Workload) -> int:
     """Bytes of a transformer whose blocks come and go: `PREFETCHED` of them, and what is outside them."""
-    return min(PREFETCHED * load.block + load.outside, load.parameters) * load.itemsize
+    return min(PREFETCHED * workload.block + workload.outside, workload.parameters) * workload.itemsize
 
 
-def choose_strategy(load: Load, world: int, gpu_memory: float, shard_size: int = 8) -> tuple[Strategy, str]:
+def choose_strategy(workload: Workload, world: int, gpu_memory: float, shard_size: int = 8) -> tuple[Strategy, str]:
     """The strategy behind parallel.strategy auto, and why in one sentence.
 
     One device takes single. LoRA takes ddp where everything fits on every device, else fsdp2. Full weights take fsdp2.
@@ -176,7 +178,7 @@ def choose_strategy(load: Load, world: int, gpu_memory: float, shard_size: int =
         gpu_memory: bytes of a device, of which `RESERVE` stays free.
     """
 
-    def need(strategy: Strategy, of: Load = load, ranks: int = world) -> int:
+    def need(strategy: Strategy, of: Workload = workload, ranks: int = world) -> int:
         return sum(memory(of, strategy, ranks, shard_size).values())
 
     room = gpu_memory * (1 - RESERVE)
@@ -184,43 +186,43 @@ def choose_strategy(load: Load, world: int, gpu_memory: float, shard_size: int =
     if world == 1:
         if need("single") <= room:
             return "single", f"one device, and {need('single') / GIB:.1f} GiB fit into {room_words}"
-        return "single", f"one device, but {_too_large(load, 'single', 1, room, shard_size)}"
-    if load.kind == "lora" and need("ddp") <= room:
+        return "single", f"one device, but {_too_large(workload, 'single', 1, room, shard_size)}"
+    if workload.kind == "lora" and need("ddp") <= room:
         return "ddp", f"the base with everything beside it, {need('ddp') / GIB:.1f} GiB, fits into {room_words}"
     why = "full weights: masters and moments are sharded"
-    if load.kind == "lora":
+    if workload.kind == "lora":
         why = f"replicated it would take {need('ddp') / GIB:.1f} GiB, more than {room_words}"
     if need("fsdp2") <= room:
         return "fsdp2", f"{why}; sharded over {world} it takes {need('fsdp2') / GIB:.1f} GiB"
-    return "fsdp2", f"{why}; but {_too_large(load, 'fsdp2', world, room, shard_size)}"
+    return "fsdp2", f"{why}; but {_too_large(workload, 'fsdp2', world, room, shard_size)}"
 
 
-def _too_large(load: Load, strategy: Strategy, world: int, room: float, shard_size: int) -> str:
-    """That it does not fit, what is largest, and what would help: one change, all of them, or more devices as well."""
+def _too_large(workload: Workload, strategy: Strategy, world: int, room: float, shard_size: int) -> str:
+    """A sentence: it does not fit, what is largest, and which change, changes, or number of devices would help."""
 
-    def fits(changed: Load, ranks: int = world) -> bool:
+    def fits(changed: Workload, ranks: int = world) -> bool:
         of: Strategy = "fsdp2" if ranks > 1 else strategy
         return sum(memory(changed, of, ranks, shard_size).values()) <= room
 
-    found = memory(load, strategy, world, shard_size)
+    found = memory(workload, strategy, world, shard_size)
     largest = max(found, key=lambda purpose: found[purpose])
     says = f"{sum(found.values()) / GIB:.1f} GiB ({largest} {found[largest] / GIB:.1f}) do not fit into "
     says += f"{room / GIB:.1f} GiB"
     changes: dict[str, dict[str, Any]] = {}
-    if load.recomputed < load.blocks and load.boundary:
-        changes[f"engine.recompute {load.blocks}"] = {"recomputed": load.blocks}
-    if load.forward_samples(world) > 1:
+    if workload.checkpointed < workload.blocks and workload.boundary:
+        changes[f"engine.recompute {workload.blocks}"] = {"checkpointed": workload.blocks}
+    if workload.forward_samples(world) > 1:
         changes["train.micro_batch 1"] = {"micro_batch": 1}
-    if load.placement == "merged" and load.teachers > 1 and not load.offload:
+    if workload.placement == "merged" and workload.teachers > 1 and not workload.offload:
         changes["parallel.offload_teachers true"] = {"offload": True}
-    if load.placement == "merged" and load.teachers:
+    if workload.placement == "merged" and workload.teachers:
         changes["engine.placement shared"] = {"placement": "shared"}
-    if world > 1 and load.reshard != "block":
+    if world > 1 and workload.reshard != "block":
         changes["parallel.reshard block"] = {"reshard": "block"}
-    if enough := [words for words, change in changes.items() if fits(replace(load, **change))]:
+    if enough := [words for words, change in changes.items() if fits(replace(workload, **change))]:
         return f"{says}; {' or '.join(enough)} would do"
     changes.pop("parallel.offload_teachers true", None)  # shared goes further
-    together = replace(load, **{key: value for change in changes.values() for key, value in change.items()})
+    together = replace(workload, **{key: value for change in changes.values() for key, value in change.items()})
     if changes and fits(together):
         return f"{says}; {', '.join(changes)} together would do"
     together = replace(together, reshard="block")
@@ -229,7 +231,7 @@ def _too_large(load: Load, strategy: Strategy, world: int, room: float, shard_si
             return (
                 f"{says}; {', '.join(dict.fromkeys([*changes, 'parallel.reshard block']))} on {ranks} devices would do"
             )
-    smaller = "student.kind lora or a smaller model" if load.kind == "full" else "or a smaller model"
+    smaller = "student.kind lora or a smaller model" if workload.kind == "full" else "or a smaller model"
     return f"{says}; no setting helps: take devices of more memory, {smaller}"
 
 

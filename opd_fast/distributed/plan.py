@@ -1,6 +1,6 @@
-"""What a run would do, worked out from configuration files alone: `--dry-run`, and the choices behind `auto`.
+"""The plan of a run: rows, memory, traffic and the parallel strategy, worked out from configuration files alone.
 
-The transformer is built on the meta device, so nothing is loaded and a model of any size is planned in a second or two.
+The transformer is built on the meta device: nothing is loaded, and a model of any size is planned in a second or two.
 """
 
 from __future__ import annotations
@@ -8,91 +8,29 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from opd_fast.config import Config, TeacherConfig
-from opd_fast.config.paths import held_out
-from opd_fast.config.serialize import config_hash, to_yaml
-from opd_fast.data.prompt_files import load_prompts
+from opd_fast.config.paths import held_out, looks_like_hub_id
+from opd_fast.data.prompt_files import TaskSchedule, load_prompts
 from opd_fast.distributed.communication import collectives, sent
-from opd_fast.distributed.memory import GIB, RESERVE, Load, Strategy, choose_strategy, memory, recomputation
+from opd_fast.distributed.flops import RowCost, block_input, row_cost_or_estimate
+from opd_fast.distributed.memory import GIB, RESERVE, Strategy, Workload, blocks_to_checkpoint, choose_strategy, memory
+from opd_fast.distributed.resolve import Resolved, resolve
 from opd_fast.errors import UserError
+from opd_fast.models import outline_model
+from opd_fast.models.base import DiffusionModel
+from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, find_lora
+from opd_fast.objectives import query_law, step_weights
+from opd_fast.solvers import SolverTable, solver_table
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from opd_fast.distributed.flops import RowCost
-    from opd_fast.models.base import DiffusionModel
-    from opd_fast.solvers import SolverTable
-
-SAVED_PER_BLOCK = {"lora": 26, "full": 46}
-"""For families that cannot be traced (`opd_fast.distributed.flops`): values of the model's dtype that autograd keeps
-for each token, unit of width and block. Those of SD3.5-Medium in bfloat16, where the norms run in float32;
-FLUX.1-dev keeps 18 and 31, float32 models 14 and 25."""
 GPU_MEMORY = 80.0
 """GiB that a plan assumes where there is no GPU to ask."""
-
-
-# --- what auto means --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """The engine's choices where the configuration says auto."""
-
-    device: torch.device
-    dtype: torch.dtype
-    compile: bool
-    graphs: bool
-    tf32: bool
-
-
-def pick_device() -> torch.device:
-    """The CUDA device of this process where there is one, else the CPU."""
-    import torch
-
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def pick_dtype(dtype: str, precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of weights and forwards: `model.dtype`, where auto stands for bfloat16 on a GPU that computes in it,
-    and for float32 elsewhere and wherever `engine.precision` asks for float32 or TF32."""
-    import torch
-
-    if dtype != "auto":
-        chosen = getattr(torch, dtype)
-        assert isinstance(chosen, torch.dtype)
-        return chosen
-    if precision in ("auto", "fp8") and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
-        return torch.bfloat16
-    return torch.float32
-
-
-def resolve(config: Config) -> Resolved:
-    """Device, dtype and switches of a run.
-
-    Raises:
-        UserError: a setting that this machine cannot honour.
-    """
-    device = pick_device()
-    on_gpu = device.type == "cuda"
-    if config.engine.precision == "tf32" and not on_gpu:
-        raise UserError("engine.precision", "tf32 needs a CUDA device", "use auto or float32")
-    return Resolved(
-        device=device,
-        dtype=pick_dtype(config.model.dtype, config.engine.precision, device),
-        compile=config.engine.compile == "on" or (config.engine.compile == "auto" and on_gpu),
-        graphs=config.engine.graphs == "on" or (config.engine.graphs == "auto" and on_gpu),
-        tf32=config.engine.precision == "tf32",
-    )
-
-
-# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -102,18 +40,15 @@ class Plan:
     resolved: Resolved
     devices: int
     samples: int
-    """Of a round, on all devices; of methods that learn from one rollout several times, of the rollout."""
+    """Samples of a rollout on all devices; under opd a round has a rollout of its own."""
     updates: int
     """Rounds that a rollout serves."""
     student_rows: int
-    """Of a step that is learnt from, on all devices."""
+    """Rows of a step that is learnt from, on all devices."""
     teacher_rows: dict[str, int]
-    """When the teacher's task has a turn."""
+    """Rows of a step by teacher, for one turn of its task."""
     turns: dict[str, float]
-    """Of each task in a round, on average."""
-    forwards_per_step: int
-    """Of a device."""
-    trained_steps: int
+    """Turns of each task in a round, on average."""
     asked_steps: float
     """Trained steps that a round has a loss at, on average: fewer where steps are queried."""
     round_rows: dict[str, int]
@@ -125,16 +60,13 @@ class Plan:
     text_tokens: int
     table: SolverTable
     weight: list[float]
-    parameters: int
-    trainable: int
-    blocks: int
     lora_modules: int | None
     row: RowCost
-    """Of one row of a forward."""
+    """Cost of one row of a forward."""
     traced: bool
-    """Whether `row` was found by a trace; else it is a rough estimate."""
-    load: Load
-    """What memory and traffic follow from."""
+    """Whether `row` comes from a trace; otherwise it is a rough estimate."""
+    workload: Workload
+    """The sizes and settings that memory and traffic follow from."""
     strategy: Strategy
     reason: str
     shard_size: int
@@ -146,13 +78,54 @@ class Plan:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Of the fullest device at a round's peak, by purpose (`opd_fast.distributed.memory`)."""
-        return memory(self.load, self.strategy, self.devices, self.shard_size)
+        """Bytes of the fullest device at a round's peak, by purpose (`opd_fast.distributed.memory`)."""
+        return memory(self.workload, self.strategy, self.devices, self.shard_size)
 
     @property
     def sent(self) -> dict[str, int]:
         """Bytes that a rank sends in a round, by kind of collective."""
-        return sent(collectives(self.load, self.strategy, self.devices, self.shard_size, self.ranks_per_node))
+        return sent(collectives(self.workload, self.strategy, self.devices, self.shard_size, self.ranks_per_node))
+
+
+class Planner:
+    """What a run is planned from, and its plan.
+
+    Each of `resolved`, `model` and `plan` is worked out once, when it is first asked for. A door makes one planner for
+    a run and hands it down: the choice of a strategy, the checks before a run and the run's setup read it. Each of the
+    three raises ValueError for settings that this machine or the model's files cannot honour.
+    """
+
+    def __init__(self, config: Config, devices: int | None = None, gpu_memory: float | None = None) -> None:
+        """`devices` and `gpu_memory` are those of `make_plan`."""
+        self.config = config
+        self._devices, self._gpu_memory = devices, gpu_memory
+
+    @cached_property
+    def resolved(self) -> Resolved:
+        """Device, dtype and switches (`resolve`)."""
+        return resolve(self.config)
+
+    @cached_property
+    def model(self) -> DiffusionModel:
+        """The model on the meta device, without weights."""
+        settings = self.config.model
+        return outline_model(
+            settings.path,
+            settings.family,
+            dtype=self.resolved.dtype,
+            max_sequence_length=settings.max_sequence_length,
+            guidance_convention=settings.guidance_convention,
+        )
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of the run."""
+        devices = self._devices or int(os.environ.get("WORLD_SIZE", "1"))
+        gpu_memory, device = self._gpu_memory, self.resolved.device
+        if gpu_memory is None:
+            on_gpu = device.type == "cuda"
+            gpu_memory = torch.cuda.get_device_properties(device).total_memory / GIB if on_gpu else GPU_MEMORY
+        return _plan(self.config, self.model, self.resolved, devices, gpu_memory)
 
 
 def make_plan(config: Config, devices: int | None = None, gpu_memory: float | None = None) -> Plan:
@@ -165,113 +138,66 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     Raises:
         ValueError: the model's folder is missing or damaged, or does not fit the settings.
     """
-    from opd_fast.data.prompt_files import TaskSchedule
-    from opd_fast.models import outline_model
-    from opd_fast.objectives import step_weights
-    from opd_fast.solvers import solver_table
+    return Planner(config, devices, gpu_memory).plan
 
-    resolved = resolve(config)
-    devices = devices or int(os.environ.get("WORLD_SIZE", "1"))
-    gpu_memory = gpu_memory or _own_memory(resolved.device)
-    settings = config.model
-    model = outline_model(
-        settings.path,
-        settings.family,
-        dtype=resolved.dtype,
-        max_sequence_length=settings.max_sequence_length,
-        guidance_convention=settings.guidance_convention,
-    )
-    resolution = model.resolution(settings.resolution)
+
+def task_schedule(config: Config) -> TaskSchedule:
+    """Which tasks each round takes."""
+    train, shares = config.train, [teacher.share for teacher in config.teachers]
+    return TaskSchedule(shares, train.tasks_per_round, train.task_schedule, train.seed, config.trained)
+
+
+def rollout_solver(config: Config, model: DiffusionModel) -> SolverTable:
+    """The solver of the rollout, on the model's own noise levels."""
+    s, resolution = config.sampler, model.resolution(config.model.resolution)
+    return solver_table(s.solver, model.sigmas(s.steps, resolution), s.eta, variance=config.objective.variance)
+
+
+def _plan(config: Config, model: DiffusionModel, resolved: Resolved, devices: int, gpu_memory: float) -> Plan:
+    resolution = model.resolution(config.model.resolution)
     check_guidance(config, model)
-    s = config.sampler
-    table = solver_table(s.solver, model.sigmas(s.steps, resolution), s.eta, variance=config.objective.variance)
-    per_task = config.train.samples_per_task
-    shares = [teacher.share for teacher in config.teachers]
-    schedule = TaskSchedule(shares, config.train.tasks_per_round, config.train.task_schedule, among=config.trained)
-    samples = per_task * schedule.per_round
-    parameters = sum(p.numel() for p in model.transformer.parameters())
+    train = config.train
+    table = rollout_solver(config, model)
+    schedule = task_schedule(config)
     lora = config.student.kind == "lora"
-    layers = lora_modules(model.transformer, model.targets(config.student.targets)) if lora else {}
-    adapter = sum(config.student.rank * (i + o) for i, o in layers.values())
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks(model.transformer)]
-    # A teacher that is not on this machine counts as large as the student's LoRA, or as 1 % of full weights.
-    o = config.objective
-    anchors = [] if o.anchor is None or o.anchor == "base" else [o.anchor]
-    frozen = [teacher.weights for teacher in config.teachers if not config.reinforces] + anchors
-    adapters = sum(_adapter_values(weights) or adapter or parameters // 100 for weights in frozen)
-    row, traced = _row_cost(model, config, layers if lora else None)
-    trained_steps = _trained_steps(config)
-    updates = {"opd": 1, "sft": config.sft.updates}.get(config.train.method, config.rl.updates)
-    own_branches = branches(model, config.student.guidance if config.train.method != "sft" else None)
-    latent = model.latent_shape(resolution)
-    # States, next states and means of the trained steps, or the last latent alone; float32.
-    kept = 4 * math.prod(latent) * (3 * trained_steps if config.train.method == "grpo" else 1)
-    load = Load(
-        kind=config.student.kind,
-        parameters=parameters,
-        trainable=adapter if lora else parameters,
-        merged=sum(i * o for i, o in layers.values()) if lora else 0,
-        block=max(blocks),
-        outside=parameters - sum(blocks),
-        itemsize=resolved.dtype.itemsize,
-        teachers=len(frozen),
-        adapters=adapters,
-        placement=config.engine.placement,
-        offload=config.parallel.offload_teachers,
-        reshard=config.parallel.reshard,
-        samples=-(-samples // updates),
-        micro_batch=config.train.micro_batch,
-        activation=row.saved * own_branches,
-        steps=trained_steps,
-        tasks=schedule.per_round,
-        blocks=len(blocks),
-        boundary=_boundary(model, resolution) * own_branches,
-        drawn=0 if config.train.method == "opd" else samples,
-        kept=kept,
-        old_policy=config.train.method == "nft",
-        recomputed=min(config.engine.recompute or 0, len(blocks)),
-    )
+    layers = lora_modules(model.transformer, model.targets(config.student.targets)) if lora else None
+    ranks = None if layers is None else dict.fromkeys(layers, config.student.rank)
+    row, traced = row_cost_or_estimate(model, ranks, resolution)
+    workload = _workload(config, model, layers, row, schedule.per_round)
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
-    strategy, shard_size, reason = _strategy(config, load, devices, ranks_per_node, gpu_memory)
-    if config.engine.recompute is None and (
-        again := recomputation(load, strategy, devices, shard_size, gpu_memory * GIB)
-    ):
-        load = replace(load, recomputed=again)
-        reason = f"{_strategy(config, load, devices, ranks_per_node, gpu_memory)[2]}, as {again} blocks recompute"
+    workload, strategy, shard_size, reason = _fit(config, workload, devices, ranks_per_node, gpu_memory)
     evaluations, evaluation_rows = _evaluation(config, model)
-    teacher_rows = {t.name: per_task * branches(model, t.guidance) for t in config.teachers if not config.reinforces}
+    own = train.samples_per_task
+    teacher_rows = {t.name: own * branches(model, t.guidance) for t in config.teachers if not config.reinforces}
     turns = {t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)}
-    asked = _asked_steps(config, trained_steps)
-    rows = (
-        _rows_of_distillation(config, samples * own_branches, trained_steps, asked, teacher_rows, turns)
-        if config.train.method == "opd"
-        else _rows_of_learning(config, samples * own_branches, trained_steps, updates, teacher_rows, turns)
+    asked = _asked_steps(config, workload.steps)
+    samples, updates = own * schedule.per_round, _updates(config)
+    rows = samples * _student_branches(config, model)
+    round_rows = (
+        _rows_of_distillation(config, rows, workload.steps, asked, teacher_rows, turns)
+        if train.method == "opd"
+        else _rows_of_learning(config, rows, workload.steps, updates, teacher_rows, turns)
     )
     return Plan(
         resolved=resolved,
         devices=devices,
         samples=samples,
         updates=updates,
-        student_rows=load.samples * own_branches,
+        student_rows=workload.samples * _student_branches(config, model),
         teacher_rows=teacher_rows,
         turns=turns,
-        forwards_per_step=load.forwards_per_step(devices),
-        trained_steps=trained_steps,
         asked_steps=asked,
-        round_rows=rows,
+        round_rows=round_rows,
         resolution=resolution,
-        latent=latent,
+        latent=model.latent_shape(resolution),
         image_tokens=model.image_tokens(resolution),
         text_tokens=model.text_tokens,
         table=table,
-        weight=step_weights(table, config.objective.kind).tolist() if config.train.method == "opd" else [],
-        parameters=parameters,
-        trainable=load.trainable,
-        blocks=len(blocks),
-        lora_modules=len(layers) if lora else None,
+        weight=step_weights(table, config.objective.kind).tolist() if train.method == "opd" else [],
+        lora_modules=None if layers is None else len(layers),
         row=row,
         traced=traced,
-        load=load,
+        workload=workload,
         strategy=strategy,
         reason=reason,
         shard_size=shard_size,
@@ -280,6 +206,57 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         evaluations=evaluations,
         evaluation_rows=evaluation_rows,
     )
+
+
+def _workload(
+    config: Config, model: DiffusionModel, layers: dict[str, tuple[int, int]] | None, row: RowCost, tasks: int
+) -> Workload:
+    """The workload of a round of `tasks` tasks; `layers` are those of a LoRA student."""
+    parameters = sum(p.numel() for p in model.transformer.parameters())
+    adapter = sum(config.student.rank * (i + o) for i, o in (layers or {}).values())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks(model.transformer)]
+    # A teacher that is not on this machine counts as large as the student's LoRA, or as 1 % of full weights.
+    anchor = config.objective.anchor
+    frozen = [teacher.weights for teacher in config.teachers if not config.reinforces]
+    frozen += [] if anchor is None or anchor == "base" else [anchor]
+    samples, steps, method = config.train.samples_per_task * tasks, _trained_steps(config), config.train.method
+    resolution, rows = model.resolution(config.model.resolution), _student_branches(config, model)
+    return Workload(
+        kind=config.student.kind,
+        parameters=parameters,
+        trainable=parameters if layers is None else adapter,
+        merged=sum(i * o for i, o in (layers or {}).values()),
+        block=max(blocks),
+        outside=parameters - sum(blocks),
+        itemsize=model.dtype.itemsize,
+        teachers=len(frozen),
+        adapters=sum(_adapter_values(weights) or adapter or parameters // 100 for weights in frozen),
+        placement=config.engine.placement,
+        offload=config.parallel.offload_teachers,
+        reshard=config.parallel.reshard,
+        samples=-(-samples // _updates(config)),
+        micro_batch=config.train.micro_batch,
+        activation=row.saved * rows,
+        steps=steps,
+        tasks=tasks,
+        blocks=len(blocks),
+        boundary=block_input(model, resolution) * rows,
+        drawn=0 if method == "opd" else samples,
+        # States, next states and means of the trained steps, or the last latent alone; float32.
+        kept=4 * math.prod(model.latent_shape(resolution)) * (3 * steps if method == "grpo" else 1),
+        old_policy=method == "nft",
+        checkpointed=min(config.engine.recompute or 0, len(blocks)),
+    )
+
+
+def _student_branches(config: Config, model: DiffusionModel) -> int:
+    """Rows that a sample takes in a forward that the student learns from."""
+    return branches(model, config.student.guidance if config.train.method != "sft" else None)
+
+
+def _updates(config: Config) -> int:
+    """Rounds that a rollout serves."""
+    return {"opd": 1, "sft": config.sft.updates}.get(config.train.method, config.rl.updates)
 
 
 def _trained_steps(config: Config) -> int:
@@ -294,8 +271,6 @@ def _trained_steps(config: Config) -> int:
 
 
 def _asked_steps(config: Config, trained_steps: int) -> float:
-    from opd_fast.objectives import query_law
-
     o = config.objective
     if o.queries is None:
         return float(trained_steps)
@@ -307,8 +282,10 @@ def _asked_steps(config: Config, trained_steps: int) -> float:
 def _rows_of_distillation(
     config: Config, rows: int, steps: int, asked: float, teacher_rows: dict[str, int], turns: dict[str, float]
 ) -> dict[str, int]:
-    """Of a round, from the student's `rows` of a step. Queries end a rollout at the last queried step, which is not
-    taken off the student's forwards."""
+    """The rows of a round, by purpose, where the student has `rows` of them in a step.
+
+    Queries end a rollout at the last queried step; the student's forwards are counted as if they did not.
+    """
     o = config.objective
     rollouts = 2 if o.kind == "ppo" and o.reward_gradient == "return_to_go" else 1  # one without gradient before
     teachers = sum(rows * turns[name] for name, rows in teacher_rows.items())
@@ -323,8 +300,10 @@ def _rows_of_distillation(
 def _rows_of_learning(
     config: Config, rows: int, steps: int, updates: int, teacher_rows: dict[str, int], turns: dict[str, float]
 ) -> dict[str, int]:
-    """Of a round, from the `rows` of a step of a whole rollout, which serves `updates` rounds; GRPO from no more:
-    images of groups without variance are left out."""
+    """The rows of a round, by purpose, where a step of a rollout has `rows` and the rollout serves `updates` rounds.
+
+    GRPO may have fewer, because it leaves out the images of groups without variance.
+    """
     method, drawn = config.train.method, config.sampler.steps / updates
     if method == "sft":
         teachers = sum(rows * turns[name] for name, rows in teacher_rows.items()) * config.sft.images_per_prompt
@@ -338,10 +317,24 @@ def _rows_of_learning(
     return found | ({"base forward": learnt} if config.base_weight > 0 else {})
 
 
+def _fit(
+    config: Config, workload: Workload, devices: int, ranks_per_node: int, gpu_memory: float
+) -> tuple[Workload, Strategy, int, str]:
+    """Returns the workload with its checkpointed blocks, the strategy, the ranks of a shard group, and the reason."""
+    strategy, shard_size, reason = _strategy(config, workload, devices, ranks_per_node, gpu_memory)
+    if config.engine.recompute is None and (
+        again := blocks_to_checkpoint(workload, strategy, devices, shard_size, gpu_memory * GIB)
+    ):
+        workload = replace(workload, checkpointed=again)
+        reason = _strategy(config, workload, devices, ranks_per_node, gpu_memory)[2]
+        reason += f", with activation checkpointing of {again} blocks"
+    return workload, strategy, shard_size, reason
+
+
 def _strategy(
-    config: Config, load: Load, devices: int, ranks_per_node: int, gpu_memory: float
+    config: Config, workload: Workload, devices: int, ranks_per_node: int, gpu_memory: float
 ) -> tuple[Strategy, int, str]:
-    """(strategy, ranks of a shard group, why)."""
+    """Returns the strategy, the ranks of a shard group, and the reason."""
     wanted = config.parallel.strategy
     shard_size = config.parallel.shard_size or min(ranks_per_node, devices)
     if wanted == "hsdp" and devices % shard_size:
@@ -350,14 +343,14 @@ def _strategy(
         )
     if wanted == "single" and devices > 1:
         raise UserError("parallel.strategy", f"single on {devices} devices", "give auto, ddp, fsdp2 or hsdp")
-    chosen, reason = choose_strategy(load, devices, gpu_memory * GIB, shard_size)
+    chosen, reason = choose_strategy(workload, devices, gpu_memory * GIB, shard_size)
     if config.train.method != "opd" and chosen not in ("single", "ddp"):
-        need = sum(memory(load, "ddp", devices, shard_size).values()) / GIB
+        need = sum(memory(workload, "ddp", devices, shard_size).values()) / GIB
         return "ddp", shard_size, f"{config.train.method} shards no weights, but {need:.1f} GiB do not fit"
     if wanted == "auto":
         return chosen, shard_size, reason
     why = "as parallel.strategy says"
-    need = sum(memory(load, wanted, devices, shard_size).values()) / GIB
+    need = sum(memory(workload, wanted, devices, shard_size).values()) / GIB
     if need > gpu_memory * (1 - RESERVE):
         why += f", but {need:.1f} GiB do not fit into the {gpu_memory * (1 - RESERVE):.1f} GiB that may be filled"
     if wanted != chosen:
@@ -365,45 +358,8 @@ def _strategy(
     return wanted, shard_size, why
 
 
-def _own_memory(device: torch.device) -> float:
-    """GiB of the GPU, or what stands for it."""
-    import torch
-
-    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else GPU_MEMORY
-
-
-def _row_cost(model: DiffusionModel, config: Config, layers: dict[str, tuple[int, int]] | None) -> tuple[RowCost, bool]:
-    """The cost of a row by a trace, or, of a family that cannot be traced, by its size; and which of the two."""
-    from opd_fast.distributed.flops import RowCost, row_cost
-
-    lora = None if layers is None else dict.fromkeys(layers, config.student.rank)
-    resolution = model.resolution(config.model.resolution)
-    try:
-        return row_cost(model, lora, resolution), True
-    except ValueError:
-        transformer: Any = model.transformer
-        tokens = model.image_tokens(resolution) + model.text_tokens
-        parameters = sum(p.numel() for p in transformer.parameters())
-        saved = SAVED_PER_BLOCK[config.student.kind] * len(model.blocks(transformer))
-        return RowCost(2 * parameters * tokens, saved * _boundary(model, resolution)), False
-
-
-def _boundary(model: DiffusionModel, resolution: int) -> int:
-    """Bytes of the residual stream of a row."""
-    from torch import nn
-
-    # It feeds most of the linear layers.
-    width = statistics.mode([m.in_features for m in model.transformer.modules() if isinstance(m, nn.Linear)])
-    return (model.image_tokens(resolution) + model.text_tokens) * width * model.dtype.itemsize
-
-
 def _adapter_values(weights: str) -> int | None:
     """Values of a LoRA that lies on this machine; None for anything else."""
-    from safetensors import SafetensorError, safe_open
-
-    from opd_fast.config.paths import looks_like_hub_id
-    from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, find_lora
-
     if looks_like_hub_id(weights) and not weights.startswith("bundled/"):
         return None
     found = find_lora(weights)
@@ -414,7 +370,7 @@ def _adapter_values(weights: str) -> int | None:
     try:
         with safe_open(file, framework="pt") as opened:
             return sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError):  # damaged, or None: the loader says so when it comes to it
+    except (SafetensorError, OSError, TypeError):  # damaged, or None: the loader reports it
         return None
 
 
@@ -443,23 +399,19 @@ def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[
     Raises:
         UserError: a target that names none.
     """
-    from torch import nn
-
     linear = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
-    for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in linear):
+    named = {t: {name for name in linear if name == t or name.endswith("." + t)} for t in targets}
+    for target, names in named.items():
+        if not names:
             raise UserError(
                 "student.targets", f"no linear layer is named {target}", "use attention, all or other names"
             )
-    return {
-        name: (m.in_features, m.out_features)
-        for name, m in linear.items()
-        if any(name == target or name.endswith("." + target) for target in targets)
-    }
+    wanted = set().union(*named.values())
+    return {name: (m.in_features, m.out_features) for name, m in linear.items() if name in wanted}
 
 
 def _evaluation(config: Config, model: DiffusionModel) -> tuple[int, int]:
-    """(evaluations of the student, rows forwarded in all of them and in judging base and teachers once)."""
+    """Returns how often the student is evaluated, and the rows of all evaluations with one of the base and teachers."""
     e = config.evaluation
     images = sum(_evaluation_images(teacher, config) for teacher in config.teachers if teacher.reward is not None)
     if e.every == 0 or not images:
@@ -472,117 +424,9 @@ def _evaluation(config: Config, model: DiffusionModel) -> tuple[int, int]:
 
 
 def _evaluation_images(teacher: TeacherConfig, config: Config) -> int:
-    """Images of a task in an evaluation; where its prompts cannot be read yet, of as many as are asked for."""
+    """Images of a task in an evaluation; as many as the settings ask for where its prompts cannot be read yet."""
     asked = config.evaluation.prompts
     with contextlib.suppress(ValueError, OSError):
         file = held_out(teacher.prompts, teacher.eval_prompts)
         asked = asked if file is None else len(load_prompts(file))
     return config.evaluation.images(asked)
-
-
-# --- printing ---------------------------------------------------------------------------------------------------------
-
-
-def print_plan(
-    plan: Plan, config: Config, run_dir: Path, refused: Iterable[ValueError] = (), unchecked: Iterable[str] = ()
-) -> None:
-    """Print the settings and the plan, what a run would be refused for, and weights of the hub that were not looked
-    at."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe has no width to fit
-        console = Console(highlight=False, width=140)
-    console.rule(f"settings {config_hash(config)}", align="left")
-    console.print(to_yaml(config).rstrip(), markup=False)
-    console.rule("plan", align="left")
-    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in _facts(plan, config, run_dir):
-        facts.add_row(f"[dim]{name}", escape(value))
-    console.print(facts)
-    t = plan.table
-    variance = f", {config.objective.variance}" if plan.weight else ""
-    console.rule(f"solver {t.solver}, eta {t.eta:g}{variance}", align="left")
-    rows = Table(box=None, header_style="dim")
-    for name in ("step", "sigma", "a", "b", "h", "std", *(("weight", "trained") if plan.weight else ())):
-        rows.add_column(name, justify="right", no_wrap=True)
-    for j in range(t.steps):
-        numbers = [float(column[j]) + 0.0 for column in (t.sigmas, t.a, t.b, t.h, t.std)]
-        trained = (f"{plan.weight[j]:.3e}", "yes" if j < plan.trained_steps else "no") if plan.weight else ()
-        rows.add_row(str(j), *(f"{number:.5f}" for number in numbers), *trained)
-    console.print(rows)
-    if lines := [str(error) for error in refused]:
-        console.rule("a run would be refused", align="left")
-        console.print("\n".join(lines), markup=False)
-    if names := list(unchecked):
-        console.rule("on the hub, checked when a run begins", align="left")
-        console.print("\n".join(names), markup=False)
-
-
-def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
-    r = plan.resolved
-    switches = f"compile {'on' if r.compile else 'off'}, graphs {'on' if r.graphs else 'off'}"
-    tasks = f"{len(config.trained)} tasks of {config.train.samples_per_task}"
-    if plan.samples < len(config.trained) * config.train.samples_per_task:
-        tasks = f"{config.train.tasks_per_round} of {tasks}"
-    if config.train.task_schedule == "weighted":
-        tasks += " (" + ", ".join(f"{name} {turns:.2f}" for name, turns in plan.turns.items()) + " turns on average)"
-    work = ", ".join(f"{name} {rows}" for name, rows in plan.round_rows.items())
-    c, h, w = plan.latent
-    own = " (the pipeline's own)" if config.model.resolution is None else ""
-    again = f"; {plan.load.recomputed} of {plan.blocks} blocks recompute theirs" if plan.load.recomputed else ""
-    lora = "" if plan.lora_modules is None else f" in {plan.lora_modules} LoRA modules of rank {config.student.rank}"
-    teachers = ", ".join(f"{name} ({rows},{c},{h},{w})" for name, rows in plan.teacher_rows.items())
-    total = sum(plan.round_rows.values()) * config.train.rounds
-    sizes = plan.bytes
-    traffic = ", ".join(f"{kind} {_size(size)}" for kind, size in plan.sent.items())
-    group = f" in groups of {plan.shard_size}" if plan.strategy == "hsdp" else ""
-    found = "traced" if plan.traced else "a rough estimate, as the family cannot be traced"
-    many = plan.devices > 1
-    idle = max(0, plan.devices - plan.samples)
-    evaluation = "off"
-    if plan.evaluations:
-        evaluation = f"{plan.evaluations} times; {plan.evaluation_rows:,} forward rows with base and teachers"
-    distils = config.train.method == "opd"
-    rounds = f"{config.train.rounds} of {plan.samples} samples: {tasks}"
-    if not distils:
-        each = "" if plan.updates == 1 else f", which serves {plan.updates} rounds"
-        rounds = f"{config.train.rounds} of {config.train.method}; a rollout has {plan.samples} images: {tasks}{each}"
-    steps = f"{plan.table.steps}, of which {plan.trained_steps} are run and trained"
-    if not distils:
-        steps = f"{plan.table.steps}; an image is learnt from at {plan.trained_steps}"
-    return [
-        ("run directory", str(run_dir)),
-        ("device", f"{r.device}, {str(r.dtype).removeprefix('torch.')}{', TF32' if r.tf32 else ''}, {switches}"),
-        ("resolution", f"{plan.resolution} pixels{own}, latents ({c},{h},{w})"),
-        ("rounds", rounds),
-        ("solver steps", steps),
-        (
-            "student batch",
-            f"({plan.student_rows},{c},{h},{w})"
-            + (f" on {plan.devices} devices, each" if many else "")
-            + f" in {plan.forwards_per_step} forward(s) a step"
-            + (f"; {idle} of the devices have no sample of their own" if idle else ""),
-        ),
-        *((("teacher batch", f"{teachers} a step"),) if teachers else ()),
-        ("rows of a round", f"{work}  (a guided sample is two rows)"),
-        ("rows of the run", f"{total:,}"),
-        ("tokens of a row", f"{plan.image_tokens} image + {plan.text_tokens} text"),
-        ("parameters", f"{plan.parameters:,} in the transformer, {plan.trainable:,} trained{lora}"),
-        ("cost of a row", f"{plan.row.flops / 1e9:,.1f} GFLOP forward, {_size(plan.row.saved)} kept ({found})"),
-        ("strategy", f"{plan.strategy}{group} on {plan.devices} device(s) of {plan.gpu_memory:g} GiB: {plan.reason}"),
-        ("memory of a device", f"{_size(sum(sizes.values()))} at a round's peak, of which"),
-        *(("", f"{name} {_size(size)}{again if name == 'activations' else ''}") for name, size in sizes.items()),
-        ("sent by a rank", f"{traffic or 'nothing'} a round"),
-        ("evaluations", evaluation),
-    ]
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
-        size /= 1024
-    raise AssertionError

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from opd_fast.config import Config
 from opd_fast.distributed.memory import Reshard, Strategy
+from opd_fast.distributed.plan import Planner
 from opd_fast.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -52,14 +53,14 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Its number on its own machine."""
+    """The process's number on its own machine."""
     strategy: Strategy = "single"
     mesh: DeviceMesh | None = None
-    """Of sharded weights: (W,) under fsdp2, (replicas, shards) under hsdp."""
+    """The mesh of sharded weights: (W,) under fsdp2, (replicas, shards) under hsdp."""
     reshard: Reshard = "round"
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the run's files and speaks for all."""
         return self.rank == 0
 
@@ -77,8 +78,8 @@ class World:
         padding = -(-count // self.size) - len(own)
         return own + [own[-1] if own else 0] * padding, len(own)
 
-    def collect(self, mine: Tensor, count: int, dim: int = 0) -> Tensor:
-        """All `count` samples' values from every rank's own, in the samples' order.
+    def gather_samples(self, mine: Tensor, count: int, dim: int = 0) -> Tensor:
+        """Gather the values of all `count` samples from the ranks that own them, in the samples' order.
 
         `mine` holds this rank's `rows(count)` along `dim`, or only its own of them; a rank that owns none may give a
         tensor of length 0 there. The result is the same on every rank.
@@ -103,12 +104,15 @@ class World:
         dist.all_reduce(found)
         return found / self.size
 
-    def everyone(self, mine: Sequence[T]) -> list[T]:
-        """All ranks' items, which pickle can hold, rank after rank; the same on every rank."""
+    def all_gather_objects(self, mine: Sequence[T], group: dist.ProcessGroup | None = None) -> list[T]:
+        """Gather all ranks' items, which pickle can hold, rank after rank; the same on every rank.
+
+        `group`, where given, is another group of all ranks that carries the messages.
+        """
         if self.size == 1:
             return list(mine)
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, list(mine))
+        dist.all_gather_object(found, list(mine), group)
         return [item for items in found for item in items]
 
     def any(self, flag: bool, device: torch.device) -> bool:
@@ -119,25 +123,25 @@ class World:
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         return bool(asked.item())
 
-    def on_first(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0 alone. Its result, or the UserError it raised, is every rank's."""
+    def on_first(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """Do `work` on rank 0 alone. Its result, or the UserError it raised, is every rank's; `group` as above."""
         if self.size == 1:
             return work()
         outcome: list[Any] = [None]
-        if self.first:
+        if self.is_main:
             try:
                 outcome = [work()]
             except UserError as error:
                 outcome = [error]
-        dist.broadcast_object_list(outcome)
+        dist.broadcast_object_list(outcome, group=group)
         if isinstance(outcome[0], UserError):
             raise outcome[0]
         result: T = outcome[0]
         return result
 
     @contextlib.contextmanager
-    def first_here(self) -> Iterator[None]:
-        """The block runs on the first process of each machine, then on its others: they find its files."""
+    def local_main_first(self) -> Iterator[None]:
+        """Run the block on the first process of each machine, then on its others, so that they find its files."""
         if self.size > 1 and self.local_rank != 0:
             dist.barrier()
         yield
@@ -216,8 +220,8 @@ def _buckets(parameters: Sequence[nn.Parameter], most: int = 2**28) -> Iterator[
         yield bucket
 
 
-def release(transformer: nn.Module) -> None:
-    """Give back whatever of sharded weights is still gathered."""
+def reshard(transformer: nn.Module) -> None:
+    """Free the gathered copies of sharded weights."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in transformer.modules():
@@ -225,15 +229,15 @@ def release(transformer: nn.Module) -> None:
             module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered onto every rank; any other as it is. Collective."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor onto every rank, collectively; any other tensor is returned as it is."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other as it is."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in the same memory; any other tensor is returned as it is."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -251,10 +255,11 @@ def check_alone(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def open_world(config: Config) -> Iterator[World]:
-    """The processes of this run, joined; left again at the end.
+def open_world(config: Config, planner: Planner | None = None) -> Iterator[World]:
+    """Join the processes of this run, and leave them at the end of the block.
 
-    Without a launcher it is a process alone. Raises UserError for a strategy that the launch does not allow.
+    Without a launcher it is a process alone. `planner` is that of `config`, where the caller has one; the strategy
+    behind auto is read from its plan. Raises UserError for a strategy that the launch does not allow.
     """
     size = launched()
     if size is None:
@@ -281,7 +286,7 @@ def open_world(config: Config) -> Iterator[World]:
         backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=timeout
     )
     try:
-        chosen = _strategy(config, size)
+        chosen = _strategy(config, size, planner or Planner(config, size))
         mesh = _mesh(config, chosen, size, "cuda" if on_gpu else "cpu")
         yield World(rank, size, local_rank, chosen, mesh, config.parallel.reshard)
     except RuntimeError as error:
@@ -296,17 +301,13 @@ def open_world(config: Config) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _strategy(config: Config, size: int) -> Strategy:
+def _strategy(config: Config, size: int, planner: Planner) -> Strategy:
     asked = config.parallel.strategy
     if asked == "single" and size > 1:
         raise UserError("parallel.strategy", f"single, with {size} processes", "give auto, or start one process")
     if asked != "auto":
         return asked
-    if size == 1:
-        return "single"
-    from opd_fast.distributed.plan import make_plan
-
-    return make_plan(config, size).strategy
+    return "single" if size == 1 else planner.plan.strategy
 
 
 def _mesh(config: Config, strategy: Strategy, size: int, device: str) -> DeviceMesh | None:

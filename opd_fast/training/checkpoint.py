@@ -91,7 +91,7 @@ class Checkpoints:
         return final
 
     def wait(self) -> None:
-        """Until everything saved lies on the disk. Raises UserError if it could not be written."""
+        """Wait until everything saved lies on the disk. Raises UserError if it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -185,17 +185,17 @@ class Checkpoints:
         digests = self._digests(temporary)
         header = {"version": VERSION, "round": round, "sha256": digests, **meta}
         self._by_first(final, lambda: self._commit(temporary, final, header))
-        if afterwards is not None and self.world.first:
+        if afterwards is not None and self.world.is_main:
             afterwards()
 
     def _begin(self, temporary: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._mend()
+        self._restore_replaced()
         for leftover in self.directory.glob(".round-*"):  # of an earlier crash
             shutil.rmtree(leftover)
         temporary.mkdir()
 
-    def _mend(self) -> None:
+    def _restore_replaced(self) -> None:
         """Put back a checkpoint that a crash caught between its own renaming and its successor's."""
         for old in self.directory.glob(".round-*.old"):
             final = self.directory / old.name[1 : -len(".old")]
@@ -208,13 +208,7 @@ class Checkpoints:
         for path in sorted(folder.glob(f"shard-{self.world.rank + 1:05d}-*.safetensors")):
             _sync(path)
             mine[path.name] = _sha256(path)
-        if self.world.size == 1:
-            return mine
-        import torch.distributed as dist
-
-        everyone: list[dict[str, str]] = [{}] * self.world.size
-        dist.all_gather_object(everyone, mine, group=self._group)
-        return {name: digest for part in everyone for name, digest in part.items()}
+        return dict(self.world.all_gather_objects(list(mine.items()), self._group))
 
     def _commit(self, temporary: Path, final: Path, header: dict[str, Any]) -> None:
         text = json.dumps({**header, "digest": _digest(header)}, indent=1)
@@ -228,18 +222,14 @@ class Checkpoints:
 
     def _by_first(self, final: Path, work: Callable[[], None]) -> None:
         """Rank 0 works while the others wait; where it fails all of them raise."""
-        failure: list[UserError | None] = [None]
-        if self.world.first:
+
+        def checked() -> None:
             try:
                 work()
             except OSError as error:
-                failure = [_unwritable(final, error)]
-        if self.world.size > 1:
-            import torch.distributed as dist
+                raise _unwritable(final, error) from error
 
-            dist.broadcast_object_list(failure, group=self._group)
-        if failure[0] is not None:
-            raise failure[0]
+        self.world.on_first(checked, self._group)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -247,7 +237,7 @@ class Checkpoints:
         if path is not None:
             return Path(path), _verify(Path(path))
         with contextlib.suppress(OSError):  # of a directory that may only be read
-            self._mend()
+            self._restore_replaced()
         found = self._all()
         if not found:
             raise UserError("--resume", f"no checkpoint in {self.directory}", "start the run anew without --resume")
@@ -319,9 +309,9 @@ def _verify(folder: Path) -> dict[str, Any]:
 
 
 def _unwrapped(folder: Path, work: Callable[[], Any]) -> Any:
-    """Call DCP: what it raises, on whatever process, as the UserError it amounts to.
+    """Call DCP, and raise what fails on any process as a UserError.
 
-    Only failures of the disk and of the files themselves are a user's; others keep their own type.
+    Only failures of the disk and of the files themselves become one; others keep their own type.
     """
     from safetensors import SafetensorError
     from torch.distributed.checkpoint import CheckpointException

@@ -143,15 +143,15 @@ def evaluate(
             if progress is not None:
                 progress(done, total)
         none = torch.empty(0, dtype=torch.float64)  # this process may own no prompt
-        everyone = {name: world.collect(torch.cat([none, *parts]), task.count) for name, parts in scores.items()}
+        everyone = {name: world.gather_samples(torch.cat([none, *parts]), task.count) for name, parts in scores.items()}
         means[task.name] = {name: float(values.nanmean()) for name, values in everyone.items()}
         if keep:
-            kept[task.name] = world.collect(torch.cat(images_kept), keep)
+            kept[task.name] = world.gather_samples(torch.cat(images_kept), keep)
     told = set() if told is None else told
     failed: dict[tuple[str, str], str] = {}
-    for reason, message in world.everyone(list(jury.messages.items())):
+    for reason, message in world.all_gather_objects(list(jury.messages.items())):
         failed.setdefault(reason, message)
-        if reason not in told and world.first:
+        if reason not in told and world.is_main:
             print(f"evaluation: {message}", file=sys.stderr, flush=True)
         told.add(reason)
     return Evaluation(means, kept, failed)

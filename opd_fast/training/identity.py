@@ -1,6 +1,6 @@
-"""What a run's numbers follow from, identified so that a resumed run can be held to it.
+"""The identity of the sources that a run's numbers follow from, and its comparison when a run is resumed.
 
-`identify` hashes the files and prompts that the settings name, and `compare` holds a resumed run to what its checkpoint
+`identify` hashes the files and prompts that the settings name, and `compare` checks them against what the checkpoint
 recorded. Prompts count with their texts, metadata and order, whatever file holds them; files count with their content,
 wherever they lie. `digest` says which edits of large weights it sees.
 """
@@ -25,14 +25,14 @@ from opd_fast.config.serialize import from_dict, refuse_unsafe_changes, sections
 from opd_fast.errors import UserError
 
 Sources = dict[str, dict[str, str]]
-"""Setting to {file below what it names, or "" for itself: what identifies its content}."""
+"""By setting: {file below the path that it names, or "" for the path itself: the hash of its content}."""
 
 WHOLE_FILE = 64 * 2**20
 """Bytes up to which a file of weights is hashed from end to end."""
 SAMPLE = 4096
-"""Bytes of a sample of a larger one."""
+"""Bytes of each sample of a larger file."""
 STRIDE = 4 * 2**20
-"""Bytes of a tensor for each of its samples; it has three at least."""
+"""Bytes of a tensor for each of its samples; a tensor has at least three samples."""
 _READ = (".safetensors", ".json", ".txt", ".model", ".jinja")  # what components are loaded from
 _WEIGHTED = ("transformer", "vae", "text_encoder")
 _PARTS = (*_WEIGHTED, "scheduler", "tokenizer")
@@ -43,8 +43,8 @@ _MAY_CHANGE = {
     "libraries": "the numbers may differ by rounding from those of a run that never stopped",
     "model.dtype": "the rounds before were computed in the former",
 }
-"""Sources whose change is said and not refused, and why; rewards are among them, since mending one is a reason to
-resume."""
+"""Sources whose change is reported and not refused, and why. A reward of the user's own is treated likewise, because
+fixing one is a reason to resume."""
 _REWARD = "the rounds before learnt from, or were judged by, the former code"
 
 
@@ -95,12 +95,12 @@ def _places(begin: int, end: int) -> list[int]:
 
 
 def identify(config: Config) -> Sources:
-    """What identifies the content of each source that `config` names.
+    """Hash the content of each source that `config` names.
 
-    A source that cannot be read, and one of the hub that has not been fetched yet, is left out: loading it says what
+    A source that cannot be read, and one of the hub that has not been fetched yet, is left out: loading it reports what
     is wrong with it, or fetches it.
     """
-    from opd_fast.distributed.plan import resolve
+    from opd_fast.distributed.resolve import resolve
 
     found = {"model.path": _pipeline(config.model.path), "model.family": _family(config.model.family)}
     found["libraries"] = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
@@ -276,8 +276,10 @@ def compare(folder: Path, meta: dict[str, Any], config: Config, found: Sources, 
 
 
 def judged_otherwise(meta: dict[str, Any], config: Config, found: Sources) -> list[str]:
-    """What an evaluation's rewards follow from that differs from the checkpoint's, by setting: base and teachers are to
-    be judged again. Arguments as in `compare`."""
+    """The settings behind an evaluation's rewards that differ from the checkpoint's.
+
+    Where there are any, base and teachers must be evaluated again. The arguments are those of `compare`.
+    """
     if "sources" not in meta or "settings" not in meta:
         return []
     before, sources = meta["settings"]["evaluation"], meta["sources"]
@@ -287,12 +289,12 @@ def judged_otherwise(meta: dict[str, Any], config: Config, found: Sources) -> li
 
 
 def _change(key: str, before: dict[str, str], now: dict[str, str], *, decodes: bool) -> str | None:
-    """What differs first, in words; None where nothing does."""
+    """The first difference in words; None where there is none."""
     parts = [{file.partition("/")[0] for file in files if "/" in file} for files in (before, now)]
     for file in sorted({**before, **now}):
         part, inside, _ = file.partition("/")
         if inside and not all(part in names for names in parts):
-            continue  # loading says what is missing, and what no component names is not read
+            continue  # loading reports what is missing, and what no component names is not read
         if part == "vae" and not decodes:
             continue
         old, new = before.get(file), now.get(file)
@@ -306,7 +308,7 @@ def _change(key: str, before: dict[str, str], now: dict[str, str], *, decodes: b
 
 
 def _decodes(config: Config) -> bool:
-    """Whether the run looks at images, for which its numbers follow from the VAE."""
+    """Whether the run decodes images, so that its numbers follow from the VAE."""
     judged = any(teacher.reward is not None for teacher in config.teachers)
     return judged and (config.reinforces or config.train.method == "sft" or config.evaluation.every > 0)
 

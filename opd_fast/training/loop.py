@@ -21,7 +21,8 @@ from opd_fast.config import Config
 from opd_fast.config.run_dir import make_run_dir, write_settings
 from opd_fast.config.serialize import to_dict
 from opd_fast.config.validate import validate
-from opd_fast.distributed.world import World, whole
+from opd_fast.distributed.plan import Planner
+from opd_fast.distributed.world import World, full_tensor
 from opd_fast.errors import UserError
 from opd_fast.reporting.profiler import RoundProfiler
 from opd_fast.reporting.results import gain_recovered, image_grid, new_results, print_table, write_report, write_results
@@ -52,14 +53,16 @@ def train(
     resume: bool = False,
     profile: bool = False,
     world: World | None = None,
+    planner: Planner | None = None,
     within: Path | None = None,
     told: set[tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`, or on from its newest checkpoint; returns the content of results.json.
 
     `run_dir` is made where it does not exist. `profile` records some rounds of rank 0
-    (`opd_fast.reporting.profiler`); `within` is the run that this one is a stage of, and `told` what its other
-    stages have printed of rewards that failed (`evaluate`). Every process of `world` calls it alike. Ctrl-C or
+    (`opd_fast.reporting.profiler`); `planner` is that of `config`, where the caller has one; `within` is the run that
+    this one is a stage of, and `told` what its other stages have printed of rewards that failed (`evaluate`). Every
+    process of `world` calls it alike. Ctrl-C or
     SIGTERM ends it after the round in hand, everything learnt saved. A run that is finished is told at once and not
     loaded again. Raises ValueError for what cannot run, before anything is loaded where that can be seen then.
     """
@@ -69,11 +72,11 @@ def train(
     validate(config)
     check_paths(config)
     if resume and (results := world.on_first(partial(finished, run_dir, config))) is not None:
-        if world.first:
+        if world.is_main:
             _say(ended(run_dir, results))
         return results
     world.on_first(partial(make_run_dir, run_dir, resume=resume))
-    say = _say if world.first else _silent
+    say = _say if world.is_main else _silent
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, world)
     saved = checkpoints.find() if resume and world.on_first(lambda: checkpoints.latest() is not None) else None
     staged, notes = within is not None, list[str]()
@@ -84,18 +87,18 @@ def train(
             say(line)
     world.on_first(partial(write_settings, run_dir, config))
     backends = () if saved is None else saved[1].get("attention", ())
-    setup = prepare(config, say, world, backends)
+    setup = prepare(config, say, world, backends, planner)
     run = Run(setup, run_dir, checkpoints, started, told)
     if saved is not None:
         for line in compare(*saved, config, run.sources, staged=staged):  # what loading fetched from the hub among them
             if line not in notes:
                 say(line)
         run.load(*saved)
-    elif resume and world.first:
+    elif resume and world.is_main:
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
     rounds, begun = config.train.rounds, run.rounds
-    telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.first else Silence()
-    with telemetry, RoundProfiler(run_dir, say=telemetry.message) if profile and world.first else nullcontext() as p:
+    telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.is_main else Silence()
+    with telemetry, RoundProfiler(run_dir, say=telemetry.message) if profile and world.is_main else nullcontext() as p:
         try:
             run.go(telemetry, p.round if p is not None else nullcontext)
         except UserError:
@@ -192,7 +195,7 @@ class Run:
         with annotate("optimizer"):
             self.scaler.unscale_(self.optimizer)
             parameters = self.setup.student.parameters()
-            norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip))
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip))
             rate = learning_rate(self.config, self.rounds)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -293,7 +296,7 @@ class Run:
     def _judge_student(self) -> Evaluation:
         with self.setup.student.averaged() as transformer:
             evaluation = self._judge(transformer, self._guidance())
-        if self.world.first:
+        if self.world.is_main:
             self._grids(evaluation.images)
         return evaluation
 
@@ -403,7 +406,7 @@ class Run:
         results["failures"] = list(self.failures.values())
         results["rounds"] = self.rounds
         results["seconds"] = {"train": round(self.train_seconds, 2), "total": round(self._total_seconds(), 2)}
-        if not self.world.first:
+        if not self.world.is_main:
             return results
         if self.interrupted:
             print(f"stopped after round {self.rounds}; go on with --resume {resume}", flush=True)

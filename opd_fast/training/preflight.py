@@ -1,7 +1,7 @@
-"""What a run is refused for before its first round, told from settings, configuration files and the headers of weights.
+"""The checks before a run. They read settings, configuration files and the headers of weights.
 
-`prepare` raises the first of it before it loads anything, and `--dry-run` prints all of it: what the one refuses, the
-other does. What only loading or running tells is left to these: weights that are NaN, a teacher that yields NaN.
+`prepare` raises the first refusal before it loads anything, and `--dry-run` prints all of them, so that both refuse the
+same. What shows only in loading or running is found there: weights that are NaN, a teacher that yields NaN.
 """
 
 from __future__ import annotations
@@ -17,64 +17,73 @@ from opd_fast.config import Config, TeacherConfig
 from opd_fast.config.paths import held_out, looks_like_hub_id
 from opd_fast.config.validate import no_held_out
 from opd_fast.data.prompt_files import load_prompts
-from opd_fast.distributed.plan import check_guidance, lora_modules, pick_device
+from opd_fast.distributed.plan import Planner, check_guidance, lora_modules, rollout_solver
 from opd_fast.errors import UserError, is_ours
-from opd_fast.models import find_family, outline_model
+from opd_fast.models import find_family
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.files import find_lora, read_lora
 from opd_fast.models.lora.load import check_weights
 from opd_fast.models.pipeline_folder import resolve_pipeline
 from opd_fast.rewards import judged_rewards
-from opd_fast.solvers import solver_table
+from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.training.evaluation import EvalTask
 from opd_fast.training.problems import problems
 from opd_fast.training.student_init import MERGED, check_mean, check_start
 from opd_fast.training.teachers import BASE, check_teachers
 
 ANCHOR = "the anchor"
-"""Its name; the space keeps it apart from those that teachers may have."""
+"""The anchor's name. A teacher cannot have it, because a teacher's name has no space."""
 
 
-def refusals(config: Config, dtype: torch.dtype, *, sharded: bool, fetches: bool) -> Iterator[ValueError]:
-    """Everything that a run of `config` would be refused for, in the order in which it would meet it.
+def refusals(planner: Planner, *, sharded: bool, fetches: bool) -> Iterator[ValueError]:
+    """Everything that a run of the planner's settings would be refused for, in the order in which it would meet it.
 
     Args:
-        dtype: of the model.
-        sharded: whether several processes share its weights.
-        fetches: whether weights may be fetched from the hub; else what lies there is passed over (`unchecked`).
+        sharded: whether several processes share the model's weights.
+        fetches: whether weights may be fetched from the hub; where they may not, those that lie there are not checked
+            (`unchecked`).
     """
+    config = planner.config
     bad = set()
     for error in problems(config):
         bad.add(error.key)
         yield error
-    yield from _raised(_check_device, config, dtype, sharded)
-    yield from _raised(_check_text_cache, config)
+    yield from _raised(partial(_check_device, planner, sharded), partial(_check_text_cache, config))
     if "model.path" in bad:
         return
-    settings = config.model
-    found: list[DiffusionModel] = []
+    no_model = list(_raised(lambda: planner.model))
+    yield from no_model
+    if not no_model:
+        yield from _raised(*_model_checks(config, planner.model, bad | (set() if fetches else set(unchecked(config)))))
 
-    def outline() -> None:
-        found.append(
-            outline_model(
-                settings.path,
-                settings.family,
-                dtype=dtype,
-                max_sequence_length=settings.max_sequence_length,
-                guidance_convention=settings.guidance_convention,
-            )
-        )
 
-    yield from _raised(outline)
-    if not found:
-        return
-    yield from _model_refusals(config, found[0], dtype)
-    absent = frozenset() if fetches else frozenset(unchecked(config))
-    yield from _weight_refusals(config, found[0], bad, absent)
+def _model_checks(config: Config, meta: DiffusionModel, passed_over: set[str]) -> list[Callable[[], object]]:
+    """The checks of what the model's files, its configuration and other weights contradict, in order.
+
+    `passed_over` holds settings that are known to be wrong, and weights that cannot be looked at.
+    """
+    checks: list[Callable[[], object]] = [
+        partial(_check_sampling, config, meta),
+        partial(check_guidance, config, meta),
+        partial(_targets, config, meta),
+        partial(_check_files, config, meta.dtype),
+    ]
+    keys = {teacher.name: f"teachers[{i}].weights" for i, teacher in enumerate(config.teachers)}
+    teachers, anchor, start = frozen_teachers(config), anchor_teacher(config), config.student.start
+    there = [t for t in teachers if not passed_over & {keys[t.name], t.weights}]
+    frozen = list(there)
+    if anchor is not None and not passed_over & {"objective.anchor", anchor.weights}:
+        frozen.append(anchor)
+    checks += [partial(check_teachers, meta, [teacher], config.engine.placement) for teacher in frozen]
+    if start == MERGED and "student.start" not in passed_over and len(there) == len(teachers):
+        checks.append(partial(_check_mean, config, meta))
+    elif start is not None and start != MERGED and not passed_over & {"student.start", start}:
+        checks.append(partial(_check_start, config, meta, start))
+    return checks
 
 
 def unchecked(config: Config) -> list[str]:
-    """The settings' weights that lie on the hub, which is asked for them only when they are loaded."""
+    """The weights of the settings that lie on the hub; the hub is asked for them only when they are loaded."""
     named = [config.model.path, config.student.start, config.objective.anchor]
     named += [teacher.weights for teacher in frozen_teachers(config)]
     words = ("bundled", BASE, MERGED)
@@ -89,27 +98,29 @@ def unchecked(config: Config) -> list[str]:
     ]
 
 
-def _raised(check: Callable[..., object], *arguments: object) -> Iterator[ValueError]:
-    """What a check raises, where it is a mistake of the user's and no defect of a library."""
-    try:
-        check(*arguments)
-    except ValueError as error:
-        if not isinstance(error, UserError) and not is_ours(error.__traceback__):
-            raise
-        yield error
+def _raised(*checks: Callable[[], object]) -> Iterator[ValueError]:
+    """Yields what the checks raise for a user's mistake; other errors, which are defects of a library, are raised."""
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            if not isinstance(error, UserError) and not is_ours(error.__traceback__):
+                raise
+            yield error
 
 
-def _check_device(config: Config, dtype: torch.dtype, sharded: bool) -> None:
-    if config.parallel.offload_teachers and pick_device().type != "cuda":
+def _check_device(planner: Planner, sharded: bool) -> None:
+    config, resolved = planner.config, planner.resolved
+    if config.parallel.offload_teachers and resolved.device.type != "cuda":
         raise UserError("parallel.offload_teachers", "there is no GPU to free", "give false")
-    if sharded and config.student.kind == "full" and dtype == torch.float16:
+    if sharded and config.student.kind == "full" and resolved.dtype == torch.float16:
         raise UserError(
             "model.dtype", "float16 cannot train sharded weights", "give bfloat16, or parallel.strategy ddp"
         )
 
 
 def _check_text_cache(config: Config) -> None:
-    """That a folder of one's own can be made; the cache of all runs is done without where it cannot."""
+    """Check that a folder of one's own can be made. A run does without the shared cache where that cannot be made."""
     setting = config.model.text_cache
     if setting in ("auto", "off"):
         return
@@ -119,68 +130,38 @@ def _check_text_cache(config: Config) -> None:
         raise UserError("model.text_cache", f"{folder} cannot be made or read", "name another, or off")
 
 
-def _model_refusals(config: Config, outline: DiffusionModel, dtype: torch.dtype) -> Iterator[ValueError]:
-    """What the model's files and its configuration contradict."""
-    s = config.sampler
+def _check_sampling(config: Config, meta: DiffusionModel) -> None:
+    meta.latent_shape(meta.resolution(config.model.resolution))
+    rollout_solver(config, meta)
+    evaluation_solver(config, meta)
 
-    def solvers() -> None:
-        resolution = outline.resolution(config.model.resolution)
-        shape = outline.latent_shape(resolution)
-        assert len(shape) == 3
-        solver_table(s.solver, outline.sigmas(s.steps, resolution), s.eta, variance=config.objective.variance)
-        solver_table("ode", outline.sigmas(config.evaluation.steps, resolution), 0.0)
 
-    yield from _raised(solvers)
-    yield from _raised(check_guidance, config, outline)
-    yield from _raised(_targets, config, outline)
-    path = config.model.path
-    if path == "bundled" or Path(path).expanduser().is_dir():  # else the hub's, which are checked once they are here
+def _check_files(config: Config, dtype: torch.dtype) -> None:
+    """Check a folder on this machine; a hub model's files are checked once they are here."""
+    path, length = config.model.path, config.model.max_sequence_length
+    if path == "bundled" or Path(path).expanduser().is_dir():
         family = find_family(config.model.family, lambda: resolve_pipeline(path))
-        length = config.model.max_sequence_length
-        check = partial(family.check_files, resolve_pipeline(path), dtype=dtype, max_sequence_length=length)
-        yield from _raised(check)
+        family.check_files(resolve_pipeline(path), dtype=dtype, max_sequence_length=length)
 
 
-def _targets(config: Config, outline: DiffusionModel) -> dict[str, tuple[int, int]]:
+def _targets(config: Config, meta: DiffusionModel) -> dict[str, tuple[int, int]]:
     """The layers of a LoRA student: name to (inputs, outputs)."""
     if config.student.kind != "lora":
         return {}
-    return lora_modules(outline.transformer, outline.targets(config.student.targets))
+    return lora_modules(meta.transformer, meta.targets(config.student.targets))
 
 
-def _weight_refusals(
-    config: Config, outline: DiffusionModel, bad: set[str], absent: frozenset[str]
-) -> Iterator[ValueError]:
-    """What teachers, anchor and the student's start contradict: names, shapes, formats."""
-    keys = {teacher.name: f"teachers[{i}].weights" for i, teacher in enumerate(config.teachers)}
-    placement = config.engine.placement
-    there = [t for t in frozen_teachers(config) if keys[t.name] not in bad and t.weights not in absent]
-    for teacher in there:
-        yield from _raised(check_teachers, outline, [teacher], placement)
-    anchor, start = anchor_teacher(config), config.student.start
-    if anchor is not None and "objective.anchor" not in bad and anchor.weights not in absent:
-        yield from _raised(check_teachers, outline, [anchor], placement)
-    if start is None or "student.start" in bad or start in absent:
-        return
-    if start == MERGED:
-        if len(there) == len(frozen_teachers(config)):
-            yield from _raised(_check_mean, config, outline)
-        return
-    wrong = list(_raised(partial(check_weights, outline, start, what="student.start")))
-    yield from wrong
-    if not wrong and config.student.kind == "lora":
-        yield from _raised(_check_start, config, outline)
+def _check_start(config: Config, meta: DiffusionModel, start: str) -> None:
+    check_weights(meta, start, what="student.start")
+    if config.student.kind == "lora":
+        check_start(meta, config.student, _targets(config, meta))
 
 
-def _check_start(config: Config, outline: DiffusionModel) -> None:
-    check_start(outline, config.student, _targets(config, outline))
-
-
-def _check_mean(config: Config, outline: DiffusionModel) -> None:
+def _check_mean(config: Config, meta: DiffusionModel) -> None:
     weights = [teacher.weights for teacher in frozen_teachers(config)]
     if config.student.kind == "lora" and all(find_lora(name) is not None for name in weights):
-        changed = {module for name in weights for module in read_lora(name, outline).tensors}
-        check_mean(config.student, bool(changed & set(_targets(config, outline))))
+        changed = {module for name in weights for module in read_lora(name, meta).tensors}
+        check_mean(config.student, bool(changed & set(_targets(config, meta))))
 
 
 # --- what settings come to -------------------------------------------------------------------------------------------
@@ -199,10 +180,16 @@ def anchor_teacher(config: Config) -> TeacherConfig | None:
     return TeacherConfig(name=ANCHOR, weights=weights, prompts="", guidance=config.student.guidance)
 
 
-def evaluation_task(teacher: TeacherConfig, config: Config, say: Callable[[str], None]) -> EvalTask | None:
+def evaluation_solver(config: Config, model: DiffusionModel) -> SolverTable:
+    """The solver of evaluations, on the model's own noise levels."""
+    sigmas = model.sigmas(config.evaluation.steps, model.resolution(config.model.resolution))
+    return solver_table("ode", sigmas, 0.0)
+
+
+def evaluation_task(teacher: TeacherConfig, config: Config, log: Callable[[str], None]) -> EvalTask | None:
     """A teacher's held-out prompts and rewards; None where it has no reward or evaluations are off.
 
-    `say` is told which file is taken where `eval_prompts` names none, and where it has fewer prompts than asked for.
+    `log` gets a line where the file is found without `eval_prompts`, and where it has fewer prompts than asked for.
     """
     if teacher.reward is None or config.evaluation.every == 0:
         return None
@@ -211,10 +198,10 @@ def evaluation_task(teacher: TeacherConfig, config: Config, say: Callable[[str],
         raise no_held_out(f"teachers.{teacher.name}.eval_prompts", teacher.prompts)
     every, asked = load_prompts(file), config.evaluation.prompts
     if teacher.eval_prompts is None and not teacher.prompts.startswith("bundled/"):
-        say(f"task {teacher.name}: held-out prompts from {file}")
+        log(f"task {teacher.name}: held-out prompts from {file}")
     images = config.evaluation.images(len(every))
     if len(every) < asked:
-        say(
+        log(
             f"task {teacher.name}: {len(every)} held-out prompts in {file}, fewer than evaluation.prompts = {asked}; "
             f"an evaluation draws {images} images of them"
         )

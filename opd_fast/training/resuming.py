@@ -1,4 +1,4 @@
-"""Where a run stands, read from its directory without torch: a finished run says so before anything heavy is loaded."""
+"""The state of a run, read from its directory without torch, so that a finished run ends before torch is loaded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from opd_fast.errors import UserError
 
 
 def finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
-    """The content of results.json where the run in `run_dir` has done all rounds of `config` and was judged under its
-    settings; None where something is left to do.
+    """Read results.json of a run that has done all rounds of `config` and was evaluated under its settings.
+
+    Returns:
+        Its content; None where something is left to do.
 
     Raises:
         UserError: `train.rounds` is below the rounds that were done.
@@ -30,7 +32,7 @@ def finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def finished_stages(run_dir: Path, stages: Sequence[Stage]) -> dict[str, Any] | None:
-    """The same of a run in stages."""
+    """Read results.json of a finished run in stages; None where something is left to do."""
     results = _results(run_dir)
     rounds = sum(stage.config.train.rounds for stage in stages)
     alike = results.get("rounds") == rounds and results.get("config_hash") == stages_hash(stages)
@@ -48,7 +50,7 @@ def check_rounds(run_dir: Path, config: Config, done: int) -> None:
 
 
 def ended(run_dir: Path, results: dict[str, Any], *, staged: bool = False) -> str:
-    """What to say of a finished run."""
+    """The message about a finished run."""
     remedy = (
         "its stages keep their rounds, so start a new run to train longer"
         if staged

@@ -11,17 +11,18 @@ import torch
 from opd_fast.config import Config
 from opd_fast.data.prompt_files import Prompt, PromptSource, TaskSchedule, load_prompts
 from opd_fast.data.text_embeddings import EmbeddingCache, TextStore, encoding_progress
-from opd_fast.distributed.plan import branches, make_plan, resolve
+from opd_fast.distributed.plan import Planner, branches, rollout_solver, task_schedule
+from opd_fast.distributed.resolve import Resolved
 from opd_fast.distributed.world import World
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning
 from opd_fast.seeds import noise_keys
-from opd_fast.solvers import SolverTable, solver_table
+from opd_fast.solvers import SolverTable
 from opd_fast.training.evaluation import EvalTask
 from opd_fast.training.float8_check import Gate
 from opd_fast.training.optimize import Engaged, Forwards, engage
-from opd_fast.training.preflight import anchor_teacher, evaluation_task, frozen_teachers, refusals
+from opd_fast.training.preflight import anchor_teacher, evaluation_solver, evaluation_task, frozen_teachers, refusals
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import BASE, TeacherBank
 from opd_kernels.philox import INITIAL_NOISE, philox_normal
@@ -43,9 +44,9 @@ class Setup:
     prompts: list[list[Prompt]]
     """The training prompts of each teacher's task."""
     sources: list[PromptSource]
-    """Which of them a task's turn takes."""
+    """The choice of the prompts that a task's turn takes."""
     schedule: TaskSchedule
-    """Which tasks a round takes."""
+    """The choice of the tasks that a round takes."""
     tasks: list[EvalTask]
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
@@ -53,75 +54,43 @@ class Setup:
     engaged: Engaged
     """The engine's techniques that are at work."""
     anchor: TeacherBank | None
-    """A bank of one: what the student is held to."""
+    """A bank with the one model that the objective holds the student to."""
 
 
 def prepare(
-    config: Config, say: Callable[[str], None], world: World | None = None, backends: Sequence[str] = ()
+    config: Config,
+    log: Callable[[str], None],
+    world: World | None = None,
+    backends: Sequence[str] = (),
+    planner: Planner | None = None,
 ) -> Setup:
-    """Load what `config` names; `backends` of attention are those that a resumed run had.
+    """Check what `config` names, load it, and put the engine's techniques to work.
 
-    Raises ValueError, naming the setting, for what is missing or does not fit.
+    `backends` of attention are those that a resumed run had; `planner` is that of `config`, where the caller has one.
+
+    Raises:
+        ValueError: something is missing or does not fit; the message names the setting.
     """
     world = world or World()
-    resolved = resolve(config)
-    device, dtype = resolved.device, resolved.dtype
-    for error in refusals(config, dtype, sharded=world.sharded, fetches=True):
+    planner = planner or Planner(config, world.size)
+    resolved = planner.resolved
+    for error in refusals(planner, sharded=world.sharded, fetches=True):
         raise error
-    train = config.train
     prompts = [load_prompts(teacher.prompts) for teacher in config.teachers]
-    sources = [PromptSource(len(p), train.seed, stream) for stream, p in enumerate(prompts)]
-    shares = [teacher.share for teacher in config.teachers]
-    schedule = TaskSchedule(shares, train.tasks_per_round, train.task_schedule, train.seed, config.trained)
-    tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config, say)) is not None]
+    sources = [PromptSource(len(p), config.train.seed, stream) for stream, p in enumerate(prompts)]
+    schedule = task_schedule(config)
+    tasks = [task for teacher in config.teachers if (task := evaluation_task(teacher, config, log)) is not None]
 
-    torch.backends.cuda.matmul.allow_tf32 = resolved.tf32
-    model = load_model(
-        config.model.path,
-        config.model.family,
-        device="cpu" if world.sharded else device,  # sharded weights go to the device block by block
-        dtype=dtype,
-        max_sequence_length=config.model.max_sequence_length,
-        text_device="cpu" if config.model.text_device == "cpu" else None,
-        guidance_convention=config.model.guidance_convention,
+    model = _load_model(config, resolved, world, log)
+    table = rollout_solver(config, model)
+    turns = schedule.turns(config.train.rounds)
+    text = _encode(model, config, _texts(config, prompts, sources, turns, tasks), world, log)
+
+    teachers = TeacherBank.load(
+        model, frozen_teachers(config), config.engine.placement, offload=config.parallel.offload_teachers
     )
-    if world.sharded:
-        model.device = device
-        model.vae.to(device)
-    guidances = [config.student.guidance, config.evaluation.guidance, *(t.guidance for t in config.teachers)]
-    if any(guidance is not None for guidance in guidances):
-        say(f"guidance: {model.guidance_meaning}")
-    if config.evaluation.vae_tiling:
-        model.vae.enable_tiling()
-    resolution = model.resolution(config.model.resolution)
-    shape = model.latent_shape(resolution)
-    sampler = config.sampler
-    table = solver_table(
-        sampler.solver, model.sigmas(sampler.steps, resolution), sampler.eta, variance=config.objective.variance
-    )
-    evaluation_table = solver_table("ode", model.sigmas(config.evaluation.steps, resolution), 0.0)
-
-    # Only what this run will meet: a prompt's T5 embedding is large, and files hold many times a run's prompts.
-    met = [
-        p[i].text
-        for p, source, turns in zip(prompts, sources, schedule.turns(train.rounds), strict=True)
-        for i in source.seen(turns, prompts_per_turn(config))
-    ]
-    met += [p.text for task in tasks for p in task.prompts]
-    store = TextStore.open(config.model.text_cache, model)
-    # One process of a machine writes the store, the others read it. Waiting for it takes all processes, those included
-    # whose machine can keep no store.
-    stored = world.any(store is not None, model.device)
-    with world.first_here() if stored else nullcontext(), encoding_progress() as progress:
-        text = EmbeddingCache.build(model, met, progress=progress, store=store)
-    model.release_text_encoders()
-    read = f", read {len(text) - text.encoded} from {store.folder}" if store is not None else ""
-    say(f"encoded {text.encoded} distinct prompts{read}")
-
-    placement, offload = config.engine.placement, config.parallel.offload_teachers
-    teachers = TeacherBank.load(model, frozen_teachers(config), placement, offload=offload)
     for teacher in teachers.teachers:
-        say(f"teacher {teacher.name}: {teacher.origin}")
+        log(f"teacher {teacher.name}: {teacher.origin}")
     anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
     gate = Gate.before(config, model, student, teachers, table, text, prompts) if not world.sharded else None
@@ -134,38 +103,94 @@ def prepare(
         anchor=anchor,
         compiled=resolved.compile,
         graphed=resolved.graphs,
-        recompute=blocks_to_recompute(config, device, world.size),
+        recompute=checkpointed_blocks(planner),
         backends=backends,
         world=world,
-        say=say,
+        say=log,
     )
     if engaged.fp8:
-        say(gate.after() if gate is not None else "precision: fp8, its change of the losses not measured")
+        log(gate.after() if gate is not None else "precision: fp8, its change of the losses not measured")
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
-    teachers.together = world.sharded and placement == "shared"
-    sigma = table.sigmas[0].float().to(device)
-    probe = philox_normal(noise_keys(config.train.seed, samples=1).to(device), shape, INITIAL_NOISE)
+    teachers.together = world.sharded and config.engine.placement == "shared"
+    shape = model.latent_shape(model.resolution(config.model.resolution))
+    sigma = table.sigmas[0].float().to(resolved.device)
+    probe = philox_normal(noise_keys(config.train.seed, samples=1).to(resolved.device), shape, INITIAL_NOISE)
     teachers.check(probe, sigma, Conditioning.build(model, text.negative, None, None))
     trainable = sum(p.numel() for p in student.parameters())
-    say(f"student starts from {student.began}")
-    say(f"student trains {trainable:,} parameters in {dtype}".replace("torch.", "") + f" on {device}")
+    log(f"student starts from {student.began}")
+    log(f"student trains {trainable:,} parameters in {resolved.dtype}".replace("torch.", "") + f" on {resolved.device}")
     return Setup(
-        config,
-        model,
-        student,
-        teachers,
-        table,
-        evaluation_table,
-        shape,
-        prompts,
-        sources,
-        schedule,
-        tasks,
-        text,
-        world,
-        engaged,
-        anchor,
+        config=config,
+        model=model,
+        student=student,
+        teachers=teachers,
+        table=table,
+        evaluation_table=evaluation_solver(config, model),
+        shape=shape,
+        prompts=prompts,
+        sources=sources,
+        schedule=schedule,
+        tasks=tasks,
+        text=text,
+        world=world,
+        engaged=engaged,
+        anchor=anchor,
     )
+
+
+def _load_model(config: Config, resolved: Resolved, world: World, log: Callable[[str], None]) -> DiffusionModel:
+    settings = config.model
+    torch.backends.cuda.matmul.allow_tf32 = resolved.tf32
+    model = load_model(
+        settings.path,
+        settings.family,
+        device="cpu" if world.sharded else resolved.device,  # sharded weights go to the device block by block
+        dtype=resolved.dtype,
+        max_sequence_length=settings.max_sequence_length,
+        text_device="cpu" if settings.text_device == "cpu" else None,
+        guidance_convention=settings.guidance_convention,
+    )
+    if world.sharded:
+        model.device = resolved.device
+        model.vae.to(resolved.device)
+    guidances = [config.student.guidance, config.evaluation.guidance, *(t.guidance for t in config.teachers)]
+    if any(guidance is not None for guidance in guidances):
+        log(f"guidance: {model.guidance_meaning}")
+    if config.evaluation.vae_tiling:
+        model.vae.enable_tiling()
+    return model
+
+
+def _texts(
+    config: Config,
+    prompts: Sequence[Sequence[Prompt]],
+    sources: Sequence[PromptSource],
+    turns: Sequence[int],
+    tasks: Sequence[EvalTask],
+) -> list[str]:
+    """The prompts that this run meets: files hold many times as many, and the T5 embedding of each is large."""
+    trained = [
+        of_task[i].text
+        for of_task, source, taken in zip(prompts, sources, turns, strict=True)
+        for i in source.seen(taken, prompts_per_turn(config))
+    ]
+    return trained + [prompt.text for task in tasks for prompt in task.prompts]
+
+
+def _encode(
+    model: DiffusionModel, config: Config, texts: Sequence[str], world: World, log: Callable[[str], None]
+) -> EmbeddingCache:
+    """Embed the texts, or read their embeddings from the store, and free the text encoders."""
+    store = TextStore.open(config.model.text_cache, model)
+    # One process of a machine writes the store, the others read it. Waiting for it takes all processes, those included
+    # whose machine can keep no store.
+    stored = world.any(store is not None, model.device)
+    with world.local_main_first() if stored else nullcontext(), encoding_progress() as progress:
+        text = EmbeddingCache.build(model, texts, progress=progress, store=store)
+    model.release_text_encoders()
+    read = f", read {len(text) - text.encoded} from {store.folder}" if store is not None else ""
+    log(f"encoded {text.encoded} distinct prompts{read}")
+    return text
 
 
 def forwards(config: Config, model: DiffusionModel, world: World) -> Forwards:
@@ -182,13 +207,11 @@ def forwards(config: Config, model: DiffusionModel, world: World) -> Forwards:
     )
 
 
-def blocks_to_recompute(config: Config, device: torch.device, devices: int) -> int:
-    """engine.recompute, or what a GPU's memory demands."""
-    if config.engine.recompute is not None:
-        return config.engine.recompute
-    if device.type != "cuda":
-        return 0
-    return make_plan(config, devices).load.recomputed
+def checkpointed_blocks(planner: Planner) -> int:
+    """Blocks under activation checkpointing: engine.recompute, or as many as a GPU's memory demands."""
+    if planner.config.engine.recompute is not None:
+        return planner.config.engine.recompute
+    return planner.plan.workload.checkpointed if planner.resolved.device.type == "cuda" else 0
 
 
 def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:

@@ -13,6 +13,7 @@ from typing import Any
 from opd_fast.config import Config
 from opd_fast.config.serialize import to_yaml
 from opd_fast.config.stages import Stage, stages_hash
+from opd_fast.distributed.plan import Planner
 from opd_fast.distributed.world import World
 from opd_fast.reporting.results import new_results, newest_grids, print_table, write_report, write_results
 from opd_fast.reporting.reward_keys import reward_keys
@@ -32,8 +33,11 @@ def train_stages(
     resume: bool = False,
     profile: bool = False,
     world: World | None = None,
+    planner: Planner | None = None,
 ) -> dict[str, Any]:
     """Run the stages one after the other, or on from where they stood; returns the content of results.json.
+
+    `planner` is that of the first stage, where the caller has one.
 
     It has the base's rewards, the teachers', those after each stage (rows `stage:NAME`) and the last student's, and the
     rounds and seconds of all together. An interrupted run returns what its stage did.
@@ -46,10 +50,19 @@ def train_stages(
         config = stage.config if number == 0 else starting_from(stage.config, folders[number - 1] / "student")
         results = world.on_first(partial(_finished, folder)) if resume else None
         if results is None:
-            if world.first:
+            if world.is_main:
                 print(f"stage {number + 1} of {len(stages)}: {stage.name}", flush=True)
             again = world.on_first(partial(_begin, folder, config))
-            results = train(config, folder, resume=again, profile=profile, world=world, within=run_dir, told=told)
+            results = train(
+                config,
+                folder,
+                resume=again,
+                profile=profile,
+                world=world,
+                planner=planner if number == 0 else None,
+                within=run_dir,
+                told=told,
+            )
         if results["rounds"] < config.train.rounds:
             return results
         done.append(results)
@@ -89,7 +102,7 @@ def _finish(
     results["failures"] = list(dict.fromkeys(said for found in done for said in found.get("failures", ())))
     results["rounds"] = sum(found["rounds"] for found in done)
     results["seconds"] = {key: round(sum(found["seconds"][key] for found in done), 2) for key in ("train", "total")}
-    if not world.first:
+    if not world.is_main:
         return results
     last = folders[-1] / "student"
     replace_folder(run_dir / "student", lambda part: shutil.copytree(last, part, dirs_exist_ok=True))  # type: ignore[arg-type]

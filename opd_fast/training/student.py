@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.config import StudentConfig
-from opd_fast.distributed.world import World, local, release, whole
+from opd_fast.distributed.world import World, full_tensor, local_tensor, reshard
 from opd_fast.engine.float8 import Float8MergedLayers, fits, quantize_frozen
 from opd_fast.engine.merged_lora import MergedLayers
 from opd_fast.engine.modulation_cache import Remembered, recalled
@@ -155,7 +155,7 @@ class Student:
         with self._merged.active() if self._merged is not None else contextlib.nullcontext():
             yield self.transformer
         if self.world.sharded:
-            release(self.transformer)
+            reshard(self.transformer)
 
     def gradients_in_place(self) -> list[Tensor]:
         """Every parameter's gradient, in a buffer that stays the same one from round to round, holding what was there.
@@ -191,7 +191,7 @@ class Student:
         with use_adapter(self._model.transformer, None) as transformer:
             yield transformer
         if self.world.sharded:
-            release(self._model.transformer)
+            reshard(self._model.transformer)
 
     # --- the average -------------------------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class Student:
         """
         effective = ema_decay(updates, decay)
         # Element by element, so that each rank moves its own part of what is sharded.
-        average, weights = ([local(t.detach()) for t in ts] for ts in (self._ema_parameters, self.parameters()))
+        average, weights = ([local_tensor(t.detach()) for t in ts] for ts in (self._ema_parameters, self.parameters()))
         torch._foreach_lerp_(average, weights, 1 - effective)
 
     @contextlib.contextmanager
@@ -226,7 +226,7 @@ class Student:
     @torch.no_grad()
     def _assign(self, values: list[Tensor]) -> None:
         if self.world.sharded:
-            release(self.transformer)  # what is gathered would keep the old values
+            reshard(self.transformer)  # what is gathered would keep the old values
         for parameter, value in zip(self.parameters(), values, strict=True):
             parameter.copy_(value)
 
@@ -248,8 +248,8 @@ class Student:
         """
         average = {}
         for (name, _), e in zip(self._named, self._ema_parameters, strict=True):
-            full = whole(e)
-            if self.world.first:
+            full = full_tensor(e)
+            if self.world.is_main:
                 average[name] = full.cpu().clone()
         if self.config.kind == "lora":
             return functools.partial(self._write_lora, average)

@@ -161,7 +161,7 @@ def test_text_encoders_go_where_they_are_told(folder: Path, tmp_path: Path, monk
     path = write_world(tmp_path)
     for setting, device in (("auto", None), ("cpu", torch.device("cpu"))):
         config = settings(path, model__text_device=setting, evaluation__every=0)
-        assert prepare(config, say=lambda text: None).model.text_device == device
+        assert prepare(config, log=lambda text: None).model.text_device == device
     assert asked[2:] == [torch.device("cpu")] * 2
 
 
@@ -492,14 +492,14 @@ def test_a_run_reads_what_the_run_before_it_kept(tmp_path: Path, monkeypatch: py
     path = write_world(tmp_path / "world")
     said: list[str] = []
     config = settings(path, model__text_cache=str(tmp_path / "cache"))
-    first = prepare(config, say=said.append).text
+    first = prepare(config, log=said.append).text
     assert any("encoded 7 distinct prompts, read 0 from" in line for line in said)
     no_encoder(monkeypatch)
-    second = prepare(config, say=said.append).text
+    second = prepare(config, log=said.append).text
     assert any(f"encoded 0 distinct prompts, read 7 from {tmp_path / 'cache'}" in line for line in said)
     assert same(first, second, [])
     with pytest.raises(AssertionError, match="was loaded"):
-        prepare(settings(path, model__text_cache="off"), say=said.append)
+        prepare(settings(path, model__text_cache="off"), log=said.append)
 
 
 def test_progress_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

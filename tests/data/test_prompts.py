@@ -466,7 +466,7 @@ def setup(world: Path) -> Setup:
     """Two tasks, the second of three times the weight."""
     config = settings(world, evaluation__every=0)
     config.teachers[1].weight = 3.0
-    return prepare(config, say=lambda text: None)
+    return prepare(config, log=lambda text: None)
 
 
 def scheduled(setup: Setup, per_round: int | None, shares: list[float] | None = None) -> OPD:
@@ -520,7 +520,7 @@ def test_the_weight_of_a_task_is_its_own_times_how_often_it_comes(setup: Setup, 
 
 def test_prompts_a_run_meets_are_those_embedded(world: Path) -> None:
     config = settings(world, evaluation__every=0, train__tasks_per_round=1, train__rounds=2, train__samples_per_task=1)
-    setup = prepare(config, say=lambda text: None)
+    setup = prepare(config, log=lambda text: None)
     method = OPD(setup)
     for r in range(2):
         assert len(method.batch(r)) == 1

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opd_fast.config import StudentConfig
 from opd_fast.config.command_line import parse
-from opd_fast.distributed.flops import row_cost
-from opd_fast.distributed.plan import SAVED_PER_BLOCK, lora_modules, make_plan
+from opd_fast.distributed.flops import SAVED_PER_BLOCK, row_cost
+from opd_fast.distributed.plan import lora_modules, make_plan
 from opd_fast.models import load_model, outline_model
 from opd_fast.training.loop import make_optimizer
 from opd_fast.training.methods.opd import OPD
@@ -74,7 +74,7 @@ def test_what_cannot_be_traced_is_estimated(monkeypatch: pytest.MonkeyPatch) -> 
     rough = make_plan(config)
     assert (traced.traced, rough.traced) == (True, False)
     tokens = rough.image_tokens + rough.text_tokens
-    assert rough.row.flops == 2 * rough.parameters * tokens
+    assert rough.row.flops == 2 * rough.workload.parameters * tokens
     # In float32 the norms keep no second copy, so the estimate lies above.
     assert traced.row.saved < rough.row.saved < 3 * traced.row.saved
     assert rough.row.saved % SAVED_PER_BLOCK["lora"] == 0
@@ -93,7 +93,7 @@ def test_a_round(options: list[str], least: float, most: float) -> None:
     argv = ["bundled", "--train.samples_per_task", "2", "--train.rounds", "2", "--evaluation.every", "0", *options]
     config = parse(argv).config
     plan = make_plan(config)
-    setup = prepare(config, say=lambda text: None)
+    setup = prepare(config, log=lambda text: None)
     optimizer, method = make_optimizer(setup.student, config), OPD(setup)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     method.accumulate(0, scaler)

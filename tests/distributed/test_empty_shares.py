@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
-from opd_fast.distributed.plan import make_plan, print_plan
+from opd_fast.distributed.plan import make_plan
+from opd_fast.distributed.plan_table import print_plan
 from opd_fast.distributed.world import World
 from opd_fast.reporting.telemetry import read_metrics
 from opd_fast.training.checkpoint import Checkpoints
@@ -115,9 +116,9 @@ def test_what_no_sample_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     for mine in (torch.full((2, 1), 9.0), torch.empty(2, 0)):
         summed = []
         monkeypatch.setattr("torch.distributed.all_reduce", summed.append)
-        assert World(2, 3).collect(mine, 2, dim=1).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+        assert World(2, 3).gather_samples(mine, 2, dim=1).tolist() == [[0.0, 0.0], [0.0, 0.0]]
         assert len(summed) == 1
-    assert World(1, 3).collect(torch.full((2, 1), 9.0), 2, dim=1).tolist() == [[0.0, 9.0], [0.0, 9.0]]
+    assert World(1, 3).gather_samples(torch.full((2, 1), 9.0), 2, dim=1).tolist() == [[0.0, 9.0], [0.0, 9.0]]
 
 
 def alike(images: Tensor, prompts: list[Prompt]) -> Tensor:

@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 
-from opd_fast.distributed.memory import GIB, RESERVE, Load, activations, choose_strategy, memory, recomputation
+from opd_fast.distributed.memory import (
+    GIB,
+    RESERVE,
+    Workload,
+    activations,
+    blocks_to_checkpoint,
+    choose_strategy,
+    memory,
+)
 
 # 2 G parameters in bfloat16 (4e9 bytes a copy), 20 M trained, three teachers, 50 MB a sample.
-LORA = Load(
+LORA = Workload(
     kind="lora",
     parameters=2_000_000_000,
     trainable=20_000_000,
@@ -77,25 +85,25 @@ def test_half_precision_full_weights_are_cast() -> None:
 BLOCKS = replace(LORA, blocks=20, boundary=500_000)
 
 
-def test_blocks_that_recompute_keep_their_inputs() -> None:
+def test_checkpointed_blocks_keep_their_inputs() -> None:
     assert activations(BLOCKS) == 50_000_000
-    assert activations(replace(BLOCKS, recomputed=1)) == 50_000_000 + 500_000  # its own comes back in its backward
-    assert activations(replace(BLOCKS, recomputed=20)) == 20 * 500_000 + 2_500_000
+    assert activations(replace(BLOCKS, checkpointed=1)) == 50_000_000 + 500_000  # its own comes back in its backward
+    assert activations(replace(BLOCKS, checkpointed=20)) == 20 * 500_000 + 2_500_000
 
 
-def test_as_few_blocks_recompute_as_make_the_round_fit() -> None:
+def test_as_few_blocks_are_checkpointed_as_make_the_round_fit() -> None:
     def need(count: int) -> float:
-        return sum(memory(replace(BLOCKS, recomputed=count), "single").values()) / (1 - RESERVE)
+        return sum(memory(replace(BLOCKS, checkpointed=count), "single").values()) / (1 - RESERVE)
 
-    assert recomputation(BLOCKS, "single", 1, 8, need(0)) == 0
-    assert recomputation(BLOCKS, "single", 1, 8, need(0) - 1) == 2
-    assert recomputation(BLOCKS, "single", 1, 8, need(13)) == 13
-    assert recomputation(BLOCKS, "single", 1, 8, need(20)) == 20
-    assert recomputation(BLOCKS, "single", 1, 8, need(20) - 10) == 0  # in vain
+    assert blocks_to_checkpoint(BLOCKS, "single", 1, 8, need(0)) == 0
+    assert blocks_to_checkpoint(BLOCKS, "single", 1, 8, need(0) - 1) == 2
+    assert blocks_to_checkpoint(BLOCKS, "single", 1, 8, need(13)) == 13
+    assert blocks_to_checkpoint(BLOCKS, "single", 1, 8, need(20)) == 20
+    assert blocks_to_checkpoint(BLOCKS, "single", 1, 8, need(20) - 10) == 0  # in vain
 
 
 @pytest.mark.parametrize(
-    ("load", "world", "gib", "strategy", "words"),
+    ("workload", "world", "gib", "strategy", "words"),
     [
         (LORA, 1, 80, "single", "fit into"),
         (LORA, 8, 80, "ddp", "fits into"),
@@ -108,8 +116,8 @@ def test_as_few_blocks_recompute_as_make_the_round_fit() -> None:
         (LORA, 8, 0.5, "fsdp2", "no setting helps"),
     ],
 )
-def test_choice(load: Load, world: int, gib: float, strategy: str, words: str) -> None:
-    chosen, reason = choose_strategy(load, world, gib * GIB)
+def test_choice(workload: Workload, world: int, gib: float, strategy: str, words: str) -> None:
+    chosen, reason = choose_strategy(workload, world, gib * GIB)
     assert chosen == strategy, reason
     assert words in reason
     assert "\n" not in reason
@@ -124,10 +132,10 @@ def test_what_is_advised_does_fit() -> None:
         "parallel.reshard block": {"reshard": "block"},
     }
     told = 0
-    for load in (LORA, FULL, replace(LORA, activation=GIB), replace(FULL, activation=GIB)):
+    for workload in (LORA, FULL, replace(LORA, activation=GIB), replace(FULL, activation=GIB)):
         for world in (1, 2, 8):
             for gib in range(2, 80):
-                _, reason = choose_strategy(load, world, gib * GIB)
+                _, reason = choose_strategy(workload, world, gib * GIB)
                 if not reason.endswith("would do"):
                     continue
                 advice = reason.split("; ")[-1]
@@ -137,14 +145,14 @@ def test_what_is_advised_does_fit() -> None:
                 if ", " in advice or " devices" in advice or len(changes) == 1:
                     changes = [{key: value for change in changes for key, value in change.items()}]
                 for change in changes:
-                    _, then = choose_strategy(replace(load, **change), ranks, gib * GIB)
+                    _, then = choose_strategy(replace(workload, **change), ranks, gib * GIB)
                     assert "do not fit" not in then, (reason, then)
                     told += 1
     assert told > 50
 
 
 def test_more_devices_never_need_more() -> None:
-    for load in (LORA, FULL):
-        sizes = [sum(memory(load, "fsdp2", world).values()) for world in (2, 4, 8, 16, 64)]
+    for workload in (LORA, FULL):
+        sizes = [sum(memory(workload, "fsdp2", world).values()) for world in (2, 4, 8, 16, 64)]
         assert all(b <= a for a, b in pairwise(sizes))
     assert 0 < RESERVE < 0.5

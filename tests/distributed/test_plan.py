@@ -12,7 +12,8 @@ from opd_fast import train
 from opd_fast.config import Config
 from opd_fast.config.serialize import from_dict
 from opd_fast.distributed.memory import GIB, RESERVE
-from opd_fast.distributed.plan import make_plan, pick_dtype, resolve
+from opd_fast.distributed.plan import make_plan
+from opd_fast.distributed.resolve import pick_dtype, resolve
 from opd_fast.models import load_model
 from opd_fast.models.lora.files import save_lora
 from opd_fast.training.student import Student
@@ -41,16 +42,16 @@ def test_parameters_and_memory(pipeline: Path, kind: str, targets: Any) -> None:
     plan = make_plan(config)
     model = load_model(str(pipeline), device="cpu", dtype=torch.float32)
     assert plan.latent == model.latent_shape(64)
-    assert plan.parameters == sum(p.numel() for p in model.transformer.parameters())
+    assert plan.workload.parameters == sum(p.numel() for p in model.transformer.parameters())
     assert plan.text_tokens == model.encode(["x"]).sequence.shape[1]
     student = Student.build(model, config.student)
-    assert plan.trainable == sum(p.numel() for p in student.parameters())
+    assert plan.workload.trainable == sum(p.numel() for p in student.parameters())
     modules = [name for name, _ in student.named_parameters() if ".lora_A." in name]
     assert plan.lora_modules == (len(modules) if kind == "lora" else None)
-    assert plan.bytes["base"] == plan.parameters * 4
-    assert plan.bytes["teachers"] == 2 * plan.parameters * 4
+    assert plan.bytes["base"] == plan.workload.parameters * 4
+    assert plan.bytes["teachers"] == 2 * plan.workload.parameters * 4
     five = ("trained weights", "gradients", "optimizer", "average")  # the optimizer keeps two
-    assert sum(plan.bytes[purpose] for purpose in five) == plan.trainable * 4 * 5
+    assert sum(plan.bytes[purpose] for purpose in five) == plan.workload.trainable * 4 * 5
 
 
 def test_rows_of_a_round(pipeline: Path) -> None:
@@ -58,10 +59,10 @@ def test_rows_of_a_round(pipeline: Path) -> None:
     assert plan.samples == 6
     assert plan.student_rows == 12
     assert plan.teacher_rows == {"a": 3, "b": 6}
-    assert plan.forwards_per_step == 2
-    assert plan.trained_steps == 9
+    assert plan.workload.forwards_per_step(plan.devices) == 2
+    assert plan.workload.steps == 9
     assert plan.round_rows == {"student forward": 108, "student backward": 108, "teacher forward": 81}
-    assert make_plan(made(pipeline, sampler={"train_last": True})).trained_steps == 10
+    assert make_plan(made(pipeline, sampler={"train_last": True})).workload.steps == 10
 
 
 def test_rows_of_the_rival_objectives(pipeline: Path) -> None:
@@ -75,7 +76,7 @@ def test_rows_of_the_rival_objectives(pipeline: Path) -> None:
     }
     assert plan.bytes == plain.bytes
     held = make_plan(made(pipeline, objective={"anchor": "org/name"}))
-    assert held.bytes["teachers"] == 3 * plain.parameters * 4
+    assert held.bytes["teachers"] == 3 * plain.workload.parameters * 4
     queried = make_plan(made(pipeline, objective={"queries": 3, "query_law": "beta"}))
     assert queried.round_rows["student backward"] == round(plain.samples * queried.asked_steps)
     assert 2.5 < queried.asked_steps <= 3
@@ -106,10 +107,12 @@ def test_shared_teachers_need_no_copies(pipeline: Path, tmp_path: Path) -> None:
     save_lora(tmp_path / "a", random_lora(0), rank=3, alpha=6)
     config = made(pipeline, engine={"placement": "shared"}, student={"rank": 4})
     guessed = make_plan(config)
-    assert guessed.bytes["teachers"] == 2 * 4 * guessed.trainable  # not on this machine: as large as the student
+    assert (
+        guessed.bytes["teachers"] == 2 * 4 * guessed.workload.trainable
+    )  # not on this machine: as large as the student
     config.teachers[0].weights = str(tmp_path / "a")
     own = sum(half.numel() for pair in random_lora(0).values() for half in pair)
-    assert make_plan(config).bytes["teachers"] == 4 * (own + guessed.trainable)
+    assert make_plan(config).bytes["teachers"] == 4 * (own + guessed.workload.trainable)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +170,9 @@ def test_plan_for_several_devices(pipeline: Path, monkeypatch: pytest.MonkeyPatc
     alone, four = make_plan(config), make_plan(config, 4, 24.0)
     assert (alone.strategy, alone.sent) == ("single", {})
     assert (four.strategy, four.devices, four.samples) == ("ddp", 4, 8)
-    assert (alone.forwards_per_step, four.forwards_per_step) == (3, 1)  # 8 samples, 2 on each
+    assert [plan.workload.forwards_per_step(plan.devices) for plan in (alone, four)] == [3, 1]  # 8 samples, 2 on each
     assert four.bytes["activations"] * 3 == alone.bytes["activations"] * 2
-    assert four.sent == {"all-reduce": 2 * 4 * four.trainable * 3 // 4}
+    assert four.sent == {"all-reduce": 2 * 4 * four.workload.trainable * 3 // 4}
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert make_plan(config).devices == 4
     config.parallel.strategy, config.parallel.shard_size = "hsdp", 2
@@ -213,20 +216,20 @@ def test_options_of_a_plan(
         assert words in capsys.readouterr().err
 
 
-def test_blocks_recompute_where_a_round_does_not_fit(pipeline: Path) -> None:
+def test_blocks_are_checkpointed_where_a_round_does_not_fit(pipeline: Path) -> None:
     config = made(pipeline, train={"samples_per_task": 64})
     plain = make_plan(config)
-    assert plain.load.recomputed == 0
+    assert plain.workload.checkpointed == 0
     need, room = sum(plain.bytes.values()), 1 - RESERVE
     tight = make_plan(config, gpu_memory=(need / room - plain.bytes["activations"] / 4) / GIB)
-    assert 0 < tight.load.recomputed <= tight.blocks
+    assert 0 < tight.workload.checkpointed <= tight.workload.blocks
     assert sum(tight.bytes.values()) < need
-    assert "blocks recompute" in tight.reason
+    assert "activation checkpointing of" in tight.reason
     asked = make_plan(made(pipeline, train={"samples_per_task": 64}, engine={"recompute": 1}))
-    assert asked.load.recomputed == 1
+    assert asked.workload.checkpointed == 1
     never = make_plan(
         made(pipeline, train={"samples_per_task": 64}, engine={"recompute": 0}),
         gpu_memory=(need / room - plain.bytes["activations"] / 4) / GIB,
     )
-    assert never.load.recomputed == 0
+    assert never.workload.checkpointed == 0
     assert "engine.recompute" in never.reason

@@ -27,8 +27,10 @@ def test_lora_is_reduced_once_a_round() -> None:
 
 @pytest.mark.parametrize(("reshard", "gathers"), [("block", 36), ("round", 1)])
 def test_full_weights_are_gathered_and_scattered(reshard: Any, gathers: int) -> None:
-    load = replace(FULL, reshard=reshard)  # nine samples a device, eight a forward: two forwards in each of nine steps
-    gather, scatter = collectives(load, "fsdp2", 8)
+    workload = replace(
+        FULL, reshard=reshard
+    )  # nine samples a device, eight a forward: two forwards in each of nine steps
+    gather, scatter = collectives(workload, "fsdp2", 8)
     assert (gather.kind, gather.count, gather.size) == ("all-gather", gathers, 4_000_000_000)
     assert (scatter.kind, scatter.count, scatter.size) == ("reduce-scatter", 1, 8_000_000_000)
     assert sent([gather, scatter])["all-gather"] == gathers * 3_500_000_000
@@ -66,17 +68,17 @@ def test_small_messages_take_a_tree() -> None:
 
 def test_what_is_hidden() -> None:
     """A gather behind a long computation shows its first block alone; behind none, all of it."""
-    load = replace(FULL, micro_batch=None, steps=1, reshard="round")
+    workload = replace(FULL, micro_batch=None, steps=1, reshard="round")
     network = Network()
     gather = seconds("all-gather", 4e9, 8, network)
     scatter = seconds("reduce-scatter", 8e9, 8, network)
-    long = round_time(load, Work(1e15, 1e15, 2.0, 10), "fsdp2", 8, network, 1e12)
+    long = round_time(workload, Work(1e15, 1e15, 2.0, 10), "fsdp2", 8, network, 1e12)
     assert long.compute == pytest.approx(4000)
     assert long.exposed == pytest.approx(gather / 10 + scatter, rel=0.01)
     assert long.wire == pytest.approx(gather + scatter, rel=0.01)
-    none = round_time(load, Work(0, 0, 2.0, 10), "fsdp2", 8, network, 1e12)
+    none = round_time(workload, Work(0, 0, 2.0, 10), "fsdp2", 8, network, 1e12)
     assert none.exposed == pytest.approx(none.wire)
-    alone = round_time(load, Work(1e15, 1e15, 2.0, 10), "single", 1, network, 1e12)
+    alone = round_time(workload, Work(1e15, 1e15, 2.0, 10), "single", 1, network, 1e12)
     assert alone.efficiency == 1 > long.efficiency
 
 

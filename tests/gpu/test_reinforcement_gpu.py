@@ -48,7 +48,7 @@ def test_the_gradient_is_the_cpu_s(small_world: Path, case: str, monkeypatch: py
     """Noise is keyed, so that both draw the same images, judge them alike and learn alike."""
     config = configured(small_world, case)
     found = gradient(config)
-    monkeypatch.setattr("opd_fast.distributed.plan.pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("opd_fast.distributed.resolve.pick_device", lambda: torch.device("cpu"))
     expected = gradient(config)
     assert found.keys() == expected.keys()
     assert 0 < relative_error(found, expected) < 0.02

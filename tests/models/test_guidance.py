@@ -21,7 +21,7 @@ from opd_fast import evaluate as evaluation
 from opd_fast.config import Config, StudentConfig, TeacherConfig
 from opd_fast.config.command_line import parse
 from opd_fast.config.serialize import from_dict, to_dict, to_yaml
-from opd_fast.distributed.plan import make_plan
+from opd_fast.distributed.plan import Planner, make_plan
 from opd_fast.errors import UserError
 from opd_fast.models import SD3, DiffusionModel, ZImage, load_model
 from opd_fast.models.guidance import Conditioning
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def check(config: Config) -> None:
     """Raise what a run of `config` is refused for first."""
-    for error in refusals(config, torch.float32, sharded=False, fetches=True):
+    for error in refusals(Planner(config), sharded=False, fetches=True):
         raise error
 
 
@@ -254,7 +254,7 @@ def test_grpo_under_a_rescaled_guidance(qwen: Path, tmp_path: Path) -> None:
     config = settings(qwen, tmp_path, student__guidance=4.0)
     config.teachers[0].weights, config.teachers[0].reward = "base", f"{__name__}:bright"
     changes: dict[str, Any] = {"train__method": "grpo", "rl__images_per_prompt": 2, "rl__updates": 1, "rl__kl": 0.04}
-    method = GRPO(prepare(change(config, changes), say=lambda text: None))
+    method = GRPO(prepare(change(config, changes), log=lambda text: None))
     setup, table = method.setup, method.setup.table
     method._drawn = drawn = method._draw(0)
     rows = torch.arange(4)
@@ -283,7 +283,7 @@ def test_a_run_takes_the_convention_from_its_settings(z_image: Path, tmp_path: P
         config = settings(z_image, tmp_path, model__guidance_convention=convention, student__guidance=2.0)
         config.teachers[0].guidance = 1.0
         said: list[str] = []
-        setup = prepare(config, say=said.append)
+        setup = prepare(config, log=said.append)
         meaning = "guidance_scale of ZImagePipeline, 0 is unguided"
         meaning = meaning if convention == "pipeline" else "g of v = u + g (c - u), 1 is unguided"
         assert f"guidance: {meaning}" in said

@@ -394,7 +394,7 @@ def test_the_score_under_cps_is_that_of_the_named_log_probability(world: World, 
 
 def test_a_run_takes_the_log_probability_that_its_settings_name(small_world: Path) -> None:
     changes = {"objective__kind": "ppo", "objective__log_prob": "published", "sampler__solver": "cps"}
-    method = OPD(prepare(settings(small_world, evaluation__every=0, **changes), say=lambda text: None))
+    method = OPD(prepare(settings(small_world, evaluation__every=0, **changes), log=lambda text: None))
     assert method.surrogate == Surrogate(log_prob="published")
 
 

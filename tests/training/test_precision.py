@@ -59,5 +59,5 @@ def test_the_scaler_resumes_and_an_overflow_is_left_out(
 def test_tiles_are_asked_of_the_vae(world: Path, tmp_path: Path) -> None:
     from opd_fast.training.setup import prepare
 
-    assert not prepare(settings(world), say=lambda text: None).model.vae.use_tiling
-    assert prepare(settings(world, evaluation__vae_tiling=True), say=lambda text: None).model.vae.use_tiling
+    assert not prepare(settings(world), log=lambda text: None).model.vae.use_tiling
+    assert prepare(settings(world, evaluation__vae_tiling=True), log=lambda text: None).model.vae.use_tiling

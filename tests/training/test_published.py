@@ -33,17 +33,17 @@ def test_full_size_plans_need_no_weights(
     begun = time.process_time()
     plan = make_plan(read_config(RECIPES / f"{recipe}.yaml"))
     assert time.process_time() - begun < 20
-    assert plan.parameters == parameters
+    assert plan.workload.parameters == parameters
     assert plan.lora_modules is not None
     if modules is not None:
-        assert (plan.lora_modules, plan.trainable) == (modules, trained)
+        assert (plan.lora_modules, plan.workload.trainable) == (modules, trained)
     config = read_config(RECIPES / f"{recipe}.yaml")
     assert plan.bytes["base"] == 2 * parameters
     assert plan.traced
     if config.engine.placement == "merged":
         assert plan.bytes["teachers"] == len(config.teachers) * 2 * parameters
     else:  # three LoRAs that are not here count as large as the student's
-        assert plan.bytes["teachers"] == len(config.teachers) * 4 * plan.trainable
+        assert plan.bytes["teachers"] == len(config.teachers) * 4 * plan.workload.trainable
 
 
 def test_the_recipe_states_the_published_values() -> None:
@@ -82,7 +82,7 @@ def test_loss_of_the_released_code(tmp_path: Path, solver: str, eta: float) -> N
     )
     for teacher in config.teachers:
         teacher.guidance = teacher.weight = 1.0
-    setup = prepare(config, say=lambda text: None)
+    setup = prepare(config, log=lambda text: None)
     method = OPD(setup)
     found = method.accumulate(0, torch.amp.GradScaler("cpu", enabled=False)).sum()
 

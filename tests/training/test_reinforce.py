@@ -87,7 +87,7 @@ def test_two_rounds(world: Path, tmp_path: Path, method: str, changes: dict[str,
 
 
 def test_ratios_are_1_before_the_first_update_and_move_after_it(world: Path) -> None:
-    method = GRPO(prepare(reinforced(world, "grpo", rl__kl=0.0), say=lambda text: None))
+    method = GRPO(prepare(reinforced(world, "grpo", rl__kl=0.0), log=lambda text: None))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     first = method.metrics(0, method.accumulate(0, scaler))
     assert first["clipped"] == 0
@@ -102,13 +102,13 @@ def test_ratios_are_1_before_the_first_update_and_move_after_it(world: Path) -> 
 
 
 def test_windows_lie_where_they_are_asked_for(world: Path) -> None:
-    method = GRPO(prepare(reinforced(world, "grpo", rl__window=1, rl__window_range=3), say=lambda text: None))
+    method = GRPO(prepare(reinforced(world, "grpo", rl__window=1, rl__window_range=3), log=lambda text: None))
     windows = [method.trained_steps(epoch) for epoch in range(40)]
     assert {window.start for window in windows} == {0, 1, 2}
     for epoch, window in enumerate(windows[:5]):
         drawing = (method.rows(epoch)[:, 3] > 0).nonzero().flatten().tolist()
         assert drawing == list(window)
-    whole = GRPO(prepare(reinforced(world, "grpo"), say=lambda text: None))
+    whole = GRPO(prepare(reinforced(world, "grpo"), log=lambda text: None))
     assert whole.trained_steps(0) == range(3)
 
 
@@ -156,7 +156,7 @@ def test_resume_equals_not_stopping(world: Path, tmp_path: Path, method: str) ->
 
 
 def test_the_old_policy_follows(world: Path) -> None:
-    method = NFT(prepare(reinforced(world, "nft", rl__updates=1), say=lambda text: None))
+    method = NFT(prepare(reinforced(world, "nft", rl__updates=1), log=lambda text: None))
     before = [old.clone() for old in method.old]
     with torch.no_grad():
         for parameter in method.setup.student.parameters():
@@ -172,7 +172,7 @@ def test_the_old_policy_follows(world: Path) -> None:
 
 
 def test_an_image_is_drawn_by_the_old_policy(world: Path) -> None:
-    method = NFT(prepare(reinforced(world, "nft"), say=lambda text: None))
+    method = NFT(prepare(reinforced(world, "nft"), log=lambda text: None))
     latents, _ = method.roll_out(0)
     with torch.no_grad():
         for parameter in method.setup.student.parameters():
@@ -245,7 +245,7 @@ def test_its_plan_counts_its_rows(world: Path) -> None:
     config = reinforced(world, "grpo", student__guidance=2.0)
     assert list(problems(config)) == []
     plan = make_plan(config)
-    assert (plan.samples, plan.updates, plan.trained_steps, plan.teacher_rows) == (8, 2, 3, {})
+    assert (plan.samples, plan.updates, plan.workload.steps, plan.teacher_rows) == (8, 2, 3, {})
     assert plan.round_rows == {
         "rollout": 2 * 8 * 4 // 2,
         **dict.fromkeys(("student forward", "student backward", "base forward"), 2 * 8 * 3 // 2),
@@ -312,7 +312,7 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def test_gradient_of_a_later_grpo_update(world: Path, solver: str, guard: bool, published: bool) -> None:
     changes: dict[str, Any] = {"rl__guard": guard, "rl__clip": 1e-4, "rl__kl": 0.04, "student__guidance": 2.0}
     changes |= {"sampler__solver": solver, "rl__log_prob": "published" if published else "exact"}
-    method = GRPO(prepare(reinforced(world, "grpo", rl__updates=1, **changes), say=lambda text: None))
+    method = GRPO(prepare(reinforced(world, "grpo", rl__updates=1, **changes), log=lambda text: None))
     setup, table = method.setup, method.setup.table
     drawn = method._draw(0)
     method._drawn = drawn
@@ -346,7 +346,7 @@ def test_gradient_of_a_later_grpo_update(world: Path, solver: str, guard: bool, 
 
 
 def test_gradient_of_an_nft_update(world: Path) -> None:
-    method = NFT(prepare(reinforced(world, "nft", rl__beta=0.5, rl__kl=0.1), say=lambda text: None))
+    method = NFT(prepare(reinforced(world, "nft", rl__beta=0.5, rl__kl=0.1), log=lambda text: None))
     setup, table = method.setup, method.setup.table
     method._drawn = drawn = method._draw(0)
     moved(method)
@@ -386,7 +386,7 @@ def test_a_sum_of_rewards_is_their_weighted_sum(world: Path) -> None:
     """Raw scores added up, as multi-reward GRPO does."""
     drawn = {}
     for reward in ("rl_rewards:left", "colour", "0.5*rl_rewards:left + 3*colour"):
-        method = NFT(prepare(reinforced(world, "nft", reward), say=lambda text: None))
+        method = NFT(prepare(reinforced(world, "nft", reward), log=lambda text: None))
         drawn[reward] = method._draw(0)["reward"]
     left, colour, both = drawn.values()
     torch.testing.assert_close(both, 0.5 * left + 3 * colour)
@@ -398,7 +398,7 @@ def test_statistics_are_a_tasks_own_or_those_of_all(world: Path, statistics: str
     """With one standard deviation for all, the task with the larger rewards has the larger advantages."""
     config = reinforced(world, "nft", rl__statistics=statistics, train__samples_per_task=6, rl__images_per_prompt=3)
     config.teachers[0].reward = "100*rl_rewards:left"
-    drawn = NFT(prepare(config, say=lambda text: None))._draw(0)
+    drawn = NFT(prepare(config, log=lambda text: None))._draw(0)
     reward, task, advantage = drawn["reward"].double(), drawn["task"], drawn["advantage"].double()
     gap = (reward.view(-1, 3) - reward.view(-1, 3).mean(1, keepdim=True)).flatten()
     own = torch.stack([reward[task == i].std(correction=0) for i in (0, 1)])[task]

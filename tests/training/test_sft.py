@@ -61,7 +61,7 @@ def finetuned(world: Path, reward: str | None = "sft_rewards:bright", **changes:
 
 def ready(config: Config) -> SFT:
     """The method before its first round, of a student that has left the base."""
-    method = SFT(prepare(config, say=lambda text: None))
+    method = SFT(prepare(config, log=lambda text: None))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in method.setup.student.parameters():
@@ -315,7 +315,7 @@ def test_it_learns_what_the_bundled_teacher_draws() -> None:
     argv += ["--objective.kind", "kl"]
     argv += ["--train.samples_per_task", "8", "--train.rounds", "10", "--train.lr", "4e-3", "--sampler.solver", "dpm2"]
     argv += ["--sampler.steps", "5", "--evaluation.prompts", "16", "--engine.attention", "native"]
-    method = SFT(prepare(parse(argv).config, say=lambda text: None))
+    method = SFT(prepare(parse(argv).config, log=lambda text: None))
     setup = method.setup
     text = setup.text.rows([prompt.text for prompt in setup.tasks[0].prompts])
     keys = noise_keys(99, samples=len(text))

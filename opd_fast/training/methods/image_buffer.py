@@ -127,7 +127,7 @@ class SharedImages(ABC):
 
     def state(self) -> dict[str, Tensor]:
         """The images in hand, whole, where a checkpoint falls between two of their rounds."""
-        collect = self.setup.world.collect
+        collect = self.setup.world.gather_samples
         return {
             f"drawn.{name}": tensor if name in self.everywhere else collect(tensor, self.images)
             for name, tensor in self._drawn.items()

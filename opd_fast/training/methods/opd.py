@@ -115,7 +115,7 @@ class OPD:
         )
         setup.student.average_gradients()
         losses = output.losses / (scaler.get_scale() * setup.world.size)
-        return setup.world.collect(losses, self.samples, dim=1)
+        return setup.world.gather_samples(losses, self.samples, dim=1)
 
     def state(self) -> dict[str, Tensor]:
         """Nothing beyond the student: a round follows from its number."""

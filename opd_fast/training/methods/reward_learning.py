@@ -92,7 +92,7 @@ class Reinforcement(SharedImages):
             asked = [prompts[i] for i in places.tolist()]
             mine[here] = judged(self.jury, teachers[task], images[here.to(images.device)], asked)
         device = self.setup.model.device  # where NCCL can gather
-        return self.setup.world.collect(mine.to(device), self.images).cpu()
+        return self.setup.world.gather_samples(mine.to(device), self.images).cpu()
 
     def _advantages(self, rewards: list[Tensor], groups: list[Tensor]) -> Tensor:
         """(B,) of all tasks; each task has statistics of its own, or they are thrown together."""

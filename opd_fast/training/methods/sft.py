@@ -60,7 +60,7 @@ class SFT(SharedImages):
     def rewards(self) -> Tensor | None:
         if "reward" not in self._drawn:
             return None
-        return self.setup.world.collect(self._drawn["reward"], self.images)
+        return self.setup.world.gather_samples(self._drawn["reward"], self.images)
 
     def fault(self, index: int, losses: Tensor) -> str | None:
         """Of which task a round's loss is not finite, in words; None where all are."""
