@@ -258,7 +258,8 @@ def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) ->
     from rich.markup import escape
     from rich.table import Table
 
-    from opd_fast.reporting.results import image_grid, print_failures
+    from opd_fast.reporting.image_grid import image_grid
+    from opd_fast.reporting.table import print_failures
 
     title = settings.model if settings.lora is None else f"{settings.model} + {settings.lora}"
     console = Console()
