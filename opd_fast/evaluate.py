@@ -184,7 +184,8 @@ def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
 
 
 def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
-    from opd_fast.data.text_embeddings import EmbeddingCache, TextStore, encoding_progress
+    from opd_fast.data.text_embeddings import EmbeddingCache, encoding_progress
+    from opd_fast.data.text_store import TextStore
     from opd_fast.distributed.plan import pick_device, pick_dtype
     from opd_fast.models import load_model
     from opd_fast.models.lora.load import load_transformer

@@ -165,7 +165,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     Raises:
         ValueError: the model's folder is missing or damaged, or does not fit the settings.
     """
-    from opd_fast.data.prompt_files import TaskSchedule
+    from opd_fast.data.schedule import TaskSchedule
     from opd_fast.models import outline_model
     from opd_fast.objectives import step_weights
     from opd_fast.solvers import solver_table
