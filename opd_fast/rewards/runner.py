@@ -44,7 +44,7 @@ class RewardFailure(RuntimeError):
         self.reason = reason or kind
 
 
-def judge(
+def call_reward(
     reward: str | Reward,
     images: Tensor,
     prompts: Sequence[Prompt],
@@ -71,7 +71,7 @@ def judge(
     return _Call(name or str(own), function, images, prompts).wait(timeout)
 
 
-class Jury:
+class RewardRunner:
     """The rewards of a run under one policy; `failures` counts (reward, kind) to the images without a value."""
 
     def __init__(self, policy: Literal["raise", "record"], timeout: float | None = None) -> None:
@@ -105,7 +105,7 @@ class Jury:
             return failure.values
 
 
-def judged(jury: Jury, task: TeacherConfig, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+def task_reward(runner: RewardRunner, task: TeacherConfig, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """(B,) float32 on the CPU: a task's reward, the weighted sum of its terms, for a run that learns from it.
 
     Raises UserError that names the task where one fails, or where the sum is beyond float32.
@@ -113,7 +113,7 @@ def judged(jury: Jury, task: TeacherConfig, images: Tensor, prompts: Sequence[Pr
     assert task.reward is not None
     key = f"teachers.{task.name}.reward"
     try:
-        total = torch.stack([t.factor * jury(t.reward, images, prompts) for t in reward_terms(task.reward)]).sum(0)
+        total = torch.stack([t.factor * runner(t.reward, images, prompts) for t in reward_terms(task.reward)]).sum(0)
     except RewardFailure as failure:
         raise UserError(key, str(failure), "fix the reward, then go on with --resume") from failure
     if not bool(total.isfinite().all()):

@@ -111,10 +111,10 @@ def evaluate(
     """
 
     from opd_fast.distributed.world import World
-    from opd_fast.rewards.runner import Jury
+    from opd_fast.rewards.runner import RewardRunner
 
     world = world or World()
-    jury = Jury("record", reward_timeout)
+    runner = RewardRunner("record", reward_timeout)
     means: dict[str, dict[str, float]] = {}
     kept: dict[str, Tensor] = {}
     done, total = 0, sum(task.count for task in tasks)
@@ -136,7 +136,7 @@ def evaluate(
                 )
             judged = min(len(rows), max(own - start, 0))  # the others are drawn only to keep the ranks in step
             for name in task.rewards if judged else ():
-                scores[name].append(jury(name, images[:judged], prompts[:judged]).double())
+                scores[name].append(runner(name, images[:judged], prompts[:judged]).double())
             if start < len(to_keep):
                 images_kept.append(images[: len(to_keep) - start].float().cpu())
             done = min(done + len(rows) * world.size, total)
@@ -149,7 +149,7 @@ def evaluate(
             kept[task.name] = world.collect(torch.cat(images_kept), keep)
     told = set() if told is None else told
     failed: dict[tuple[str, str], str] = {}
-    for reason, message in world.everyone(list(jury.messages.items())):
+    for reason, message in world.everyone(list(runner.messages.items())):
         failed.setdefault(reason, message)
         if reason not in told and world.first:
             print(f"evaluation: {message}", file=sys.stderr, flush=True)
