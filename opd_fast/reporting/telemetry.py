@@ -119,10 +119,10 @@ class Telemetry:
             self._wandb.log(dict(values), step=index)
 
 
-class Silence:
-    """What the other processes of a run say: nothing."""
+class NullTelemetry:
+    """The telemetry of every process but the first: it records nothing."""
 
-    def __enter__(self) -> Silence:
+    def __enter__(self) -> NullTelemetry:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

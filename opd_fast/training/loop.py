@@ -29,7 +29,7 @@ from opd_fast.reporting.profiler import RoundProfiler
 from opd_fast.reporting.results import gain_recovered, new_results, write_results
 from opd_fast.reporting.reward_keys import reward_keys
 from opd_fast.reporting.table import print_table
-from opd_fast.reporting.telemetry import Silence, Telemetry, annotate, read_metrics
+from opd_fast.reporting.telemetry import NullTelemetry, Telemetry, annotate, read_metrics
 from opd_fast.training.checkpoint import Checkpoints, replace_folder
 from opd_fast.training.evaluation import Evaluation, evaluate
 from opd_fast.training.identity import compare, identify, judged_otherwise
@@ -97,7 +97,7 @@ def train(
     elif resume and world.first:
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
     rounds, begun = config.train.rounds, run.rounds
-    telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.first else Silence()
+    telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.first else NullTelemetry()
     with telemetry, RoundProfiler(run_dir, say=telemetry.message) if profile and world.first else nullcontext() as p:
         try:
             run.go(telemetry, p.round if p is not None else nullcontext)
@@ -156,7 +156,7 @@ class Run:
         return self.setup.world
 
     def go(
-        self, telemetry: Telemetry | Silence, around: Callable[[], AbstractContextManager[None]] = nullcontext
+        self, telemetry: Telemetry | NullTelemetry, around: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> None:
         """All rounds that are left, each within `around()`."""
         every = self.config.evaluation.every
@@ -188,7 +188,7 @@ class Run:
             self.rows["student"] = self._flat(evaluation)
         self.checkpoints.wait()
 
-    def _round(self, telemetry: Telemetry | Silence) -> None:
+    def _round(self, telemetry: Telemetry | NullTelemetry) -> None:
         begun = time.monotonic()
         with annotate("round"):
             losses = self.method.accumulate(self.rounds, self.scaler)
@@ -222,7 +222,7 @@ class Run:
         telemetry.round(self.rounds, metrics)
         self.rounds += 1
 
-    def _skip(self, telemetry: Telemetry | Silence, fault: str) -> None:
+    def _skip(self, telemetry: Telemetry | NullTelemetry, fault: str) -> None:
         """Count a round that was left out; too many in a row end the run, its weights as they were before them."""
         self.skipped += 1
         self.skipped_in_a_row += 1
