@@ -58,19 +58,19 @@ def test_verifiers_stand_noise() -> None:
 
 
 def test_partial_score_terms() -> None:
-    found = [composition.Found("circle", "red", 8, 16), composition.Found("circle", "blue", 24, 16)]
-    assert composition.judge(found, [{"class": "circle", "count": 2}]) == (1.0, True)
-    assert composition.judge(found, [{"class": "circle", "count": 2, "color": "red"}]) == (0.75, False)
-    assert composition.judge(found, [{"class": "circle", "count": 1, "color": "red"}]) == (0.0, False)
-    assert composition.judge(found, [{"class": "square", "count": 1}]) == (0.0, False)
-    pair = [composition.Found("square", "red", 8, 16), composition.Found("circle", "blue", 24, 16)]
+    found = [composition.DetectedObject("circle", "red", 8, 16), composition.DetectedObject("circle", "blue", 24, 16)]
+    assert composition.score_record(found, [{"class": "circle", "count": 2}]) == (1.0, True)
+    assert composition.score_record(found, [{"class": "circle", "count": 2, "color": "red"}]) == (0.75, False)
+    assert composition.score_record(found, [{"class": "circle", "count": 1, "color": "red"}]) == (0.0, False)
+    assert composition.score_record(found, [{"class": "square", "count": 1}]) == (0.0, False)
+    pair = [composition.DetectedObject("square", "red", 8, 16), composition.DetectedObject("circle", "blue", 24, 16)]
     include = [
         {"class": "circle", "count": 1, "color": "blue"},
         {"class": "square", "count": 1, "color": "red", "position": ["left of", 0]},
     ]
-    assert composition.judge(pair, include) == (1.0, True)
+    assert composition.score_record(pair, include) == (1.0, True)
     include[1]["position"] = ["above", 0]
-    assert composition.judge(pair, include) == (0.8, False)
+    assert composition.score_record(pair, include) == (0.8, False)
 
 
 @pytest.mark.parametrize(("a", "b", "distance"), [("", "HK", 2), ("HK", "HK", 0), ("H", "HK", 1), ("KH", "HK", 2)])
