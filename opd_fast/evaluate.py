@@ -190,7 +190,7 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
     from opd_fast.models import load_model
     from opd_fast.models.lora.load import load_transformer
     from opd_fast.solvers import solver_table
-    from opd_fast.training.evaluation import evaluate
+    from opd_fast.training.evaluation import ImageSampler, evaluate
 
     device = pick_device()
     dtype = pick_dtype(settings.dtype, "auto", device)
@@ -207,17 +207,13 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
         text = EmbeddingCache.build(model, prompts, progress=encoded, store=store)
     model.release_text_encoders()
     table = solver_table(settings.solver, model.sigmas(settings.steps, resolution), settings.eta)
+    shape = model.latent_shape(resolution)
+    sampler = ImageSampler(model, table, shape, settings.guidance, settings.seed, text, settings.batch)
     with _progress() as advance:
         return evaluate(
-            model,
+            sampler,
             transformer,
             tasks,
-            table,
-            shape=model.latent_shape(resolution),
-            guidance=settings.guidance,
-            seed=settings.seed,
-            text=text,
-            batch=settings.batch,
             keep_images=settings.grid,
             progress=advance,
             reward_timeout=settings.reward_timeout,

@@ -31,7 +31,7 @@ from opd_fast.reporting.reward_keys import reward_keys
 from opd_fast.reporting.table import print_table
 from opd_fast.reporting.telemetry import NullTelemetry, Telemetry, annotate, read_metrics
 from opd_fast.training.checkpoint import Checkpoints, replace_folder
-from opd_fast.training.evaluation import Evaluation, evaluate
+from opd_fast.training.evaluation import Evaluation, ImageSampler, evaluate
 from opd_fast.training.identity import compare, identify, judged_otherwise
 from opd_fast.training.methods.grpo import GRPO
 from opd_fast.training.methods.nft import NFT
@@ -243,19 +243,21 @@ class Run:
 
     def _judge(self, transformer: Any, guidance: float | None) -> Evaluation:
         evaluation = evaluate(
-            self.setup.model,
+            ImageSampler(
+                self.setup.model,
+                self.setup.evaluation_table,
+                self.setup.shape,
+                guidance,
+                self.config.train.seed,
+                self.setup.text,
+                self.config.evaluation.batch,
+            ),
             transformer,
             self.setup.tasks,
-            self.setup.evaluation_table,
-            shape=self.setup.shape,
-            guidance=guidance,
-            seed=self.config.train.seed,
-            text=self.setup.text,
-            batch=self.config.evaluation.batch,
             keep_images=GRID_COLUMNS,
             reward_timeout=self.config.evaluation.reward_timeout,
             world=self.world,
-            told=self.told,
+            reported=self.told,
         )
         for reason, words in evaluation.failed.items():
             self.failures.setdefault(reason, words)
