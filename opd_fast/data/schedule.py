@@ -13,29 +13,32 @@ Number = TypeVar("Number", int, float)
 
 
 class PromptSource:
-    """Which prompts a task's rounds see: epochs, each a shuffle keyed by (seed, stream, epoch), laid end to end.
+    """The prompts that a task's rounds see: epochs laid end to end, each a shuffle keyed by (seed, stream, epoch).
 
-    Rounds are the task's own: its turns, where a `TaskSchedule` leaves it out now and then.  Round r takes places r*n
-    to r*n + n - 1 of that sequence, so any round is known without the rounds before it, and a resumed run needs no
-    state.  ``n`` must stay the same throughout a run.
+    A round here is a turn of the task, since a `TaskSchedule` may leave the task out of rounds of the run.  Round r
+    takes positions r*n to r*n + n - 1 of the sequence, so that any round is known without the rounds before it and a
+    resumed run needs no state.  ``n`` must stay the same throughout a run.
     """
 
     def __init__(self, count: int, seed: int, stream: int = 0) -> None:
-        """``count`` prompts; ``stream`` tells tasks apart that share a seed.  Raises ValueError for count < 1."""
+        """Order ``count`` prompts; ``stream`` sets tasks apart that share a seed.  Raises ValueError for count < 1."""
         if count < 1:
             raise ValueError("a prompt source needs at least one prompt")
         self.count = count
         self._key = (seed % 2**64, stream % 2**64)
 
     def batch(self, round: int, n: int) -> list[int]:
-        """Indices of the ``n`` prompts of round ``round`` (from 0).  Raises ValueError if round < 0 or n < 1."""
+        """Return the indices of the ``n`` prompts of round ``round`` (from 0).
+
+        Raises ValueError if round < 0 or n < 1.
+        """
         if round < 0 or n < 1:
             raise ValueError(f"no batch of {n} prompts in round {round}; rounds count from 0 and n from 1")
-        places = range(round * n, (round + 1) * n)
-        return [int(_shuffle(self.count, *self._key, p // self.count)[p % self.count]) for p in places]
+        positions = range(round * n, (round + 1) * n)
+        return [int(_shuffle(self.count, *self._key, p // self.count)[p % self.count]) for p in positions]
 
     def seen(self, rounds: int, n: int) -> list[int]:
-        """The distinct prompts, ascending, that the first ``rounds`` rounds use: all that a run needs to embed."""
+        """Return the distinct prompts, ascending, of the first ``rounds`` rounds: all that a run needs to embed."""
         if rounds * n >= self.count:
             return list(range(self.count))
         return sorted({index for r in range(rounds) for index in self.batch(r, n)})
@@ -51,7 +54,7 @@ _SCHEDULE_STREAM = 2**32 - 1
 
 
 class TaskSchedule:
-    """Which tasks a round takes.
+    """The tasks that each round takes.
 
     A round has ``per_round`` places.  ``round_robin`` hands them out in turn, round after round.  ``weighted`` draws
     them in proportion to the tasks' shares by systematic sampling (Madow 1949): a task holds ``expected`` places on
@@ -67,8 +70,12 @@ class TaskSchedule:
         seed: int = 0,
         among: Sequence[int] | None = None,
     ) -> None:
-        """``shares``: one positive number a task, read by ``weighted`` alone; ``among``: the tasks that come at all,
-        None for every one; ``per_round``: None for one place to each of them.
+        """Make a schedule.
+
+        Args:
+            shares: one positive number a task, which ``weighted`` alone reads.
+            per_round: places in a round; None gives one place to each task.
+            among: the tasks that come at all; None stands for all.
 
         Raises ValueError for less than one task or place.
         """
@@ -84,17 +91,18 @@ class TaskSchedule:
         weights = [shares[task] if kind == "weighted" else 1.0 for task in self._among]
         self._places = [self.per_round * weight / math.fsum(weights) for weight in weights]
         self.expected = self._spread(self._places)
-        """Places of each task in a round, on average."""
-        self._before = [[0] * len(weights)]  # of the weighted schedule: turns taken before each round, as far as asked
+        """How many places each task has in a round, on average."""
+        self._before = [[0] * len(weights)]  # turns taken before each weighted round, as far as needed
 
     def _spread(self, values: Sequence[Number]) -> list[Number]:
-        """What the tasks that come have, with 0 for the others."""
-        found = dict(zip(self._among, values, strict=True))
-        return [found.get(task, 0) for task in range(self.tasks)]
+        """Return one value a task: ``values`` for the tasks that come, 0 for the others."""
+        by_task = dict(zip(self._among, values, strict=True))
+        return [by_task.get(task, 0) for task in range(self.tasks)]
 
     def round(self, index: int) -> list[tuple[int, range]]:
-        """(task, its turns) for each task of round ``index`` (from 0), ascending; a task's turns count from 0 through
-        the whole run, and turn t sees batch t of its `PromptSource`.
+        """Return (task, its turns) for each task of round ``index`` (from 0), ascending.
+
+        A task's turns count from 0 through the whole run, and turn t sees batch t of its `PromptSource`.
         """
         if index < 0:
             raise ValueError(f"no round {index}; rounds count from 0")
@@ -102,7 +110,7 @@ class TaskSchedule:
         return [(task, range(start, stop)) for task, (start, stop) in enumerate(spans) if start < stop]
 
     def turns(self, rounds: int) -> list[int]:
-        """How many turns each task has had after ``rounds`` rounds."""
+        """Return how many turns each task has had after ``rounds`` rounds."""
         count = len(self._among)
         if self._kind == "round_robin":
             return self._spread([(rounds * self.per_round + count - 1 - i) // count for i in range(count)])
@@ -112,11 +120,11 @@ class TaskSchedule:
         return self._spread(self._before[rounds])
 
     def _draw(self, index: int) -> list[int]:
-        """Each task's places in a round: the whole numbers that fall into its stretch of a line shifted at random."""
+        """Return each task's places in a round: the whole numbers in its stretch of a randomly shifted line."""
         rng = np.random.default_rng([*self._key, index])
         order = rng.permutation(len(self._among))
         ends = np.cumsum(np.asarray(self._places)[order])
-        ends[-1] = self.per_round  # whatever rounding has made of it
+        ends[-1] = self.per_round  # the sum, without its rounding error
         ends -= rng.random()
         places = np.diff(np.ceil(ends), prepend=0.0)
         drawn = [0] * len(order)

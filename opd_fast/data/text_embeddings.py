@@ -23,7 +23,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, index: dict[str, int], embeds: TextEmbeds, device: torch.device, encoded: int) -> None:
-        """``index``: prompt -> row of ``embeds``; ``device``: where ``rows`` answers.  Use ``build``."""
+        """Use ``build``.  ``index`` maps a prompt to its row of ``embeds``; ``rows`` answers on ``device``."""
         self._index = index
         self._embeds = embeds
         self.device = device
@@ -41,8 +41,10 @@ class EmbeddingCache:
         store: TextStore | None = None,
         device_limit: int = 8 * 2**30,
     ) -> EmbeddingCache:
-        """The embeddings of every distinct text of ``prompts`` and "": read from ``store``, the rest encoded ``batch``
-        at a time and put there, calling ``progress(done, total)`` with the number of texts to encode.
+        """Collect the embeddings of every distinct text of ``prompts`` and of "".
+
+        They are read from ``store``; what it lacks is encoded, ``batch`` texts at a time, and put there.
+        ``progress(done, total)`` is called with the number of texts that are encoded.
         """
         texts = list(dict.fromkeys(["", *prompts]))
         index = {text: row for row, text in enumerate(texts)}
@@ -55,9 +57,9 @@ class EmbeddingCache:
             elif row_layout(rows) != row_layout(part):
                 assert store is not None
                 raise ValueError(f"{store.folder} holds embeddings that this model does not make; delete the folder")
-            places = torch.tensor([index[name] for name in names], device=rows.sequence.device)
+            positions = torch.tensor([index[name] for name in names], device=rows.sequence.device)
             for name, tensor in part.tensors.items():
-                rows.tensors[name].index_copy_(0, places, tensor.detach().to(places.device))
+                rows.tensors[name].index_copy_(0, positions, tensor.detach().to(positions.device))
 
         missing = dict.fromkeys(texts)
         for names, part in store.read(texts) if store is not None else ():
@@ -77,11 +79,11 @@ class EmbeddingCache:
         return cls(index, rows, model.device, len(left))
 
     def __len__(self) -> int:
-        """Number of distinct texts, "" among them."""
+        """Return the number of distinct texts, "" among them."""
         return len(self._index)
 
     def rows(self, prompts: Sequence[str]) -> TextEmbeds:
-        """One row per prompt, in order, on the model's device.  Raises KeyError for a prompt that was not built."""
+        """Return one row per prompt, in order, on the model's device.  Raises KeyError for a prompt without one."""
         missing = [text for text in prompts if text not in self._index]
         if missing:
             raise KeyError(f"{len(missing)} prompts were not encoded beforehand, e.g. {missing[0]!r}")
@@ -94,7 +96,9 @@ class EmbeddingCache:
 
 
 def _allocate(like: TextEmbeds, count: int, device: torch.device, limit: int) -> TextEmbeds:
-    """``count`` rows of no value: allocated once, for collecting parts and joining them would need twice the memory."""
+    """Return ``count`` rows without values. They are allocated once because joining collected parts would need twice
+    the memory.
+    """
     width = sum(math.prod(t.shape[1:]) * t.element_size() for t in like.tensors.values())
     device = device if width * count <= limit else torch.device("cpu")
     return TextEmbeds(**{k: t.new_empty(count, *t.shape[1:], device=device) for k, t in like.tensors.items()})
@@ -102,20 +106,21 @@ def _allocate(like: TextEmbeds, count: int, device: torch.device, limit: int) ->
 
 @contextlib.contextmanager
 def encoding_progress() -> Iterator[Callable[[int, int], None]]:
-    """``progress`` for ``EmbeddingCache.build``: a bar on a terminal, a line every few seconds elsewhere; nothing where
-    nothing is encoded.
+    """Yield ``progress`` for ``EmbeddingCache.build``: a bar on a terminal, and a line every few seconds elsewhere.
+
+    Nothing is shown where nothing is encoded.
     """
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        said = time.monotonic()
+        printed = time.monotonic()
 
         def line(done: int, total: int) -> None:
-            nonlocal said
-            if time.monotonic() - said >= PLAIN_SECONDS:
-                said = time.monotonic()
+            nonlocal printed
+            if time.monotonic() - printed >= PLAIN_SECONDS:
+                printed = time.monotonic()
                 print(f"encoded {done}/{total} prompts", file=sys.stderr, flush=True)
 
         yield line

@@ -476,7 +476,7 @@ def test_a_model_that_tells_no_encoders_is_not_kept(tmp_path: Path) -> None:
     model = letters()
     assert model.text_folders() == []
     assert TextStore.open("auto", model) is None
-    with pytest.raises(UserError, match=r"^model\.text_cache: letters tells no text encoders.*give off"):
+    with pytest.raises(UserError, match=r"^model\.text_cache: letters does not name its text encoders.*give off"):
         TextStore.open(str(tmp_path), model)
 
 

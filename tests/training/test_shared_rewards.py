@@ -19,9 +19,9 @@ from opd_fast.reporting.results import gain_recovered
 from opd_fast.reporting.reward_keys import key_words, reward_key, reward_keys
 from opd_fast.reporting.telemetry import Telemetry, read_metrics
 from opd_fast.train import main
-from opd_fast.training import evaluation
 from opd_fast.training.checkpoint import Checkpoints
 from opd_fast.training.evaluation import Evaluation
+from opd_fast.training.evaluation import evaluate as measure
 from opd_fast.training.loop import train
 from opd_fast.training.stages import joined_rows
 from tests.runs import settings
@@ -62,7 +62,7 @@ def judged(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     run_dir, seen = tmp_path_factory.mktemp("runs") / "whole", []
 
     def evaluate(*args: Any, **options: Any) -> Evaluation:
-        seen.append(evaluation.evaluate(*args, **options))
+        seen.append(measure(*args, **options))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
