@@ -161,9 +161,7 @@ def _steps(series: Series, theme: dict[str, Any]) -> Any:
         rounds, values = zip(*points, strict=True)
         ax.plot(rounds, values, color=colour, linewidth=1.5, label=f"step {step.lstrip('0') or '0'}")
     _log(ax, series)
-    legend = ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    for text in legend.get_texts():
-        text.set_color(theme["ink"])
+    _legend(ax, theme)
     return figure
 
 
@@ -178,10 +176,12 @@ def _losses(series: Series, theme: dict[str, Any]) -> Any:
         )
     _log(ax, series)
     if len(series) > 1:
-        legend = ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-        for text in legend.get_texts():
-            text.set_color(theme["ink"])
+        _legend(ax, theme)
     return figure
+
+
+def _legend(ax: Any, theme: dict[str, Any]) -> None:
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, labelcolor=theme["ink"])
 
 
 def _log(ax: Any, series: Series) -> None:

@@ -48,12 +48,10 @@ def print_failures(failures: Sequence[str], console: Any) -> None:
 
 def reward_names(results: dict[str, Any]) -> list[str]:
     """Return the table's columns: the keys of all rows in order of appearance, with `NAME_strict` after `NAME`."""
-    seen = list(dict.fromkeys(name for row in results["rows"].values() for name in row))
-    return sorted(seen, key=lambda name: (seen.index(name.removesuffix("_strict")), name)) if _paired(seen) else seen
-
-
-def _paired(names: list[str]) -> bool:
-    return all(name.removesuffix("_strict") in names for name in names)
+    names = list(dict.fromkeys(name for row in results["rows"].values() for name in row))
+    if not all(name.removesuffix("_strict") in names for name in names):
+        return names
+    return sorted(names, key=lambda name: (names.index(name.removesuffix("_strict")), name))
 
 
 def label(row: str, *, whole: bool = False) -> str:

@@ -98,7 +98,7 @@ def train(
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
     rounds, begun = config.train.rounds, run.rounds
     telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.first else NullTelemetry()
-    with telemetry, RoundProfiler(run_dir, say=telemetry.message) if profile and world.first else nullcontext() as p:
+    with telemetry, RoundProfiler(run_dir, log=telemetry.message) if profile and world.first else nullcontext() as p:
         try:
             run.go(telemetry, p.round if p is not None else nullcontext)
         except UserError:
