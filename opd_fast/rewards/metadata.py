@@ -24,8 +24,8 @@ def check_metadata(reward: str, prompts: Sequence[Prompt], key: str) -> None:
     module = getattr(get_reward(reward), "__module__", "")
     if module not in {path.partition(":")[0] for path in REWARDS.values()}:
         return
-    metadata_fault = getattr(sys.modules[module], "metadata_fault", None)
-    for prompt in prompts if metadata_fault is not None else ():
+    metadata_fault = getattr(sys.modules[module], "metadata_fault", lambda metadata: None)
+    for prompt in prompts:
         if (fault := metadata_fault(prompt.metadata)) is not None:
             problem, _, remedy = fault.partition("; ")
             where = prompt.where or repr(prompt.text)

@@ -1,14 +1,14 @@
 """Build the bundled pipeline and its teachers from a seed: `python -m opd_fast.worlds.build`.
 
-Stages, each leaving its result in the output folder, so that a later one can be run again alone:
+Each stage leaves its result in the output folder, so that a later one can be run again alone:
 
 1. `prompts`: the prompt files, in the formats of GenEval and OCR.
 2. `vae`: a small AutoencoderKL on rendered scenes.
 3. `generalist`: tokenizers, two CLIP text encoders and the MMDiT, trained together by flow matching on true captions.
    Half of the scenes are ideal ones (`shapes.scene`): with little else left open, a caption's words are learnt sooner.
-4. `base`: the generalist weakened as web data weaken a model: some more steps with part of the captions swapped, and no
-   ideal scene.
-5. `teachers`: one LoRA a task on the frozen base, by reinforcement learning: the recipes `teacher-composition`
+4. `base`: the generalist, weakened as web data weaken a model by some more steps with part of the captions swapped and
+   without ideal scenes.
+5. `teachers`: one LoRA a task on the frozen base, by reinforcement learning with the recipes `teacher-composition`
    (DiffusionNFT), `teacher-text` and `teacher-colour` (GRPO-Guard).
 """
 
@@ -49,7 +49,7 @@ class Recipe:
     """Share of composition and text captions swapped for another of the same task in the `base` stage."""
     batch: int = 32
     teacher_options: tuple[str, ...] = ()
-    """Of the teachers' command lines, to try the stage in less time."""
+    """Options added to the teachers' command lines, to try the stage in less time."""
 
 
 def train_vae(recipe: Recipe, out: Path) -> None:
@@ -83,7 +83,7 @@ def load_vae(out: Path) -> Any:
 
 
 def make_pools(recipe: Recipe, out: Path, *, ideal_scenes: float) -> dict[str, Pool]:
-    """One pool a task, `recipe.pool` scenes in all; colour's are never ideal, which is what its teacher adds."""
+    """Return one pool a task, `recipe.pool` scenes in all; colour's are never ideal, since its teacher adds that."""
     vae = load_vae(out)
     pools = {}
     for task, share in SHARES.items():
@@ -107,7 +107,7 @@ def build_generator(out: Path) -> tuple[TextToVelocity, Any]:
 
 
 def train_generator(recipe: Recipe, out: Path, work: Path, *, stage: str) -> None:
-    """Stage `generalist` from scratch on true captions, or stage `base` from the generalist on partly swapped ones."""
+    """Train `generalist` from scratch on true captions, or `base` from the generalist on partly swapped ones."""
     torch.manual_seed(recipe.seed + 2)
     model, tokenizer = build_generator(out)
     model.train()
@@ -143,7 +143,7 @@ def train_generator(recipe: Recipe, out: Path, work: Path, *, stage: str) -> Non
 
 
 def save_pipeline(model: TextToVelocity, tokenizer: Any, out: Path) -> None:
-    """The whole pipeline in diffusers' layout, weights in half precision."""
+    """Write the whole pipeline in diffusers' layout, with weights in half precision."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     pipeline = StableDiffusion3Pipeline(
@@ -162,7 +162,7 @@ def save_pipeline(model: TextToVelocity, tokenizer: Any, out: Path) -> None:
 
 
 def make_teacher(recipe: Recipe, out: Path, work: Path, task: str) -> None:
-    """The LoRA of one task: what its recipe's run ends with. One that was cut off goes on."""
+    """Train the LoRA of one task by its recipe and keep it. A run that was cut off goes on."""
     from opd_fast.config.command_line import parse, prepare_run_dir
     from opd_fast.training.loop import train
 
@@ -177,9 +177,10 @@ def make_teacher(recipe: Recipe, out: Path, work: Path, task: str) -> None:
 
 
 def keep_teacher(run_dir: Path, folder: Path) -> None:
-    """Put a finished run's student into `folder` in PEFT's and in diffusers' layout, with its settings and a
-    `training.json` that tells seed, seconds, rewards on held-out prompts and their curve, and each round's mean reward
-    in training."""
+    """Put a finished run's student into `folder`, in PEFT's and in diffusers' layout, with a `training.json`.
+
+    The file holds the run's results, the curve of rewards on held-out prompts, and each round's mean training reward.
+    """
     from opd_fast.reporting.telemetry import read_metrics
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,8 +197,8 @@ def keep_teacher(run_dir: Path, folder: Path) -> None:
         if "evaluation" in line
     ]
     drawn = [line[f"reward/{folder.name}"] for line in lines if "loss" in line]
-    told = {"recipe": f"teacher-{folder.name}", **results, "curve": curve, "training_rewards": drawn}
-    (folder / "training.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    record = {"recipe": f"teacher-{folder.name}", **results, "curve": curve, "training_rewards": drawn}
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -26,7 +26,10 @@ def flow_matching(
     name: str,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Minimise E ||v(x_t, t) - (eps - x0)||^2 over `batches` of (x0, token ids); warmup, then cosine to a twentieth."""
+    """Minimise E ||v(x_t, t) - (eps - x0)||^2 over `batches` of (x0, token ids).
+
+    The learning rate warms up to `lr`, then falls as a cosine to a twentieth of it.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = min(200, steps // 10 + 1)
 
@@ -59,7 +62,7 @@ def flow_matching(
 
 
 def sample_times(n: int) -> Tensor:
-    """Logit-normal times (SD3, arXiv 2403.03206, section 3.1), shifted toward noise as the sampler's steps are."""
+    """Draw n logit-normal times (SD3, arXiv 2403.03206, section 3.1), shifted toward noise as the sampler's steps."""
     u = torch.sigmoid(torch.randn(n))
     return 1.8 * u / (1 + 0.8 * u)
 
@@ -67,8 +70,9 @@ def sample_times(n: int) -> Tensor:
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, is_causal: bool = False, **__: Any
 ) -> Tensor:
-    """Attention as two products of (B, heads, tokens, width). On a CPU, in bfloat16, the backward of torch's own takes
-    seven times as long.
+    """Compute attention as two products; q, k, v and the result are (B, heads, tokens, width).
+
+    On a CPU, in bfloat16, the backward pass of torch's own attention takes seven times as long.
     """
     scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).unflatten(0, q.shape[:2]) * q.shape[-1] ** -0.5
     if is_causal:
@@ -80,7 +84,7 @@ def plain_attention(
 
 
 class Average:
-    """Exponential moving average of the trained parameters, decay warmed up; `shadow` is a whole state dict."""
+    """An exponential moving average of the trained parameters, whose decay warms up; `shadow` is a whole state dict."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.module, self.decay = module, decay

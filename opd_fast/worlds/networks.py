@@ -73,7 +73,7 @@ def make_transformer() -> nn.Module:
 
 
 class TextToVelocity(nn.Module):
-    """Text encoders and MMDiT as one module, to train together. Embeds text as the diffusers pipeline does."""
+    """Text encoders and MMDiT in one module, to train them together. It embeds text as the diffusers pipeline does."""
 
     def __init__(self, encoders: list[nn.Module], transformer: nn.Module) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class TextToVelocity(nn.Module):
 
 
 def make_tokenizer(folder: Path) -> Any:
-    """A CLIP tokenizer whose merges spell the grammar's words; words in quotes stay letters."""
+    """Return a CLIP tokenizer whose merges spell the grammar's words, while words in quotes stay letters."""
     from transformers import CLIPTokenizer
 
     texts = [p.text for task in shapes.TASKS for p in shapes.prompts(task, "train")]
@@ -112,7 +112,7 @@ def make_tokenizer(folder: Path) -> Any:
 
 
 def _merged(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Byte-pair encoding of one word: the earliest merge that applies goes first."""
+    """Return the byte-pair encoding of one word; the earliest merge that applies goes first."""
     while True:
         pairs = list(itertools.pairwise(parts))
         known = [pair for pair in pairs if pair in merges]

@@ -27,7 +27,7 @@ class Pool:
 
 
 def draw_prompts(task: str, n: int, rng: np.random.Generator) -> list[shapes.ScenePrompt]:
-    """n training prompts; every tag of a composition prompt is equally likely."""
+    """Return n training prompts; every tag of a composition prompt is equally likely."""
     groups: dict[str, list[shapes.ScenePrompt]] = {}
     for p in shapes.prompts(task, "train"):
         groups.setdefault(p.metadata.get("tag", ""), []).append(p)
@@ -36,7 +36,7 @@ def draw_prompts(task: str, n: int, rng: np.random.Generator) -> list[shapes.Sce
 
 
 def render_pool(task: str, n: int, seed: int, *, ideal: bool = False) -> tuple[Tensor, list[str]]:
-    """n scenes (n, 3, 32, 32) float32 in 0..1 and their prompts."""
+    """Return n scenes, (n, 3, 32, 32) float32 in 0..1, and their prompts."""
     rng = np.random.default_rng([seed, shapes.TASKS.index(task)])
     chosen = draw_prompts(task, n, rng)
     images = np.empty((n, 3, shapes.SIZE, shapes.SIZE), np.float32)
@@ -56,8 +56,9 @@ def encode_pool(vae: Any, task: str, n: int, seed: int, *, ideal: bool = False) 
 def batches(
     pools: dict[str, Pool], shares: dict[str, float], tokenizer: Any, batch: int, *, swapped: float = 0.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (latents, ids). A tenth of the captions is dropped, for guidance; `swapped` of composition's and text's
-    lie.
+    """Yield (latents, token ids) without end.
+
+    A tenth of the captions is dropped, for guidance. The share `swapped` of composition's and text's is wrong.
     """
     texts = ["", *(c for pool in pools.values() for c in pool.captions)]
     ids = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
