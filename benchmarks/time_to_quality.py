@@ -43,7 +43,7 @@ from opd_fast.models.base import ASSETS
 from opd_fast.reporting.results import gain_recovered
 from opd_fast.reporting.reward_keys import reward_key
 from opd_fast.reporting.telemetry import quiet_libraries, read_metrics
-from opd_fast.training.evaluation import evaluate
+from opd_fast.training.evaluation import ImageSampler, evaluate
 from opd_fast.training.loop import learning_rate, train
 from opd_fast.training.methods.opd import OPD
 from opd_fast.training.setup import prepare
@@ -192,17 +192,16 @@ class PublishedRun:
         """The averaged student on the held-out prompts."""
         setup, config = self.setup, self.config
         with self._averaged() as transformer:
-            found = evaluate(
+            sampler = ImageSampler(
                 setup.model,
-                transformer,
-                setup.tasks,
                 setup.evaluation_table,
-                shape=setup.shape,
-                guidance=config.student.guidance,
-                seed=config.train.seed,
-                text=setup.text,
-                batch=config.evaluation.batch,
+                setup.shape,
+                config.student.guidance,
+                config.train.seed,
+                setup.text,
+                config.evaluation.batch,
             )
+            found = evaluate(sampler, transformer, setup.tasks)
         rewards = {t.name: found.rewards[t.name][str(t.reward)] for t in config.teachers}
         return Judged(self.rounds, self.seconds, rewards)
 

@@ -184,12 +184,13 @@ def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
 
 
 def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
-    from opd_fast.data.text_embeddings import EmbeddingCache, TextStore, encoding_progress
+    from opd_fast.data.text_embeddings import EmbeddingCache, encoding_progress
+    from opd_fast.data.text_store import TextStore
     from opd_fast.distributed.resolve import pick_device, pick_dtype
     from opd_fast.models import load_model
     from opd_fast.models.lora.load import load_transformer
     from opd_fast.solvers import solver_table
-    from opd_fast.training.evaluation import evaluate
+    from opd_fast.training.evaluation import ImageSampler, evaluate
 
     device = pick_device()
     dtype = pick_dtype(settings.dtype, "auto", device)
@@ -206,17 +207,13 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
         text = EmbeddingCache.build(model, prompts, progress=encoded, store=store)
     model.release_text_encoders()
     table = solver_table(settings.solver, model.sigmas(settings.steps, resolution), settings.eta)
+    shape = model.latent_shape(resolution)
+    sampler = ImageSampler(model, table, shape, settings.guidance, settings.seed, text, settings.batch)
     with _progress() as advance:
         return evaluate(
-            model,
+            sampler,
             transformer,
             tasks,
-            table,
-            shape=model.latent_shape(resolution),
-            guidance=settings.guidance,
-            seed=settings.seed,
-            text=text,
-            batch=settings.batch,
             keep_images=settings.grid,
             progress=advance,
             reward_timeout=settings.reward_timeout,
@@ -258,7 +255,8 @@ def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) ->
     from rich.markup import escape
     from rich.table import Table
 
-    from opd_fast.reporting.results import image_grid, print_failures
+    from opd_fast.reporting.image_grid import image_grid
+    from opd_fast.reporting.table import print_failures
 
     title = settings.model if settings.lora is None else f"{settings.model} + {settings.lora}"
     console = Console()

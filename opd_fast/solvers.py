@@ -61,7 +61,7 @@ class SolverTable:
 
     @property
     def steps(self) -> int:
-        """Number of sampler steps N."""
+        """The number of sampler steps N."""
         return self.a.shape[0]
 
     @cached_property
@@ -75,7 +75,7 @@ class SolverTable:
         return bool((self.h != 0).any())
 
     def rows(self, weight: Tensor | None = None, device: torch.device | str | None = None) -> Tensor:
-        """The rows that the fused step reads: (N, 6) float32 on ``device``, columns a, b, h, std, weight, sigma.
+        """Return the rows that the fused step reads: (N, 6) float32 on ``device``, columns a, b, h, std, weight, sigma.
 
         ``weight`` (N,) replaces the table's own (another objective's step weights).
         Raises ValueError if it has another shape.
@@ -106,7 +106,7 @@ class SolverTable:
 
 
 def sd3_sigmas(steps: int, shift: float = 3.0, *, num_train_timesteps: int = 1000) -> Tensor:
-    """SD3's noise levels as diffusers makes them: (steps+1,) float64 from 1 to 0.
+    """Return SD3's noise levels as diffusers makes them: (steps+1,) float64 from 1 to 0.
 
     With S(u) = shift*u / (1 + (shift - 1)*u): sigma = S(linspace(1, S(1/num_train_timesteps), steps)), then a 0.  The
     shift is applied twice, since the scheduler already shifts its own range when it is built.  diffusers computes the
@@ -129,7 +129,7 @@ def sd3_sigmas(steps: int, shift: float = 3.0, *, num_train_timesteps: int = 100
 
 
 def solver_table(solver: str, sigmas: Tensor | Sequence[float], eta: float, *, variance: str = "exact") -> SolverTable:
-    """The table of ``solver`` over ``sigmas`` (N+1 noise levels, strictly falling within (0, 1], the last may be 0).
+    """Return the table of ``solver`` over ``sigmas``: N+1 levels, strictly falling within (0, 1]; the last may be 0.
 
     ``eta`` scales the noise of flow_sde, dance_sde, cps and ddim; the deterministic solvers do not read it.
 

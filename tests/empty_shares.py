@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opd_fast.config import Config
-from opd_fast.data.text_embeddings import TextStore
+from opd_fast.data.text_store import TextStore
 from opd_fast.distributed.world import open_world
 from opd_fast.training.checkpoint import Checkpoints
 from opd_fast.training.setup import prepare

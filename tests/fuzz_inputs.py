@@ -26,7 +26,7 @@ from opd_fast import evaluate
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, match, read_lora
 from opd_fast.models.lora.load import load_with_origin
-from opd_fast.rewards.runner import RewardFailure, judge
+from opd_fast.rewards.runner import RewardFailure, call_reward
 from tests.fuzz import Tally, World, outcome_of
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def check_reward(rng: random.Random) -> tuple[str, Callable[[], str]]:
 
     def run() -> str:
         try:
-            scores = judge(reward, torch.zeros(count, 3, 8, 8), [Prompt("x")] * count, rng.choice([None, 20.0]))
+            scores = call_reward(reward, torch.zeros(count, 3, 8, 8), [Prompt("x")] * count, rng.choice([None, 20.0]))
         except RewardFailure as failure:
             fine = "\n" not in str(failure) and failure.values.shape == (count,)
             if plain and raising is None:

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 from opd_fast.data.prompt_files import LONGEST, Prompt, load_prompts
-from opd_fast.reporting.results import image_grid
+from opd_fast.reporting.image_grid import image_grid
 from opd_fast.rewards import composition, text
 from opd_fast.rewards.metadata import check_metadata
 from tests.fuzz import Tally, outcome_of

@@ -20,7 +20,7 @@ from torch import Tensor
 from opd_fast.config import Config
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.distributed.world import full_tensor, launched, open_world
-from opd_fast.reporting.telemetry import Silence
+from opd_fast.reporting.telemetry import NullTelemetry
 from opd_fast.training.checkpoint import Checkpoints
 from opd_fast.training.loop import METHODS, Run
 from opd_fast.training.setup import prepare
@@ -136,7 +136,7 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
             if resume:
                 run.load(*checkpoints.find())
             setup.config.train.rounds = rounds
-            run.go(Silence())
+            run.go(NullTelemetry())
             if world.is_main:
                 (directory / "rows.json").write_text(json.dumps(run.rows))
 

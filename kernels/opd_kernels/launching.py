@@ -17,7 +17,7 @@ __all__ = ["BoundLaunch", "Scratch", "in_place", "on_device_of", "remember", "sc
 
 
 def in_place(t: Tensor | None) -> bool:
-    """Whether the elements of each sample lie one after another, so that a kernel can read `t` as it is."""
+    """Return whether each sample's elements lie one after another, so that a kernel can read `t` as it is."""
     if t is None:
         return True
     expected = 1
@@ -29,7 +29,7 @@ def in_place(t: Tensor | None) -> bool:
 
 
 def batch_stride(t: Tensor | None) -> int:
-    """Elements between two samples of `t` as the kernel gets it."""
+    """Return how many elements lie between two samples of `t` as the kernel gets it."""
     if t is None:
         return 0
     return t.stride(0) if in_place(t) else t[0].numel()
@@ -57,8 +57,10 @@ class Scratch:
     def take(
         self, device: torch.device, batch: int, partials: int, wanted: bool
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Float32 partial sums (at least `partials`) and int32 zeros (at least `batch`) for one launch on `device`;
-        not `wanted` by a launch with one program a sample."""
+        """Return at least `partials` float32 partial sums and `batch` int32 zeros for one launch on `device`.
+
+        A launch with one program a sample needs neither; it passes `wanted` as False.
+        """
         if not wanted:
             return None, None
         if device.type != "cuda":
@@ -92,7 +94,7 @@ scratch = Scratch()
 
 
 class BoundLaunch:
-    """One kind of call of a kernel: grid, launch parameters and constants decided, the binary found once.
+    """One kind of call of a kernel: its grid, launch parameters and constants are set, and its binary is found once.
 
     Triton's launcher looks at every argument of every call (dtype, alignment, whether an integer is 1 or a multiple of
     16) to find the binary. Here the caller's key stands for all of that but the alignment of pointers: a call whose
@@ -131,14 +133,14 @@ class BoundLaunch:
 
 
 def remember(bound: dict[Any, Any], key: Any, launch: Any) -> None:
-    """Keep a bound launch under its key; a process that sees no end of shapes starts afresh now and then."""
+    """Keep a bound launch under its key; a process that meets ever new shapes starts afresh now and then."""
     if len(bound) >= 1024:
         bound.clear()
     bound[key] = launch
 
 
 def on_device_of(t: Tensor) -> Any:
-    """Context in which Triton launches on the device of `t`: it takes the current one, which may be another."""
+    """Return a context in which Triton launches on the device of `t`, because it takes the current device otherwise."""
     if not t.is_cuda or t.get_device() == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(t.device)

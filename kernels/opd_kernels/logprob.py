@@ -1,7 +1,7 @@
 """Log-probability of a drawn step and its ratio to the policy that drew it, in one pass over the tensors.
 
-Formulas and the CPU path: `logprob_ref.py`. The CUDA kernels: `logprob_triton.py`. Here: the operators as PyTorch sees
-them (custom op, fake, autograd) and the checks of their arguments. On CUDA nothing here waits for the device.
+`logprob_ref.py` has the formulas and the CPU path, `logprob_triton.py` the CUDA kernels. This file has the operators as
+PyTorch sees them (custom op, fake, autograd) and checks their arguments. On CUDA nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _log_prob(
     return_mean: bool,
     sum_elements: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LogProb as four tensors; an absent output is an empty one (an operator cannot return None)."""
+    """Return LogProb as four tensors; an absent output is an empty one, because an operator cannot return None."""
     run = log_prob_reference
     if x.is_cuda:
         from .logprob_triton import launch_log_prob as run

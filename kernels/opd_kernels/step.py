@@ -1,7 +1,7 @@
 """The fused step: guidance, solver mean, noise, next state, loss and its gradients in one pass over the tensors.
 
-Formulas and the CPU path: `step_ref.py`. The CUDA kernel: `step_triton.py`. Here: the operator as PyTorch sees it
-(custom op, fake, autograd) and the checks of its arguments. On CUDA nothing here waits for the device.
+`step_ref.py` has the formulas and the CPU path, `step_triton.py` the CUDA kernel. This file has the operator as PyTorch
+sees it (custom op, fake, autograd) and checks its arguments. On CUDA nothing here waits for the device.
 
 The operator is registered with `torch.library.define` and `impl`, not with the `custom_op` decorator: the decorator's
 wrapper costs as much as the whole step on a CPU at small latents.
@@ -41,7 +41,7 @@ def _fused_step(
     return_means: bool,
     sum_elements: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """StepOutput as seven tensors; an absent output is an empty one (an operator cannot return None)."""
+    """Return StepOutput as seven tensors; an absent output is an empty one, because an operator cannot return None."""
     run = fused_step_reference
     if x.is_cuda:
         from .step_triton import launch_step as run
@@ -139,7 +139,7 @@ def _check(name: str, t: Tensor, like: Tensor, shape: tuple[int, ...], dtypes: t
 
 
 def _check_row(x: Tensor, table: Tensor, step: int | Tensor, reduction: str) -> tuple[int, Tensor | None]:
-    """Check what every operator on a solver row takes; the step as (row, None), or (0, its tensor)."""
+    """Check what every operator on a solver row takes, and return the step as (row, None) or as (0, its tensor)."""
     if table.dim() != 2 or table.shape[1] != len(ROW):
         raise ValueError(f"table must be (N, {len(ROW)}) with columns {ROW}, got {tuple(table.shape)}; use .rows()")
     _check("table", table, x, table.shape, (torch.float32,))
@@ -175,7 +175,7 @@ def fused_step(
     return_means: bool = False,
     reduction: Reduction = "mean",
 ) -> StepOutput:
-    """One solver step of student and teacher from the state `x`, with the distillation loss and its gradients.
+    """Take one solver step of student and teacher from the state `x`, with the distillation loss and its gradients.
 
     Args:
         x: (B, C, H, W) float32, the state at row `step`.

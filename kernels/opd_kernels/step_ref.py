@@ -32,7 +32,7 @@ Reduction = Literal["mean", "sum"]
 
 
 class StepOutput(NamedTuple):
-    """What one step gives; B samples of shape (C, H, W)."""
+    """The outputs of one step, for B samples of shape (C, H, W)."""
 
     x_next: Tensor
     """(B, C, H, W) float32, the next state."""
@@ -51,7 +51,7 @@ class StepOutput(NamedTuple):
 
 
 def _velocity(cond: Tensor, uncond: Tensor | None, guidance: Tensor, dtype: torch.dtype) -> Tensor:
-    """Guided velocity in `dtype`; may be `cond` itself. Rows with guidance 1 do not look at `uncond`."""
+    """Return the guided velocity in `dtype`, perhaps `cond` itself. Rows with guidance 1 do not read `uncond`."""
     c = cond.to(dtype)
     if uncond is None:
         return c
@@ -85,7 +85,7 @@ def fused_step_reference(
     return_means: bool = False,
     reduction: Reduction = "mean",
 ) -> StepOutput:
-    """One solver step with its distillation loss and gradients; formulas above, arguments as in `fused_step`.
+    """Take one solver step by the formulas above, with its loss and gradients; arguments are as in `fused_step`.
 
     Any device and dtype; computes in the dtype of `x` (float32, or float64 as a reference). Reads the row and the
     guidance on the host. Nothing is attached to the autograd graph: gradients are outputs.

@@ -160,7 +160,7 @@ def _bind(
     given: tuple[Tensor | None, ...],
     reduction: Reduction,
 ) -> BoundLaunch:
-    """The launch with its constants, in the kernel's order, for the 13 operands `given`."""
+    """Return the launch with its constants, in the kernel's order, for the 13 operands `given`."""
     x, table = given[0], given[11]
     assert x is not None
     assert table is not None

@@ -54,7 +54,7 @@ class Launch(NamedTuple):
     tiles: int
 
     def blocks(self, elements: int) -> int:
-        """Programs for a sample of so many elements."""
+        """Return the number of programs for a sample of so many elements."""
         return -(-elements // (self.block * self.tiles))
 
     def __str__(self) -> str:
@@ -79,14 +79,14 @@ DISTURBED = 3600.0
 
 
 def rule(batch: int, elements: int) -> Launch:
-    """The choice without measuring: one tile a program while they all fit on the chip at once, more when a program's
+    """Return the choice without measuring: one tile a program while all fit on the chip at once, more when a program's
     fixed cost would show."""
     tiles = batch * -(-elements // 1024)
     return Launch(1024, 4, 1 if tiles < 8192 else 2 if tiles < 32768 else 4)
 
 
 class Problem(NamedTuple):
-    """A launch as far as its speed depends on it."""
+    """What the speed of a launch depends on."""
 
     kernel: str
     batch: int
@@ -105,7 +105,7 @@ class Problem(NamedTuple):
         return f"{self.kernel} batch<={batch} elements<={elements}{ragged} {self.operands}"
 
     def candidates(self) -> list[Launch]:
-        """The rule's choice first, then what does not leave more than half of a program idle."""
+        """Return the rule's choice, then the launches that leave at most half of a program idle."""
         first = rule(self.batch, self.elements)
         first = first if self.tiled else first._replace(tiles=1)
         fitting = [c for c in CANDIDATES if c.block * c.tiles < 2 * self.elements and (self.tiled or c.tiles == 1)]
@@ -134,7 +134,7 @@ class Choice:
 
 
 class Tuner:
-    """The choices of this process. `epoch` counts what makes earlier ones void: launchers keep it in their keys."""
+    """The choices of this process. `epoch` counts the events that make earlier ones void; launchers have it in keys."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -146,7 +146,7 @@ class Tuner:
     def choose(
         self, problem: Problem, device: torch.device, attempt: Callable[[Launch], Callable[[], object]]
     ) -> Launch:
-        """The launch for `problem`; `attempt(launch)` gives a function that launches the kernel so, for measuring."""
+        """Return the launch for `problem`; `attempt(launch)` returns a function that launches the kernel so."""
         if self._forced is not None:
             return self._forced if problem.tiled else self._forced._replace(tiles=1)
         place = identity(device)
@@ -183,7 +183,7 @@ class Tuner:
 
     @contextmanager
     def measuring(self) -> Iterator[list[Choice]]:
-        """See the header. What the rule chose before is measured too. Yields the choices made inside, as they come.
+        """Measure launches inside, as the header says. Yields the choices as they come, those of the rule before too.
 
         Raises:
             ValueError: OPD_FAST_TUNE is neither 0 nor 1; or one is inside another.
@@ -202,7 +202,7 @@ class Tuner:
 
     @contextmanager
     def using(self, launch: Launch) -> Iterator[None]:
-        """Every launch inside takes `launch`: for tests and comparisons.
+        """Make every launch inside take `launch`, for tests and comparisons.
 
         Raises:
             ValueError: `launch` is not one of `CANDIDATES`.
@@ -218,12 +218,12 @@ class Tuner:
             self.epoch += 1
 
     def choices(self) -> list[Choice]:
-        """Every choice that launches of this process use, measured or not."""
+        """Return every choice that launches of this process use, measured or not."""
         return list(self._settled.values())
 
 
 def enabled() -> bool:
-    """Whether kept and measured choices are used at all: not with OPD_FAST_TUNE=0."""
+    """Return whether kept and measured choices are used at all; with OPD_FAST_TUNE=0 they are not."""
     value = os.environ.get("OPD_FAST_TUNE", "1")
     if value not in ("0", "1"):
         raise ValueError(f"OPD_FAST_TUNE must be 0 or 1, got {value!r}; unset it to measure when a run asks for it")
@@ -231,7 +231,7 @@ def enabled() -> bool:
 
 
 def device_times(runs: Sequence[Callable[[], object]], launches: int = 20, replays: int = 10) -> list[list[float]]:
-    """Device time of one call of each, in seconds, by each of several replays of a graph of `launches` calls. The
+    """Return the seconds of one call of each, for each of several replays of a graph of `launches` calls. The
     candidates take turns, so that a drifting clock meets all of them. Waits for the device."""
     recorder, graphs = Recorder(torch.device("cuda")), []
     for run in runs:
@@ -269,7 +269,7 @@ def _repeat(run: Callable[[], object], times: int) -> None:
 
 
 def cache_file() -> Path:
-    """Where measured choices are kept."""
+    """Return the file in which measured choices are kept."""
     folder = os.environ.get("OPD_FAST_CACHE")
     if folder:
         return Path(folder).expanduser() / "kernels.json"
@@ -278,7 +278,7 @@ def cache_file() -> Path:
 
 @cache
 def identity(device: torch.device) -> str:
-    """What a measured time belongs to: device, Triton, and the kernels' sources."""
+    """Return what a measured time belongs to: device, Triton, and the kernels' sources."""
     name = "cpu"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -289,7 +289,7 @@ def identity(device: torch.device) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's content; empty when there is none that can be read, since all of it can be measured again."""
+    """Return the file's content, empty if it cannot be read, because all of it can be measured again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -298,7 +298,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _choice(key: str, entries: Any) -> Choice | None:
-    """The kept choice, if it is one that could be measured today, and was not measured at another busy moment."""
+    """Return the kept choice if it could be measured today, and was not measured at an earlier busy moment."""
     entry = entries.get(key) if isinstance(entries, dict) else None
     if not isinstance(entry, dict) or not isinstance(entry.get("microseconds"), dict):
         return None

@@ -1,4 +1,4 @@
-"""Prompt files, and the order in which a run draws from them.
+"""Prompt files: what they may look like, and what is refused in them.
 
 Formats: GenEval's metadata lines (https://arxiv.org/abs/2310.11513), one JSON object a line with the prompt and what
 the picture must show; plain text, one prompt a line, where a line that quotes exactly one piece has it as its target,
@@ -13,28 +13,24 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import numpy as np
+from typing import Any
 
 from opd_fast.config.paths import Split, prompt_file
 
-Number = TypeVar("Number", int, float)
 COLUMNS = ("prompt", "prompts", "caption", "text")
-"""What the column of prompts may be called, in any case."""
+"""Names that the column of prompts may have, in upper or lower case."""
 LONGEST = 10_000
-"""Characters of a prompt: several times what any text encoder reads. A longer one is a file whose lines do not end."""
+"""The most characters of a prompt, several times what any text encoder reads. A longer one comes from a file whose
+lines do not end."""
 MOST_OBJECTS = 1000
 """The largest count of a GenEval entry."""
 _ENCODINGS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, whose mark its own begins with
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, whose mark is the beginning of this one
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
@@ -46,8 +42,8 @@ class Prompt:
     """A prompt with what its file says beside it.
 
     ``metadata`` is the GenEval record, ``{"target": words}`` for a line of text that quotes exactly one piece, the
-    other columns of a table's row, or ``{}``.  ``where`` names the file and the line in messages; it makes no prompt
-    differ from another.
+    other columns of a table's row, or ``{}``.  ``where`` names the file and the line in messages; prompts are equal
+    whatever it is.
     """
 
     text: str
@@ -55,11 +51,8 @@ class Prompt:
     where: str = field(default="", compare=False, repr=False)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def load_prompts(source: str | Path, split: Split = "train") -> list[Prompt]:
-    """The prompts of ``source``: a file of any format above, a folder with train/test files, or ``bundled/NAME``.
+    """Read the prompts of ``source``: a file of any format above, a folder with train/test files, or ``bundled/NAME``.
 
     ``split`` chooses the file in a folder (``{split}_metadata.jsonl``, or ``{split}`` with one of ``SUFFIXES``); a file
     is taken as it is.  Lines end with LF, CRLF or CR.  Blank lines are skipped, spaces around a prompt are dropped.
@@ -76,12 +69,12 @@ def load_prompts(source: str | Path, split: Split = "train") -> list[Prompt]:
         raise ValueError(f"{path} holds no prompt; write one prompt on each line")
     if path.suffix == ".jsonl":
         return [_geneval(text, f"{path}, line {number}") for number, text in lines]
-    prompts = [_made(text, _target(text), f"{path}, line {number}") for number, text in lines]
+    prompts = [_checked_prompt(text, _target(text), f"{path}, line {number}") for number, text in lines]
     if len(prompts) == 1 and len(parts := prompts[0].text.splitlines()) > 1:
         end = prompts[0].text[len(parts[0])]
         raise ValueError(
-            f"{prompts[0].where}: the only line holds U+{ord(end):04X}, which ends no line here; end lines with a line "
-            f"feed"
+            f"{prompts[0].where}: the only line holds U+{ord(end):04X}, which does not end a line here; end lines with "
+            f"a line feed"
         )
     return prompts
 
@@ -105,7 +98,7 @@ def write_lines(path: str | Path, lines: Sequence[str]) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, stripped text) of the lines that are not blank."""
+    """Yield (line number from 1, stripped text) for each line that is not blank."""
     for number, line in enumerate(_raw_lines(path), 1):
         # Files that were joined keep their byte-order marks, in front of lines.
         text = line.strip().lstrip("\ufeff").strip()
@@ -114,7 +107,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _raw_lines(path: Path) -> Iterator[str]:
-    """Every line as it stands, without its end: LF, CRLF or CR."""
+    """Yield every line as it stands, without its end, which is LF, CRLF or CR."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -134,12 +127,15 @@ def _raw_lines(path: Path) -> Iterator[str]:
 
 
 def _is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: spaces, control and formatting characters alone."""
+    """Return whether a text has only spaces, control and formatting characters, so that nothing of it can be seen."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def _fault(value: Any) -> str | None:
-    """What no later part can take in a text, or in the texts of a record: half a character, or a NUL."""
+    """Return what is wrong with a text, or with the texts of a record, for every later part; None if nothing is.
+
+    A text is wrong if it holds half a character or a NUL.
+    """
     if isinstance(value, dict):
         return next((fault for pair in value.items() for fault in map(_fault, pair) if fault), None)
     if isinstance(value, list):
@@ -152,8 +148,8 @@ def _fault(value: Any) -> str | None:
     return "holds a NUL character; take it out" if "\0" in value else None
 
 
-def _made(text: str, metadata: Any, where: str) -> Prompt:
-    """A prompt that every later part can take; ``metadata``: a record, or the target of a line of text."""
+def _checked_prompt(text: str, metadata: Any, where: str) -> Prompt:
+    """Return a prompt that every later part can take; ``metadata`` is a record, or the target of a line of text."""
     if isinstance(metadata, str) or metadata is None:
         metadata = {} if metadata is None else {"target": metadata}
     text = text.strip()
@@ -161,31 +157,29 @@ def _made(text: str, metadata: Any, where: str) -> Prompt:
         raise ValueError(f"{where}: {fault}")
     if len(text) > LONGEST:
         raise ValueError(
-            f"{where}: a prompt of {len(text)} characters, of which no text encoder reads more than {LONGEST}; look "
+            f"{where}: a prompt of {len(text)} characters, of which no text encoder reads more than {LONGEST}; check "
             f"how the file's lines end, or shorten it"
         )
     return Prompt(text, metadata, where)
 
 
 def _target(line: str) -> str | None:
-    """The text in double quotes, if the line has exactly one such piece."""
+    """Return the text in double quotes if the line has exactly one such piece, else None."""
     pieces = line.split('"')
     return pieces[1] if len(pieces) == 3 and pieces[1].strip() else None
 
 
 def _geneval(line: str, where: str) -> Prompt:
-    """A GenEval record: prompt; and, where given, tag, include [{class, count, color?, position?}], exclude."""
+    """Read a GenEval record: prompt and, where given, tag, include [{class, count, color?, position?}], exclude."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"two keys named {twice!r}")
-        return found
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two keys named {next(name for name in names if names.count(name) > 1)!r}")
+        return dict(pairs)
 
     try:
-        record = json.loads(line, object_pairs_hook=once)
+        record = json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}); each line must be one JSON object") from None
     if not isinstance(record, dict):
@@ -200,13 +194,13 @@ def _geneval(line: str, where: str) -> Prompt:
         for entry in entries:
             if fault := entry_fault(entry, len(record.get("include", []))):
                 raise ValueError(f"{where}: an entry of {clause!r} {fault}")
-    return _made(prompt, record, where)
+    return _checked_prompt(prompt, record, where)
 
 
 def entry_fault(entry: Any, included: int) -> str | None:
-    """What is wrong with an entry of a GenEval record's ``include`` or ``exclude``, in words; None: nothing.
+    """Return what is wrong with an entry of a GenEval record's ``include`` or ``exclude``; None if nothing is.
 
-    ``included``: how many entries ``include`` has, which a position may name.
+    ``included`` is the number of entries of ``include``, any of which a position may name.
     """
     named = isinstance(entry, dict) and isinstance(entry.get("class"), str) and not _is_blank(entry["class"])
     if not named:
@@ -226,12 +220,12 @@ def entry_fault(entry: Any, included: int) -> str | None:
 
 
 def _is_drawbench(line: str) -> bool:
-    """Whether a text file is DrawBench's table, whose header would be no prompt."""
+    """Return whether a text file's first line is the header of DrawBench's table, rather than a prompt."""
     return [cell.strip().casefold() for cell in line.replace("\t", ",").split(",")] == ["prompts", "category"]
 
 
 def _separated(path: Path) -> list[Prompt]:
-    """A table with a header; its separator is the tab in a .tsv file and wherever the header has one, else a comma."""
+    """Read a table with a header, separated by tabs in a .tsv file or where the header has one, else by commas."""
     lines = [f"{line}\n" for line in _raw_lines(path)]
     header = next((line for line in lines if line.strip()), "")
     separator = "\t" if path.suffix == ".tsv" or "\t" in header else ","
@@ -276,7 +270,7 @@ def _parquet(path: Path) -> list[Prompt]:
         ) from None
     try:
         table = Dataset.from_parquet(str(path))
-    except Exception as error:  # datasets wraps pyarrow's errors in its own, of no common base
+    except Exception as error:  # datasets wraps pyarrow's errors in its own, which have no common base
         raise ValueError(
             f"{path} cannot be read as parquet ({type(error).__name__}: {' '.join(str(error).split())[:200]}); write "
             f"it again"
@@ -290,137 +284,24 @@ def _parquet(path: Path) -> list[Prompt]:
 
 
 def _prompt_column(path: Path, columns: Sequence[str]) -> int:
-    """Which column holds the prompts.  Raises ValueError unless exactly one is called so, and for a name used twice."""
-    found = [i for i, name in enumerate(columns) if name.casefold() in COLUMNS]
-    if len(found) != 1:
+    """Return the index of the column that holds the prompts.
+
+    Raises ValueError unless exactly one column is called as in ``COLUMNS``, and for a name used twice.
+    """
+    named = [i for i, name in enumerate(columns) if name.casefold() in COLUMNS]
+    if len(named) != 1:
         raise ValueError(
-            f"{path} has {'several columns' if found else 'no column'} for the prompts among {', '.join(columns)}; "
+            f"{path} has {'several columns' if named else 'no column'} for the prompts among {', '.join(columns)}; "
             f"call exactly one of them {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}"
         )
     twice = [name for i, name in enumerate(columns) if name in columns[:i]]
     if twice:
         raise ValueError(f"{path} has two columns named {twice[0]!r}; rename one of them")
-    return found[0]
+    return named[0]
 
 
 def _row(cells: dict[str, Any], column: str, where: str) -> Prompt:
     text = cells.pop(column)
     if not isinstance(text, str) or _is_blank(text):
         raise ValueError(f"{where}: the column {column!r} holds no text; write a prompt there or drop the row")
-    return _made(text, cells, where)
-
-
-# --- order -----------------------------------------------------------------------------------------------------------
-
-
-class PromptSource:
-    """Which prompts a task's rounds see: epochs, each a shuffle keyed by (seed, stream, epoch), laid end to end.
-
-    Rounds are the task's own: its turns, where a `TaskSchedule` leaves it out now and then.  Round r takes places r*n
-    to r*n + n - 1 of that sequence, so any round is known without the rounds before it, and a resumed run needs no
-    state.  ``n`` must stay the same throughout a run.
-    """
-
-    def __init__(self, count: int, seed: int, stream: int = 0) -> None:
-        """``count`` prompts; ``stream`` tells tasks apart that share a seed.  Raises ValueError for count < 1."""
-        if count < 1:
-            raise ValueError("a prompt source needs at least one prompt")
-        self.count = count
-        self._key = (seed % 2**64, stream % 2**64)
-
-    def batch(self, round: int, n: int) -> list[int]:
-        """Indices of the ``n`` prompts of round ``round`` (from 0).  Raises ValueError if round < 0 or n < 1."""
-        if round < 0 or n < 1:
-            raise ValueError(f"no batch of {n} prompts in round {round}; rounds count from 0 and n from 1")
-        places = range(round * n, (round + 1) * n)
-        return [int(_shuffle(self.count, *self._key, p // self.count)[p % self.count]) for p in places]
-
-    def seen(self, rounds: int, n: int) -> list[int]:
-        """The distinct prompts, ascending, that the first ``rounds`` rounds use: all that a run needs to embed."""
-        if rounds * n >= self.count:
-            return list(range(self.count))
-        return sorted({index for r in range(rounds) for index in self.batch(r, n)})
-
-
-@lru_cache(maxsize=16)
-def _shuffle(count: int, seed: int, stream: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, stream, epoch]).permutation(count)
-
-
-_SCHEDULE_STREAM = 2**32 - 1
-"""Sets the schedule's draws apart from the tasks' shuffles, whose streams count from 0."""
-
-
-class TaskSchedule:
-    """Which tasks a round takes.
-
-    A round has ``per_round`` places.  ``round_robin`` hands them out in turn, round after round.  ``weighted`` draws
-    them in proportion to the tasks' shares by systematic sampling (Madow 1949): a task holds ``expected`` places on
-    average, and in each round that number rounded down or up, so that a task may hold several and another none.
-    Either follows from (seed, round) alone, so a resumed run needs no state.
-    """
-
-    def __init__(
-        self,
-        shares: Sequence[float],
-        per_round: int | None = None,
-        kind: Literal["round_robin", "weighted"] = "round_robin",
-        seed: int = 0,
-        among: Sequence[int] | None = None,
-    ) -> None:
-        """``shares``: one positive number a task, read by ``weighted`` alone; ``among``: the tasks that come at all,
-        None for every one; ``per_round``: None for one place to each of them.
-
-        Raises ValueError for less than one task or place.
-        """
-        self._among = list(range(len(shares))) if among is None else sorted(among)
-        self.tasks = len(shares)
-        self.per_round = len(self._among) if per_round is None else per_round
-        if not self._among or self.per_round < 1:
-            raise ValueError(
-                f"no schedule of {len(self._among)} tasks with {self.per_round} places a round; give 1 or more"
-            )
-        self._kind = kind
-        self._key = (seed % 2**64, _SCHEDULE_STREAM)
-        weights = [shares[task] if kind == "weighted" else 1.0 for task in self._among]
-        self._places = [self.per_round * weight / math.fsum(weights) for weight in weights]
-        self.expected = self._spread(self._places)
-        """Places of each task in a round, on average."""
-        self._before = [[0] * len(weights)]  # of the weighted schedule: turns taken before each round, as far as asked
-
-    def _spread(self, values: Sequence[Number]) -> list[Number]:
-        """What the tasks that come have, with 0 for the others."""
-        found = dict(zip(self._among, values, strict=True))
-        return [found.get(task, 0) for task in range(self.tasks)]
-
-    def round(self, index: int) -> list[tuple[int, range]]:
-        """(task, its turns) for each task of round ``index`` (from 0), ascending; a task's turns count from 0 through
-        the whole run, and turn t sees batch t of its `PromptSource`.
-        """
-        if index < 0:
-            raise ValueError(f"no round {index}; rounds count from 0")
-        spans = zip(self.turns(index), self.turns(index + 1), strict=True)
-        return [(task, range(start, stop)) for task, (start, stop) in enumerate(spans) if start < stop]
-
-    def turns(self, rounds: int) -> list[int]:
-        """How many turns each task has had after ``rounds`` rounds."""
-        count = len(self._among)
-        if self._kind == "round_robin":
-            return self._spread([(rounds * self.per_round + count - 1 - i) // count for i in range(count)])
-        while len(self._before) <= rounds:
-            drawn = self._draw(len(self._before) - 1)
-            self._before.append([had + places for had, places in zip(self._before[-1], drawn, strict=True)])
-        return self._spread(self._before[rounds])
-
-    def _draw(self, index: int) -> list[int]:
-        """Each task's places in a round: the whole numbers that fall into its stretch of a line shifted at random."""
-        rng = np.random.default_rng([*self._key, index])
-        order = rng.permutation(len(self._among))
-        ends = np.cumsum(np.asarray(self._places)[order])
-        ends[-1] = self.per_round  # whatever rounding has made of it
-        ends -= rng.random()
-        places = np.diff(np.ceil(ends), prepend=0.0)
-        drawn = [0] * len(order)
-        for task, count in zip(order, places, strict=True):
-            drawn[int(task)] = int(count)
-        return drawn
+    return _checked_prompt(text, cells, where)

@@ -17,7 +17,8 @@ from torch import nn
 
 from opd_fast.config import Config, TeacherConfig
 from opd_fast.config.paths import held_out, looks_like_hub_id
-from opd_fast.data.prompt_files import TaskSchedule, load_prompts
+from opd_fast.data.prompt_files import load_prompts
+from opd_fast.data.schedule import TaskSchedule
 from opd_fast.distributed.communication import collectives, sent
 from opd_fast.distributed.flops import RowCost, block_input, row_cost_or_estimate
 from opd_fast.distributed.memory import GIB, RESERVE, Strategy, Workload, blocks_to_checkpoint, choose_strategy, memory

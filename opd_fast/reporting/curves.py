@@ -1,4 +1,4 @@
-"""The curves of a report, drawn twice: for light and for dark pages."""
+"""The curves of a report. Each is drawn twice, because a page is light or dark as its reader's system is."""
 
 from __future__ import annotations
 
@@ -22,29 +22,34 @@ Series = dict[str, list[tuple[int, float]]]  # name to (round, value)
 
 
 def draw(results: dict[str, Any], history: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Curves that the history has data for: `[{"title", "caption", "light", "dark"}]`, the images as data URIs."""
-    found = []
+    """Draw the curves that the history has data for.
+
+    Returns `[{"title", "caption", "light", "dark"}]`, where "light" and "dark" are images as data URIs.
+    """
+    drawn = []
     rewards = reward_series(history)
     if any(len(points) > 1 for points in rewards.values()):
         caption = "Held-out prompts, averaged weights. Dashed: the task's teacher. Dotted: the base."
-        found.append(_twice("Rewards over rounds", caption, lambda theme: _rewards(rewards, results, theme)))
+        drawn.append(_twice("Rewards over rounds", caption, lambda theme: _rewards(rewards, results, theme)))
     steps, tasks = step_series(history), _matching(history, _TASK)
     if steps:
         caption = (
             "One line for each trained solver step, from the noisiest (dark) to the cleanest (bright). "
             "Steps weigh very differently, so they are not to be judged by their sum."
         )
-        found.append(_twice("Loss of each solver step", caption, lambda theme: _steps(steps, theme)))
+        drawn.append(_twice("Loss of each solver step", caption, lambda theme: _steps(steps, theme)))
     total = {"all tasks": [(line["round"], line["loss"]) for line in history if "loss" in line]}
     if total["all tasks"]:
         caption = "The round's whole loss" + (", and each task's part of it." if tasks else ".")
-        found.append(_twice("Loss over rounds", caption, lambda theme: _losses({**total, **tasks}, theme)))
-    return found
+        drawn.append(_twice("Loss over rounds", caption, lambda theme: _losses({**total, **tasks}, theme)))
+    return drawn
 
 
 def reward_series(history: list[dict[str, Any]]) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """(task, reward) to (rounds done, mean) from the evaluation lines;
-    a round evaluated twice keeps the later value."""
+    """Return (task, reward) to [(rounds done, mean)], from the evaluation lines of metrics.jsonl.
+
+    A round that was evaluated twice keeps the later value.
+    """
     series: dict[tuple[str, str], dict[int, float]] = {}
     for line in history:
         for task, means in line.get("evaluation", {}).items():
@@ -54,9 +59,8 @@ def reward_series(history: list[dict[str, Any]]) -> dict[tuple[str, str], list[t
 
 
 def step_series(history: list[dict[str, Any]]) -> Series:
-    """Solver step to (round, loss)."""
-    found = _matching(history, _STEP)
-    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+    """Return solver step to [(round, loss)], in the order of the steps."""
+    return dict(sorted(_matching(history, _STEP).items(), key=lambda item: int(item[0])))
 
 
 def _matching(history: list[dict[str, Any]], pattern: re.Pattern[str]) -> Series:
@@ -74,7 +78,7 @@ def _twice(title: str, caption: str, figure: Any) -> dict[str, str]:
 
 
 def _axes(theme: dict[str, Any], panels: int, height: float = 2.6) -> tuple[Any, list[Any]]:
-    """A figure of `panels` side by side (three in a row), without the boxes that carry no data."""
+    """Return a figure and its `panels`, at most three in a row, without the boxes that carry no data."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -133,13 +137,13 @@ def _rewards(series: dict[tuple[str, str], list[tuple[int, float]]], results: di
 
 
 def _title(task: str, reward: str, *, shared: bool) -> str:
-    """A panel's heading: the reward, after its task where it does not tell it."""
-    tells = not shared and (task == reward or reward.startswith(f"{task}_"))
-    return key_words(reward if tells else f"{task}/{reward}")
+    """Return a panel's heading: the reward, after its task where the reward's name does not imply the task."""
+    implied = not shared and (task == reward or reward.startswith(f"{task}_"))
+    return key_words(reward if implied else f"{task}/{reward}")
 
 
 def _apart(levels: dict[str, float], least: float) -> dict[str, float]:
-    """Move labels so that neighbours are `least` apart, keeping their order."""
+    """Return the labels' heights, moved so that neighbours are at least `least` apart in the same order."""
     placed: dict[str, float] = {}
     for label, y in sorted(levels.items(), key=lambda item: item[1]):
         placed[label] = max(y, max(placed.values()) + least) if placed else y
@@ -157,9 +161,7 @@ def _steps(series: Series, theme: dict[str, Any]) -> Any:
         rounds, values = zip(*points, strict=True)
         ax.plot(rounds, values, color=colour, linewidth=1.5, label=f"step {step.lstrip('0') or '0'}")
     _log(ax, series)
-    legend = ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    for text in legend.get_texts():
-        text.set_color(theme["ink"])
+    _legend(ax, theme)
     return figure
 
 
@@ -174,14 +176,16 @@ def _losses(series: Series, theme: dict[str, Any]) -> Any:
         )
     _log(ax, series)
     if len(series) > 1:
-        legend = ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-        for text in legend.get_texts():
-            text.set_color(theme["ink"])
+        _legend(ax, theme)
     return figure
 
 
+def _legend(ax: Any, theme: dict[str, Any]) -> None:
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, labelcolor=theme["ink"])
+
+
 def _log(ax: Any, series: Series) -> None:
-    """A logarithmic axis where the values span more than a decade or so; below that it would have a single tick."""
+    """Make the axis logarithmic where the values span more than a decade or so; below that it would have one tick."""
     values = [value for points in series.values() for _, value in points]
     if min(values) > 0 and max(values) > 30 * min(values):
         ax.set_yscale("log")
@@ -194,4 +198,9 @@ def _log(ax: Any, series: Series) -> None:
 def _png(figure: Any) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(buffer.getvalue())
+
+
+def data_uri(png: bytes) -> str:
+    """Return a picture in the form in which a page holds it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -27,19 +27,19 @@ class RoundProfiler:
 
     Args:
         run_dir: the run's directory; `profile/` is made in it.
-        first, last: the rounds.
-        say: where one line about the outcome goes.
+        first, last: the rounds that are recorded.
+        log: takes one line about the outcome.
 
     Raises:
         ValueError: first is below 1 or above last.
     """
 
     def __init__(
-        self, run_dir: Path, *, first: int = FIRST, last: int = LAST, say: Callable[[str], None] = print
+        self, run_dir: Path, *, first: int = FIRST, last: int = LAST, log: Callable[[str], None] = print
     ) -> None:
         if not 1 <= first <= last:
             raise ValueError(f"rounds {first} to {last} cannot be profiled; give 1 <= first <= last")
-        self.folder, self.first, self.last, self.say = Path(run_dir) / "profile", first, last, say
+        self.folder, self.first, self.last, self.log = Path(run_dir) / "profile", first, last, log
         self._begun = 0
         self._finished = 0
         """Recorded rounds that ran to their end."""
@@ -53,7 +53,7 @@ class RoundProfiler:
         if self._profile is not None:
             self._write()
         if not self._written:
-            self.say(f"profile: nothing recorded, of {self._begun} rounds none from {self.first} on was finished")
+            self.log(f"profile: nothing recorded; of {self._begun} rounds none from round {self.first} on was finished")
 
     @contextlib.contextmanager
     def round(self) -> Iterator[None]:
@@ -91,4 +91,4 @@ class RoundProfiler:
         rounds = (
             f"rounds {self.first} to {self.first + self._finished - 1}" if self._finished > 1 else f"round {self.first}"
         )
-        self.say(f"profile: {rounds} of this process in {trace}; the top operators in operators.txt beside it")
+        self.log(f"profile: {rounds} of this process in {trace}; the top operators in operators.txt beside it")

@@ -1,7 +1,7 @@
 """The keys of a row of results.json: which task and which reward a mean belongs to.
 
 A key is `REWARD` where one task alone has that reward, and `TASK/REWARD` where several have it, for each of them.
-Neither a task's name nor a reward's has a slash, so that a key is read in one way. metrics.jsonl keeps
+Neither a task's name nor a reward's has a slash, so that a key can be read in one way only. metrics.jsonl keeps
 `{task: {reward: mean}}` and needs no such keys.
 """
 
@@ -15,18 +15,18 @@ Pair = tuple[str, str]
 
 
 def reward_keys(pairs: Iterable[Pair]) -> dict[Pair, str]:
-    """The key of each (task, reward) of a table, in their order; a pair that comes twice has one key."""
+    """Return the key of each (task, reward) of a table, in order; a pair that comes twice has one key."""
     distinct = list(dict.fromkeys(pairs))
     tasks = Counter(reward for _, reward in distinct)
     return {(task, reward): f"{task}/{reward}" if tasks[reward] > 1 else reward for task, reward in distinct}
 
 
 def reward_key(row: Mapping[str, object], task: str, reward: str) -> str:
-    """The key under which a row has the reward of a task, or would have it."""
+    """Return the key under which a row has the reward of a task, or would have it."""
     shared = f"{task}/{reward}"
     return shared if shared in row else reward
 
 
 def key_words(key: str) -> str:
-    """A key as a heading: `TASK: REWARD`, or the reward alone, with spaces for underscores."""
+    """Return a key as a heading: `TASK: REWARD`, or the reward alone, with spaces for underscores."""
     return key.replace("/", ": ").replace("_", " ")

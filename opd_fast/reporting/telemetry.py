@@ -1,8 +1,8 @@
-"""What a run says while it runs: a progress bar, metrics.jsonl, TensorBoard, Weights & Biases, NVTX ranges.
+"""What a run reports while it goes on: a progress bar, metrics.jsonl, TensorBoard, Weights & Biases, NVTX ranges.
 
-`metrics.jsonl` is the record. One line a round: `{"round": index from 0, "time": seconds since the start, **metrics}`.
-One line an evaluation: `{"round": rounds done, "time": ..., "evaluation": {task: {reward: mean}}}`. The rest shows the
-same numbers.
+`metrics.jsonl` is the record; the rest shows the same numbers. It has a line for each round,
+`{"round": index from 0, "time": seconds since the start, **metrics}`, and a line for each evaluation,
+`{"round": rounds done, "time": ..., "evaluation": {task: {reward: mean}}}`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Telemetry:
     Args:
         run_dir: where `metrics.jsonl` and `tensorboard/` lie.
         config: which of the optional loggers run.
-        rounds: rounds in the whole run.
+        rounds: the number of rounds in the whole run.
         start_round: rounds done before. Lines about later rounds are dropped from the file, so that a resumed run's
             record reads as if it had never stopped; the evaluation after exactly `start_round` rounds stays.
     """
@@ -78,7 +78,7 @@ class Telemetry:
 
     @property
     def seconds(self) -> float:
-        """Since the run's start, the time before a resumption included."""
+        """The time since the run's start, which includes the time before a resumption."""
         return self._time_before + time.monotonic() - self._start
 
     def round(self, index: int, metrics: dict[str, float]) -> None:
@@ -89,8 +89,7 @@ class Telemetry:
             self._bar.round(index, metrics)
 
     def evaluation(self, index: int, rewards: dict[str, dict[str, float]]) -> None:
-        """Record mean rewards `{task: {reward: value}}`, measured after `index` rounds; those that are NaN are
-        left out."""
+        """Record mean rewards `{task: {reward: value}}` after `index` rounds; those that are NaN are left out."""
         rewards = {task: {k: v for k, v in row.items() if math.isfinite(v)} for task, row in rewards.items()}
         self._write({"round": index, "time": round(self.seconds, 3), "evaluation": rewards})
         flat = {f"evaluation/{task}/{name}": value for task, means in rewards.items() for name, value in means.items()}
@@ -119,13 +118,13 @@ class Telemetry:
             self._wandb.log(dict(values), step=index)
 
 
-class Silence:
-    """What the other processes of a run say: nothing."""
+class NullTelemetry:
+    """The telemetry of every process but the first: it records nothing."""
 
-    def __enter__(self) -> Silence:
+    def __enter__(self) -> NullTelemetry:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         pass
 
     def round(self, index: int, metrics: dict[str, float]) -> None:
@@ -139,7 +138,7 @@ class Silence:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut short is left out. No file: no lines."""
+    """Return the lines of a metrics.jsonl, none if there is no file. A last line that a crash cut short is left out."""
     lines: list[dict[str, Any]] = []
     if not path.is_file():
         return lines
@@ -182,21 +181,21 @@ class _Bar:
 
 
 class _Lines:
-    """Plain lines where there is no terminal: the first and the last round, and one every few seconds between."""
+    """Plain lines where there is no terminal: one for the first and the last round, and one every few seconds."""
 
     def __init__(self, rounds: int, start: int) -> None:
         self._rounds, self._done = rounds, start
-        self._first, self._last, self._said = start, time.monotonic(), -PLAIN_SECONDS
+        self._first, self._last, self._printed = start, time.monotonic(), -PLAIN_SECONDS
         self._spent = 0.0
 
     def round(self, index: int, metrics: dict[str, float]) -> None:
         now = time.monotonic()
-        # A round's own time where it is told: evaluations between rounds do not repeat with each.
+        # A round's own time, where it is given, leaves out the evaluations, which do not come with each round.
         self._spent += metrics.get("seconds", now - self._last)
         self._done, self._last = index + 1, now
-        if now - self._said < PLAIN_SECONDS and self._done < self._rounds:
+        if now - self._printed < PLAIN_SECONDS and self._done < self._rounds:
             return
-        self._said = now
+        self._printed = now
         # The first round warms up caches and compilers, but it is all there is to go by at first.
         left = self._spent / max(self._done - self._first, 1) * (self._rounds - self._done)
         print(
@@ -226,8 +225,11 @@ def _clock(seconds: float) -> str:
 
 
 def _start_wandb(run_dir: Path) -> Any:
-    """The run at Weights & Biases of this directory. Its identity lies in `wandb.id`, so that a resumed run goes on and
-    another of the same name, as the stages of two cascades have, is another."""
+    """Return the run at Weights & Biases that belongs to this directory.
+
+    Its identity lies in `wandb.id`, so that a resumed run goes on there, while another run of the same name, as the
+    stages of two cascades have, is a run of its own.
+    """
     try:
         import wandb
     except ImportError as error:
@@ -240,9 +242,9 @@ def _start_wandb(run_dir: Path) -> Any:
         # A run of an earlier version was known by the name of its directory.
         earlier = run_dir.name if (run_dir / "wandb").is_dir() else f"{run_dir.name}-{secrets.token_hex(4)}"
         file.write_text(earlier + "\n", encoding="utf-8")
-    known = file.read_text(encoding="utf-8").strip()
+    identity = file.read_text(encoding="utf-8").strip()
     name = f"{run_dir.parent.name}/{run_dir.name}" if (run_dir.parent / "config.yaml").is_file() else run_dir.name
-    return wandb.init(project="opd_fast", name=name, dir=str(run_dir), id=known, resume="allow")
+    return wandb.init(project="opd_fast", name=name, dir=str(run_dir), id=identity, resume="allow")
 
 
 NVTX = "OPD_FAST_NVTX"
@@ -252,15 +254,17 @@ _NOTHING = contextlib.nullcontext()
 
 
 def annotate(name: str) -> contextlib.AbstractContextManager[object]:
-    """A named range around a block: an NVTX one in the domain opd_fast where OPD_FAST_NVTX is 1, else one of the torch
-    profiler's while it records. With neither it does nothing and costs well under a microsecond.
+    """Return a context manager that names a block in a profile.
+
+    It is an NVTX range in the domain opd_fast where OPD_FAST_NVTX is 1, else a range of the torch profiler while that
+    records. With neither it does nothing and costs well under a microsecond.
     """
     if _nvtx():
         import nvtx
 
-        found: contextlib.AbstractContextManager[object] = nvtx.annotate(name, domain="opd_fast")
-        return found
-    profiler = sys.modules.get("torch.autograd.profiler")  # whoever has not imported torch profiles nothing
+        marked: contextlib.AbstractContextManager[object] = nvtx.annotate(name, domain="opd_fast")
+        return marked
+    profiler = sys.modules.get("torch.autograd.profiler")  # without torch nothing is profiled
     if profiler is not None and profiler._is_profiler_enabled:
         recorded: contextlib.AbstractContextManager[object] = profiler.record_function(name)
         return recorded
@@ -269,13 +273,13 @@ def annotate(name: str) -> contextlib.AbstractContextManager[object]:
 
 @functools.cache
 def _nvtx() -> bool:
-    """Looked up once: reading the environment costs more than all the rest."""
+    """Return whether NVTX is on. It is looked up once because reading the environment costs more than all the rest."""
     return os.environ.get(NVTX) == "1"
 
 
 def quiet_libraries() -> None:
     """Keep transformers from drawing a bar for each component it loads and from warning about image processors that
-    this project does not use. A TRANSFORMERS_VERBOSITY of the user's own is respected; downloads keep their bars."""
+    this project does not use. A TRANSFORMERS_VERBOSITY set by the user is respected; downloads keep their bars."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging
 

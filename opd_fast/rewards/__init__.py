@@ -1,7 +1,8 @@
-"""Rewards by name, and the types of a reward of one's own: `Reward`, `RewardValues` and `Prompt`.
+"""The registry of rewards, and the types of a reward of one's own: `Reward`, `RewardValues` and `Prompt`.
 
-A reward from elsewhere is named by its dotted path, `package.module:function`. docs/rewards.md says what it is given
-and what it may return; `judge.py` calls a reward and survives it, `values.py` reads what it returns.
+A new reward is a file beside this one and a line of `REWARDS`. A reward from elsewhere is named by its dotted path,
+`package.module:function`. docs/rewards.md says what a reward is given and what it may return. `runner.py` calls a
+reward and survives its failures, `values.py` reads what it returns, `metadata.py` checks what it needs of prompts.
 """
 
 from __future__ import annotations
@@ -62,15 +63,16 @@ REWARDS: dict[str, str] = {
     "text": "opd_fast.rewards.text:score",
     "colour": "opd_fast.rewards.colour:score",
 }
+"""The bundled rewards: name to the function's dotted path."""
 
 REPORTED: dict[str, tuple[str, ...]] = {"composition": ("composition_strict",)}
 """What evaluations report beside a reward."""
 
 
 def get_reward(name: str) -> Reward:
-    """The reward called `name`, or at the dotted path `name`; its module is imported here, not before.
+    """Return the reward called `name`, or the one at the dotted path `name`; its module is imported here, not before.
 
-    Raises ValueError for an unknown name and for a path that leads to no function.
+    Raises ValueError for an unknown name and for a path that does not lead to a function.
     """
     if name in REWARDS:
         return _imported(REWARDS[name])
@@ -83,16 +85,16 @@ def get_reward(name: str) -> Reward:
 
 @dataclass(frozen=True)
 class Term:
-    """A summand of a task's reward."""
+    """One summand of a task's reward."""
 
     factor: float
     reward: str
 
 
 def reward_terms(text: str) -> list[Term]:
-    """The summands of `REWARD` or of a weighted sum, `0.8*text + 0.2*colour`, in order.
+    """Return the summands of `REWARD` or of a weighted sum, `0.8*text + 0.2*colour`, in order.
 
-    Raises ValueError for what reads as neither.
+    Raises ValueError for a text that is neither.
     """
     terms = []
     for part in text.split("+"):
@@ -102,13 +104,13 @@ def reward_terms(text: str) -> list[Term]:
         except ValueError:
             value = math.nan
         if not name.strip() or not math.isfinite(value):
-            raise ValueError(f"reward {text!r} is no sum: write NAME, or FACTOR*NAME + FACTOR*NAME")
+            raise ValueError(f"reward {text!r} is not a sum: write NAME, or FACTOR*NAME + FACTOR*NAME")
         terms.append(Term(value, name.strip()))
     return terms
 
 
 def judged_rewards(task: TeacherConfig) -> list[str]:
-    """The rewards that evaluations report of a task: the first of its sum, and what is reported beside that."""
+    """Return the rewards that evaluations report of a task: the first of its sum, and what is reported beside it."""
     if task.reward is None:
         return []
     first = reward_terms(task.reward)[0].reward
@@ -118,31 +120,31 @@ def judged_rewards(task: TeacherConfig) -> list[str]:
 def _imported(path: str) -> Reward:
     module, _, attribute = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        target = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a module of the user's may raise anything
         raise ValueError(f"reward {path} cannot be imported ({type(error).__name__}: {one_line(error)})") from error
-    if (fault := _not_a_reward(found)) is not None:
+    if (fault := _not_a_reward(target)) is not None:
         raise ValueError(f"reward {path} is {fault}, not a function of (images, prompts)")
-    reward: Reward = found
+    reward: Reward = target
     return reward
 
 
-def _not_a_reward(found: Any) -> str | None:
-    """What cannot be called as a reward is, in words; None for what can."""
-    if isinstance(found, type):
+def _not_a_reward(target: Any) -> str | None:
+    """Return what `target` is, in words, if it cannot be called as a reward; else None."""
+    if isinstance(target, type):
         return "a class"
-    if not callable(found):
-        return f"a {type(found).__name__}"
+    if not callable(target):
+        return f"a {type(target).__name__}"
     for is_one, what in (
         (inspect.iscoroutinefunction, "an async function"),
         (inspect.isasyncgenfunction, "an async generator"),
         (inspect.isgeneratorfunction, "a generator"),
     ):
-        if is_one(found) or is_one(getattr(found, "__call__", None)):  # noqa: B004
+        if is_one(target) or is_one(getattr(target, "__call__", None)):  # noqa: B004
             return what
     try:
-        signature = inspect.signature(found)
-    except (TypeError, ValueError):  # written in C, it may have none
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # a function written in C may have none
         return None
     try:
         signature.bind(None, None)
@@ -152,6 +154,6 @@ def _not_a_reward(found: Any) -> str | None:
 
 
 def prompt_groups(prompts: Sequence[Prompt]) -> Tensor:
-    """(B,) int64: which group of equal prompts each belongs to, numbered by first appearance."""
+    """Return for each prompt the number of its group of equal prompts, (B,) int64, in order of first appearance."""
     seen: dict[Prompt, int] = {}
     return torch.tensor([seen.setdefault(prompt, len(seen)) for prompt in prompts], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Colourfulness of Hasler and Suesstrunk (Measuring colourfulness in natural images, 2003), scaled to 0..1."""
+"""The reward `colour`: Hasler and Suesstrunk, Measuring colourfulness in natural images (2003), scaled to 0..1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ SCALE = 250.0
 
 
 def colourfulness(images: Tensor) -> Tensor:
-    """M = sqrt(var(rg) + var(yb)) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2) in units of 0..255; (B, 3, H, W) -> (B,)."""
+    """Return M = sqrt(var(rg) + var(yb)) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2) in units of 0..255.
+
+    `images` is (B, 3, H, W) in 0..1, the result (B,).
+    """
     red, green, blue = (images.detach().float() * 255).unbind(1)
     opponents = torch.stack([red - green, 0.5 * (red + green) - blue], 1).flatten(2)
     spread = opponents.var(2, unbiased=False).sum(1).sqrt()
@@ -22,5 +25,5 @@ def colourfulness(images: Tensor) -> Tensor:
 
 
 def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Colourfulness / SCALE, at most 1; the prompts do not matter. (B,) float32."""
+    """Return colourfulness / SCALE, at most 1, as (B,) float32; the prompts do not matter."""
     return (colourfulness(images) / SCALE).clamp(max=1.0)

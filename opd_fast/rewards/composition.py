@@ -1,4 +1,4 @@
-"""Composition in the shapes world: finds the objects in the pixels, then scores them as GenEval does.
+"""The reward `composition`: it finds the shapes world's objects in the pixels, then scores them as GenEval does.
 
 GenEval (arXiv 2310.11513) checks a record's clauses: how many objects of a class, in which colour, in which relation.
 Here the detector is exact enough to need no network: dark ground, connected bright regions, shape from how much of its
@@ -16,8 +16,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from opd_fast.data.prompt_files import Prompt
-from opd_fast.worlds.shapes import COLOURS, Array
+from opd_fast.data.prompt_files import Prompt, entry_fault
+from opd_fast.worlds.shapes import COLOURS, RELATIONS, SHAPES, Array
 
 BRIGHT = 0.42
 """A pixel belongs to an object when its largest channel exceeds this; the ground stays under 0.2."""
@@ -29,9 +29,31 @@ _NAMES = list(COLOURS)
 _HUES = np.array([np.array(c) / np.linalg.norm(c) for c in COLOURS.values()])
 
 
+def metadata_fault(metadata: dict[str, Any]) -> str | None:
+    """Return why the reward cannot judge a prompt, or None: it looks for the entries of `metadata["include"]`.
+
+    Its detector knows the shapes, colours and relations of the bundled world alone; a position names an earlier entry.
+    """
+    include = metadata.get("include")
+    if not isinstance(include, list) or not include:
+        return 'has no GenEval list "include"; write GenEval records (.jsonl)'
+    for index, entry in enumerate(include):
+        if fault := entry_fault(entry, len(include)):
+            return f"has an entry of 'include' that {fault}"
+        known: list[tuple[str, Any, tuple[str, ...]]] = [("class", entry["class"], SHAPES)]
+        known += [("color", entry["color"], tuple(COLOURS))] if "color" in entry else []
+        known += [("position", entry["position"][0], RELATIONS)] if "position" in entry else []
+        for key, word, words in known:
+            if word not in words:
+                return f'has the "{key}" {word!r}, which its detector does not know; give {", ".join(words)}'
+        if "position" in entry and entry["position"][1] >= index:
+            return f'has a "position" that names entry {entry["position"][1]} in entry {index}; name an earlier entry'
+    return None
+
+
 @dataclass(frozen=True)
-class Found:
-    """An object read from the pixels; centre in pixels, x right, y down."""
+class DetectedObject:
+    """An object read from the pixels. Its centre is in pixels, x to the right and y down."""
 
     shape: str
     colour: str
@@ -39,11 +61,11 @@ class Found:
     y: float
 
 
-def detect(image: Array) -> list[Found]:
-    """The objects in one image, (3, H, W) in 0..1."""
+def detect(image: Array) -> list[DetectedObject]:
+    """Return the objects in one image, (3, H, W) in 0..1."""
     bright = image.max(0)
     labels, _ = ndimage.label(bright > BRIGHT)
-    found = []
+    objects = []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         region = labels[box] == index
         if region.sum() < MIN_AREA:
@@ -55,27 +77,27 @@ def detect(image: Array) -> list[Found]:
         rgb = image[:, box[0], box[1]][:, region & (bright[box] > 0.8 * peak)].mean(1)
         colour = _NAMES[int(np.argmax(_HUES @ (rgb / np.linalg.norm(rgb))))]
         y, x = ndimage.center_of_mass(region)
-        found.append(Found(shape, colour, x + box[1].start, y + box[0].start))
-    return found
+        objects.append(DetectedObject(shape, colour, x + box[1].start, y + box[0].start))
+    return objects
 
 
-def _holds(relation: str, placed: Found, anchor: Found) -> bool:
+def _holds(relation: str, placed: DetectedObject, anchor: DetectedObject) -> bool:
     dx, dy = placed.x - anchor.x, placed.y - anchor.y
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
     return along > RELATION_MARGIN and along > abs(across)
 
 
-def judge(found: list[Found], include: list[dict[str, Any]]) -> tuple[float, bool]:
-    """(partial score, strict success) of a GenEval record on the objects found.
+def score_record(objects: list[DetectedObject], include: list[dict[str, Any]]) -> tuple[float, bool]:
+    """Return the partial score of a GenEval record on the detected objects, and whether every clause holds exactly.
 
-    A clause earns 1 - |c - f| / c for its count; a colour earns the same on the objects of that colour, a position 1 or
-    0, and both earn nothing while the count is wrong. The score is the mean of all terms; strict wants every one exact.
+    A clause earns 1 - |c - f| / c for its count c where f objects are found; a colour earns the same on the objects of
+    that colour, a position earns 1 or 0, and both earn nothing while the count is wrong. The score is the mean of all.
     """
     terms = []
-    matched: list[list[Found]] = []
+    matched: list[list[DetectedObject]] = []
     for item in include:
         want = item["count"]
-        same = [o for o in found if o.shape == item["class"]]
+        same = [o for o in objects if o.shape == item["class"]]
         right = len(same) == want
         terms.append(max(0.0, 1 - abs(want - len(same)) / want))
         if "color" in item:
@@ -90,16 +112,16 @@ def judge(found: list[Found], include: list[dict[str, Any]]) -> tuple[float, boo
     return float(np.mean(terms)), all(t == 1.0 for t in terms)
 
 
-def _judge_all(images: Tensor, prompts: Sequence[Prompt]) -> list[tuple[float, bool]]:
+def _score_all(images: Tensor, prompts: Sequence[Prompt]) -> list[tuple[float, bool]]:
     pixels = images.detach().float().cpu().numpy()
-    return [judge(detect(p), prompt.metadata["include"]) for p, prompt in zip(pixels, prompts, strict=True)]
+    return [score_record(detect(p), prompt.metadata["include"]) for p, prompt in zip(pixels, prompts, strict=True)]
 
 
 def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """The partial score, for training; (B,) float32 in 0..1."""
-    return torch.tensor([s for s, _ in _judge_all(images, prompts)], dtype=torch.float32)
+    """Return the partial score, for training; (B,) float32 in 0..1."""
+    return torch.tensor([s for s, _ in _score_all(images, prompts)], dtype=torch.float32)
 
 
 def strict(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """1 where every clause holds exactly, else 0, for reporting; (B,) float32."""
-    return torch.tensor([float(s) for _, s in _judge_all(images, prompts)], dtype=torch.float32)
+    """Return 1 where every clause holds exactly, else 0, for reporting; (B,) float32."""
+    return torch.tensor([float(s) for _, s in _score_all(images, prompts)], dtype=torch.float32)

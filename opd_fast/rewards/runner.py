@@ -1,4 +1,4 @@
-"""Rewards called apart from the run: whatever one of them does wrong is named and counted, and the run decides.
+"""Calls of rewards, kept apart from the run: what a reward does wrong is named and counted, and the run decides.
 
 A reward may raise, hang, return NaN or a wrong number of values. Under the policy `raise` that ends the run, since
 reinforcement learning has nothing else to learn from; under `record` the values are missing (NaN), as in evaluations of
@@ -33,8 +33,9 @@ class RewardFailure(RuntimeError):
     """What a reward did wrong.
 
     Attributes:
-        reward: its name. kind: in a word or two, for counting.
-        reason: the kind, and which exception was raised; failures of one reason are told once.
+        reward: its name.
+        kind: the failure in a word or two, for counting.
+        reason: the kind, and which exception was raised; failures of one reason are reported once.
         values: (B,) float32, NaN where a value is missing.
     """
 
@@ -44,7 +45,7 @@ class RewardFailure(RuntimeError):
         self.reason = reason or kind
 
 
-def judge(
+def call_reward(
     reward: str | Reward,
     images: Tensor,
     prompts: Sequence[Prompt],
@@ -52,37 +53,37 @@ def judge(
     *,
     name: str | None = None,
 ) -> Tensor:
-    """The values of one reward, (B,) float32 on the CPU.
+    """Call one reward and return its values, (B,) float32 on the CPU.
 
     Args:
         reward: a name or dotted path (`rewards.get_reward`), or the function itself; called without gradient.
         images: (B, 3, H, W) float in 0..1, on any device; the reward gets a copy.
         prompts: one for each image; the reward gets a copy of each.
-        timeout: seconds; null: none. With one the reward runs in a thread, which cannot be stopped: a reward that
-            hangs keeps it to the end of the process, but not beyond.
-        name: in messages; the function's own where a function is given.
+        timeout: seconds, or None for no limit. With a timeout the reward runs in a thread, which cannot be stopped: a
+            reward that hangs keeps it to the end of the process, but not beyond.
+        name: what messages call the reward; by default the name given, or the function's own.
 
     Raises:
         RewardFailure: the reward raised, took longer, or returned something other than a finite real number for each
             image (`values.read_values`).
     """
     function = get_reward(reward) if isinstance(reward, str) else reward
-    own = reward if isinstance(reward, str) else getattr(reward, "__name__", "reward")
-    return _Call(name or str(own), function, images, prompts).wait(timeout)
+    default_name = reward if isinstance(reward, str) else getattr(reward, "__name__", "reward")
+    return _Call(name or str(default_name), function, images, prompts).wait(timeout)
 
 
-class Jury:
-    """The rewards of a run under one policy; `failures` counts (reward, kind) to the images without a value."""
+class RewardRunner:
+    """Calls a run's rewards under one policy; `failures` counts the images without a value, by (reward, kind)."""
 
     def __init__(self, policy: Literal["raise", "record"], timeout: float | None = None) -> None:
         self.policy, self.timeout = policy, timeout
         self.failures: Counter[tuple[str, Kind]] = Counter()
         self.messages: dict[tuple[str, str], str] = {}
-        """(reward, reason) to the first such failure in words."""
+        """The first failure of each (reward, reason), in words."""
         self._hanging: dict[str, _Call] = {}
 
     def __call__(self, reward: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(B,) float32 on the CPU, NaN where a value is missing under `record`.
+        """Call `reward` and return its values, (B,) float32 on the CPU; under `record`, NaN stands for a missing one.
 
         A reward that hung is not called again before it has come back. Raises RewardFailure under `raise`.
         """
@@ -105,15 +106,15 @@ class Jury:
             return failure.values
 
 
-def judged(jury: Jury, task: TeacherConfig, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """(B,) float32 on the CPU: a task's reward, the weighted sum of its terms, for a run that learns from it.
+def task_reward(runner: RewardRunner, task: TeacherConfig, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Return a task's reward, the weighted sum of its terms, for a run that learns from it; (B,) float32 on the CPU.
 
-    Raises UserError that names the task where one fails, or where the sum is beyond float32.
+    Raises UserError, which names the task, where a term fails and where the sum is beyond float32.
     """
     assert task.reward is not None
     key = f"teachers.{task.name}.reward"
     try:
-        total = torch.stack([t.factor * jury(t.reward, images, prompts) for t in reward_terms(task.reward)]).sum(0)
+        total = torch.stack([t.factor * runner(t.reward, images, prompts) for t in reward_terms(task.reward)]).sum(0)
     except RewardFailure as failure:
         raise UserError(key, str(failure), "fix the reward, then go on with --resume") from failure
     if not bool(total.isfinite().all()):
@@ -139,7 +140,7 @@ class _Call:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self, timeout: float | None) -> Tensor:
-        """(B,) float32 on the CPU. Raises RewardFailure."""
+        """Return the values, (B,) float32 on the CPU. Raises RewardFailure."""
         if timeout is None:
             self._run()
         else:
@@ -162,8 +163,11 @@ class _Call:
         return self._finite(self._values)
 
     def _run(self, stream: Any = None) -> None:
-        """The gradient mode and the CUDA stream are a thread's own. What is returned is read here as well: a GPU may
-        still be computing it, which counts against the timeout."""
+        """Call the reward and read what it returns.
+
+        The gradient mode and the CUDA stream are set here because each thread has its own. The values are read here
+        because a GPU may still be computing them, which counts against the timeout.
+        """
         try:
             with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                 self._values = read_values(self.function(*self._given), len(self._missing))

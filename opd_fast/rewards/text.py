@@ -1,13 +1,14 @@
-"""Text in the shapes world: reads the word from the pixels by matching block letters, and compares it with the target.
+"""The reward `text`: it reads the word from the pixels by matching block letters, and compares it with the target.
 
-The score is the one of OCR rewards in diffusion RL (Flow-GRPO, arXiv 2505.05470): 1 - min(edit distance, n) / n, n the
-target's length.
+The score is the one of OCR rewards in diffusion RL (Flow-GRPO, arXiv 2505.05470): 1 - min(edit distance, n) / n, where
+n is the target's length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,19 @@ MATCH = 0.7
 MIN_CONTRAST = 0.3
 
 
+def metadata_fault(metadata: dict[str, Any]) -> str | None:
+    """Return why the reward cannot judge a prompt, or None: it compares what it reads with `metadata["target"]`."""
+    if "target" not in metadata:
+        return "has no target; put exactly one piece of the line in double quotes, or add the key or column target"
+    target = metadata["target"]
+    if not isinstance(target, str) or not target.strip():
+        return f"has the target {target!r}; give the words that the image must show"
+    return None
+
+
 @cache
 def _templates() -> Tensor:
-    """Zero-mean unit templates (letters, 1, 16, 12): each glyph with a rim of ground."""
+    """Return zero-mean templates of unit norm, (letters, 1, 16, 12): each glyph with a rim of ground."""
     masks = np.stack([np.pad(glyph(letter), 1) for letter in LETTERS]).astype(np.float32)
     flat = torch.from_numpy(masks).flatten(1)
     flat = flat - flat.mean(1, keepdim=True)
@@ -32,7 +43,7 @@ def _templates() -> Tensor:
 
 
 def read(images: Tensor) -> list[str]:
-    """The word in each image (B, 3, H, W) in 0..1, left to right; empty where no letter is found."""
+    """Return the word in each image (B, 3, H, W) in 0..1, read left to right; it is empty where no letter is found."""
     templates = _templates()
     height, width = templates.shape[2:]
     bright = F.pad(images.detach().float().cpu().amax(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
@@ -54,7 +65,7 @@ def read(images: Tensor) -> list[str]:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance."""
+    """Return the Levenshtein distance of two words."""
     row = list(range(len(b) + 1))
     for i, ca in enumerate(a, start=1):
         previous, row[0] = row[0], i
@@ -64,7 +75,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """1 - min(edit distance, n) / n against metadata["target"]; (B,) float32 in 0..1."""
+    """Return 1 - min(edit distance, n) / n against metadata["target"], (B,) float32 in 0..1."""
     targets = [p.metadata["target"].upper() for p in prompts]
     values = [
         1 - min(edit_distance(word, target), len(target)) / len(target)

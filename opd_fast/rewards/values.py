@@ -1,4 +1,4 @@
-"""The values that a reward returns: B real numbers in whatever form, or an error that names what they are instead."""
+"""Reads what a reward returns: B real numbers in whatever form, or an error that names what it is instead."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class UnreadableValues(ValueError):
 
 
 class _NotNumbers(Exception):
-    """Some value, perhaps inside of another, is not a real number; `what` names it in words."""
+    """A value, perhaps inside another one, is not a real number; `what` names it in words."""
 
     def __init__(self, value: Any, what: str) -> None:
         super().__init__(what)
@@ -35,15 +35,15 @@ class _NotNumbers(Exception):
 
 
 def read_values(returned: Any, count: int) -> Tensor:
-    """The values of `count` images, in the images' order.
+    """Return the values of `count` images, in the images' order.
 
-    A tensor on any device, a NumPy array (or whatever converts to one), and a list or another sequence are read, of any
-    type of real number; True is 1 and False is 0. A column (count, 1) is as good as (count,), and for a single image so
-    is the bare number. NaN and infinite values pass; a masked value of a NumPy array is NaN.
+    A tensor on any device, a NumPy array or an object that converts to one, and a list or another sequence are read.
+    They may hold any type of real number; True is 1 and False is 0. A column (count, 1) is accepted for (count,), and
+    the bare number for a single image. NaN and infinite values pass; a masked value of a NumPy array is NaN.
 
     Args:
         returned: what the reward returned.
-        count: images that it was given.
+        count: how many images it was given.
 
     Returns:
         (count,) float64 on the CPU, which shares no memory with `returned` and has no gradient.
@@ -68,7 +68,7 @@ def image_count(count: int) -> str:
 
 
 def _real(value: Any) -> Tensor:
-    """Any number of values as float64 on the CPU, in their own shape. Raises _NotNumbers."""
+    """Return any number of values as float64 on the CPU, in their own shape. Raises _NotNumbers."""
     if isinstance(value, Tensor):
         return _of_tensor(value)
     if isinstance(value, (numbers.Real, Decimal)) and not hasattr(value, "__array__"):
@@ -117,7 +117,7 @@ def _of_sequence(values: Sequence[Any]) -> Tensor:
 
 
 def _refused(value: Any) -> str:
-    """What a value is that holds no numbers in order, and what to return in its place."""
+    """Say what a value is that does not hold numbers in order, and what to return in its place."""
     if value is None:
         return "None"
     if inspect.iscoroutine(value):
@@ -133,7 +133,7 @@ def _refused(value: Any) -> str:
 
 
 def _named(value: Any) -> str:
-    """A value's type with its article."""
+    """Return the name of a value's type with its article."""
     if isinstance(value, np.ndarray):
         return "a NumPy array"
     name = type(value).__name__

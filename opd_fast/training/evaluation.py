@@ -1,4 +1,4 @@
-"""Rewards of a model on held-out prompts: images drawn, judged and averaged."""
+"""Rewards of a model on held-out prompts: its images are drawn, and the rewards' values are averaged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from opd_fast.data.prompt_files import Prompt
 from opd_fast.data.text_embeddings import EmbeddingCache
 from opd_fast.distributed.world import World
 from opd_fast.models.base import DiffusionModel
+from opd_fast.rewards import get_reward
+from opd_fast.rewards.runner import RewardRunner
+from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable
+from opd_fast.training.rollout import sample
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class EvalTask:
     """Prompts and the names of the rewards that judge their images.
 
     Attributes:
-        images: how many are drawn; image i is of prompt i % len(prompts), with noise of its own. None: one of each.
+        images: how many are drawn; image i is of prompt i % len(prompts), with noise of its own. None draws one of
+            each prompt.
     """
 
     name: str
@@ -33,7 +38,42 @@ class EvalTask:
 
     @property
     def count(self) -> int:
+        """The number of images."""
         return len(self.prompts) if self.images is None else self.images
+
+
+@dataclass(frozen=True)
+class ImageSampler:
+    """How an evaluation draws images. Models that are compared share all of it but the guidance.
+
+    Attributes:
+        model: the frozen parts.
+        table: the solver's rows; a stochastic solver draws its noise from the same keys as the initial state.
+        shape: (C, H, W) of a latent.
+        guidance: as the model's pipeline takes it (`DiffusionModel.strength`); None is unguided.
+        seed: decides the noise, together with a task's name and an image's index.
+        text: holds every prompt that is drawn.
+        batch: images drawn at once on a device. It does not change results beyond rounding.
+    """
+
+    model: DiffusionModel
+    table: SolverTable
+    shape: tuple[int, int, int]
+    guidance: float | None
+    seed: int
+    text: EmbeddingCache
+    batch: int = 64
+
+    def draw(self, transformer: nn.Module, prompts: Sequence[Prompt], keys: Tensor) -> Tensor | None:
+        """Return images (B, 3, H, W) of the prompts, or None where the model yields NaN or infinite numbers."""
+        model, guidance, shape = self.model, self.guidance, self.shape
+        rows = self.text.rows([prompt.text for prompt in prompts])
+        negative = self.text.negative if model.is_guided(guidance) else None
+        keys = keys.to(model.device)
+        latents = sample(model, transformer, rows, negative, guidance, self.table, shape=shape, keys=keys)
+        # The VAE clamps to [0, 1], which would hide an infinity, so the latents are looked at first.
+        images = model.decode(latents) if bool(latents.isfinite().all()) else None
+        return images if images is not None and bool(images.isfinite().all()) else None
 
 
 @dataclass(frozen=True)
@@ -41,10 +81,9 @@ class Evaluation:
     """Means over each task's images.
 
     Attributes:
-        rewards: task to reward to mean.
+        rewards: task to reward to mean. A mean is over the images that have a value; it is NaN where none has.
         images: task to the images of its first `keep_images` prompts (n, 3, H, W), float32 in [0, 1], on the CPU.
-        failed: (reward, reason) to what the reward did wrong, in words. A mean is over the images that have a value;
-            NaN: none has.
+        failed: (reward, reason) to what the reward did wrong, in words.
     """
 
     rewards: dict[str, dict[str, float]]
@@ -57,109 +96,116 @@ class Evaluation:
         return tuple(self.failed.values())
 
     def unjudged(self) -> list[tuple[str, str]]:
-        """(task, reward) wherever no image has a value."""
-        means = ((task, name, mean) for task, own in self.rewards.items() for name, mean in own.items())
+        """Return the (task, reward) for which no image has a value."""
+        means = ((task, name, mean) for task, row in self.rewards.items() for name, mean in row.items())
         return [(task, name) for task, name, mean in means if math.isnan(mean)]
 
 
 def task_keys(seed: int, task: str, count: int) -> Tensor:
-    """(count,) int64 noise keys that depend on (seed, task's name, image's index) alone, so that every model judged
-    under a seed sees the same noise, in any batch and beside any other task."""
-    from opd_fast.seeds import noise_keys
+    """Return (count,) int64 noise keys, which depend on the seed, the task's name and an image's index alone.
 
+    Every model that is evaluated under a seed therefore sees the same noise, in any batch and beside any other task.
+    """
     name = int.from_bytes(hashlib.blake2b(task.encode(), digest_size=7).digest(), "little")
     return noise_keys(seed, name, samples=count)
 
 
 def evaluate(
-    model: DiffusionModel,
+    sampler: ImageSampler,
     transformer: nn.Module,
     tasks: Sequence[EvalTask],
-    table: SolverTable,
     *,
-    shape: tuple[int, int, int],
-    guidance: float | None,
-    seed: int,
-    text: EmbeddingCache,
-    batch: int = 64,
     keep_images: int = 0,
     progress: Callable[[int, int], None] | None = None,
     reward_timeout: float | None = None,
     world: World | None = None,
-    told: set[tuple[str, str]] | None = None,
+    reported: set[tuple[str, str]] | None = None,
 ) -> Evaluation:
     """Draw the images of every task and average their rewards.
 
     Args:
-        model: the frozen parts; `transformer` is the base, a teacher or a student of its architecture.
-        table: the solver's rows; a stochastic one draws its noise from the same keys as the initial state.
-        shape: (C, H, W) of a latent.
-        guidance: as the model's pipeline takes it (`DiffusionModel.strength`); None is unguided.
-        text: holds every prompt of every task.
-        batch: images drawn at once on a device. It changes no result beyond rounding.
+        sampler: how the images are drawn.
+        transformer: the base, a teacher or a student of the architecture of `sampler.model`.
         keep_images: prompts of each task whose first image is returned.
         progress: called with (images done, images in all).
-        reward_timeout: seconds that a reward may take for a batch; null: any.
-        world: the processes that draw them together, each its share; all get the same result.
-        told: (reward, reason) of what was printed before; what is printed here is added.
+        reward_timeout: seconds that a reward may take for a batch; None sets no limit.
+        world: the processes that draw the images together, each its share; all get the same result.
+        reported: (reward, reason) of the failures printed before; those printed here are added.
 
-    A reward that fails is passed over. What it did is printed to stderr, unless `told` has it.
+    A reward that fails is passed over. What it did is printed to stderr, unless `reported` has it.
 
     Raises:
         ValueError: a task without prompts or with fewer images than prompts, two tasks of one name, an unknown reward
             or one named twice, or a model that yields NaN or infinite numbers.
     """
-
-    from opd_fast.distributed.world import World
-    from opd_fast.rewards.runner import Jury
-
     world = world or World()
-    jury = Jury("record", reward_timeout)
+    runner = RewardRunner("record", reward_timeout)
+    _check_tasks(tasks)
+    done, total = 0, sum(task.count for task in tasks)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done = min(done + count, total)
+        if progress is not None:
+            progress(done, total)
+
     means: dict[str, dict[str, float]] = {}
     kept: dict[str, Tensor] = {}
-    done, total = 0, sum(task.count for task in tasks)
-    _check_tasks(tasks)
     for task in tasks:
-        keys = task_keys(seed, task.name, task.count)
-        scores: dict[str, list[Tensor]] = {name: [] for name in task.rewards}
-        images_kept: list[Tensor] = []
-        mine, own = world.rows(task.count)
-        to_keep, _ = world.rows(keep := min(keep_images, len(task.prompts)))
-        for start in range(0, len(mine), batch):
-            rows = mine[start : start + batch]
-            prompts = [task.prompts[i % len(task.prompts)] for i in rows]
-            images = _draw(model, transformer, prompts, keys[rows], table, shape, guidance, text)
-            if not bool(images.isfinite().all()):
-                raise ValueError(
-                    f"task {task.name!r}: the model's images hold NaN or infinite numbers; look at its weights, or set "
-                    "model.dtype to float32"
-                )
-            judged = min(len(rows), max(own - start, 0))  # the others are drawn only to keep the ranks in step
-            for name in task.rewards if judged else ():
-                scores[name].append(jury(name, images[:judged], prompts[:judged]).double())
-            if start < len(to_keep):
-                images_kept.append(images[: len(to_keep) - start].float().cpu())
-            done = min(done + len(rows) * world.size, total)
-            if progress is not None:
-                progress(done, total)
-        none = torch.empty(0, dtype=torch.float64)  # this process may own no prompt
-        everyone = {name: world.gather_samples(torch.cat([none, *parts]), task.count) for name, parts in scores.items()}
-        means[task.name] = {name: float(values.nanmean()) for name, values in everyone.items()}
-        if keep:
-            kept[task.name] = world.gather_samples(torch.cat(images_kept), keep)
-    told = set() if told is None else told
+        keep = min(keep_images, len(task.prompts))
+        values, images = _evaluate_task(sampler, transformer, task, runner, world, keep, advance)
+        means[task.name] = {name: float(of_images.nanmean()) for name, of_images in values.items()}
+        if images is not None:
+            kept[task.name] = images
     failed: dict[tuple[str, str], str] = {}
-    for reason, message in world.all_gather_objects(list(jury.messages.items())):
+    reported = set() if reported is None else reported
+    for reason, message in world.all_gather_objects(list(runner.messages.items())):
         failed.setdefault(reason, message)
-        if reason not in told and world.is_main:
+        if reason not in reported and world.is_main:
             print(f"evaluation: {message}", file=sys.stderr, flush=True)
-        told.add(reason)
+        reported.add(reason)
     return Evaluation(means, kept, failed)
 
 
-def _check_tasks(tasks: Sequence[EvalTask]) -> None:
-    from opd_fast.rewards import get_reward
+def _evaluate_task(
+    sampler: ImageSampler,
+    transformer: nn.Module,
+    task: EvalTask,
+    runner: RewardRunner,
+    world: World,
+    keep: int,
+    advance: Callable[[int], None],
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return each reward's values, (task.count,) float64, and the images of the first `keep` prompts, if any.
 
+    Both are of all processes. `advance` is called with the number of images of each batch.
+    """
+    keys = task_keys(sampler.seed, task.name, task.count)
+    # A process may own no prompt, so each list begins with a part of length 0.
+    values = {name: [torch.empty(0, dtype=torch.float64)] for name in task.rewards}
+    kept: list[Tensor] = []
+    indices, owned = world.rows(task.count)
+    keep_indices, _ = world.rows(keep)
+    for start in range(0, len(indices), sampler.batch):
+        batch = indices[start : start + sampler.batch]
+        prompts = [task.prompts[i % len(task.prompts)] for i in batch]
+        images = sampler.draw(transformer, prompts, keys[batch])
+        if images is None:
+            raise ValueError(
+                f"task {task.name!r}: the model's images hold NaN or infinite numbers; look at its weights, or set "
+                "model.dtype to float32"
+            )
+        count = min(len(batch), max(owned - start, 0))  # the others are drawn only to keep the ranks in step
+        for name in task.rewards if count else ():
+            values[name].append(runner(name, images[:count], prompts[:count]).double())
+        if start < len(keep_indices):
+            kept.append(images[: len(keep_indices) - start].float().cpu())
+        advance(len(batch) * world.size)
+    gathered = {name: world.gather_samples(torch.cat(parts), task.count) for name, parts in values.items()}
+    return gathered, world.gather_samples(torch.cat(kept), keep) if keep else None
+
+
+def _check_tasks(tasks: Sequence[EvalTask]) -> None:
     for i, task in enumerate(tasks):
         if not task.prompts:
             raise ValueError(f"evaluation task {task.name!r} has no prompts; give it some or leave it out")
@@ -174,24 +220,3 @@ def _check_tasks(tasks: Sequence[EvalTask]) -> None:
             raise ValueError(f"evaluation task {task.name!r} names a reward twice; name each once")
         for name in task.rewards:
             get_reward(name)
-
-
-def _draw(
-    model: DiffusionModel,
-    transformer: nn.Module,
-    prompts: Sequence[Prompt],
-    keys: Tensor,
-    table: SolverTable,
-    shape: tuple[int, int, int],
-    guidance: float | None,
-    text: EmbeddingCache,
-) -> Tensor:
-    """Images (B, 3, H, W) of the prompts."""
-    from opd_fast.training.rollout import sample
-
-    rows = text.rows([prompt.text for prompt in prompts])
-    negative = text.negative if model.is_guided(guidance) else None
-    keys = keys.to(model.device)
-    latents = sample(model, transformer, rows, negative, guidance, table, shape=shape, keys=keys)
-    # The VAE clamps to [0, 1], which would hide an infinity: look before.
-    return model.decode(latents) if bool(latents.isfinite().all()) else latents.new_full((1,), float("nan"))

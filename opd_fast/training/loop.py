@@ -24,12 +24,15 @@ from opd_fast.config.validate import validate
 from opd_fast.distributed.plan import Planner
 from opd_fast.distributed.world import World, full_tensor
 from opd_fast.errors import UserError
+from opd_fast.reporting.html import write_report
+from opd_fast.reporting.image_grid import image_grid
 from opd_fast.reporting.profiler import RoundProfiler
-from opd_fast.reporting.results import gain_recovered, image_grid, new_results, print_table, write_report, write_results
+from opd_fast.reporting.results import gain_recovered, new_results, write_results
 from opd_fast.reporting.reward_keys import reward_keys
-from opd_fast.reporting.telemetry import Silence, Telemetry, annotate, read_metrics
+from opd_fast.reporting.table import print_table
+from opd_fast.reporting.telemetry import NullTelemetry, Telemetry, annotate, read_metrics
 from opd_fast.training.checkpoint import Checkpoints, replace_folder
-from opd_fast.training.evaluation import Evaluation, evaluate
+from opd_fast.training.evaluation import Evaluation, ImageSampler, evaluate
 from opd_fast.training.identity import compare, identify, judged_otherwise
 from opd_fast.training.methods.grpo import GRPO
 from opd_fast.training.methods.nft import NFT
@@ -97,8 +100,10 @@ def train(
     elif resume and world.is_main:
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
     rounds, begun = config.train.rounds, run.rounds
-    telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.is_main else Silence()
-    with telemetry, RoundProfiler(run_dir, say=telemetry.message) if profile and world.is_main else nullcontext() as p:
+    telemetry = (
+        Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.is_main else NullTelemetry()
+    )
+    with telemetry, RoundProfiler(run_dir, log=telemetry.message) if profile and world.is_main else nullcontext() as p:
         try:
             run.go(telemetry, p.round if p is not None else nullcontext)
         except UserError:
@@ -156,7 +161,7 @@ class Run:
         return self.setup.world
 
     def go(
-        self, telemetry: Telemetry | Silence, around: Callable[[], AbstractContextManager[None]] = nullcontext
+        self, telemetry: Telemetry | NullTelemetry, around: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> None:
         """All rounds that are left, each within `around()`."""
         every = self.config.evaluation.every
@@ -188,7 +193,7 @@ class Run:
             self.rows["student"] = self._flat(evaluation)
         self.checkpoints.wait()
 
-    def _round(self, telemetry: Telemetry | Silence) -> None:
+    def _round(self, telemetry: Telemetry | NullTelemetry) -> None:
         begun = time.monotonic()
         with annotate("round"):
             losses = self.method.accumulate(self.rounds, self.scaler)
@@ -222,7 +227,7 @@ class Run:
         telemetry.round(self.rounds, metrics)
         self.rounds += 1
 
-    def _skip(self, telemetry: Telemetry | Silence, fault: str) -> None:
+    def _skip(self, telemetry: Telemetry | NullTelemetry, fault: str) -> None:
         """Count a round that was left out; too many in a row end the run, its weights as they were before them."""
         self.skipped += 1
         self.skipped_in_a_row += 1
@@ -243,19 +248,21 @@ class Run:
 
     def _judge(self, transformer: Any, guidance: float | None) -> Evaluation:
         evaluation = evaluate(
-            self.setup.model,
+            ImageSampler(
+                self.setup.model,
+                self.setup.evaluation_table,
+                self.setup.shape,
+                guidance,
+                self.config.train.seed,
+                self.setup.text,
+                self.config.evaluation.batch,
+            ),
             transformer,
             self.setup.tasks,
-            self.setup.evaluation_table,
-            shape=self.setup.shape,
-            guidance=guidance,
-            seed=self.config.train.seed,
-            text=self.setup.text,
-            batch=self.config.evaluation.batch,
             keep_images=GRID_COLUMNS,
             reward_timeout=self.config.evaluation.reward_timeout,
             world=self.world,
-            told=self.told,
+            reported=self.told,
         )
         for reason, words in evaluation.failed.items():
             self.failures.setdefault(reason, words)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from opd_fast.config import Config
-from opd_fast.data.prompt_files import Prompt, PromptSource, TaskSchedule, load_prompts
-from opd_fast.data.text_embeddings import EmbeddingCache, TextStore, encoding_progress
+from opd_fast.data.prompt_files import Prompt, load_prompts
+from opd_fast.data.schedule import PromptSource, TaskSchedule
+from opd_fast.data.text_embeddings import EmbeddingCache, encoding_progress
+from opd_fast.data.text_store import TextStore
 from opd_fast.distributed.plan import Planner, branches, rollout_solver, task_schedule
 from opd_fast.distributed.resolve import Resolved
 from opd_fast.distributed.world import World

@@ -15,8 +15,11 @@ from opd_fast.config.serialize import to_yaml
 from opd_fast.config.stages import Stage, stages_hash
 from opd_fast.distributed.plan import Planner
 from opd_fast.distributed.world import World
-from opd_fast.reporting.results import new_results, newest_grids, print_table, write_report, write_results
+from opd_fast.reporting.html import write_report
+from opd_fast.reporting.image_grid import newest_grids
+from opd_fast.reporting.results import new_results, write_results
 from opd_fast.reporting.reward_keys import reward_keys
+from opd_fast.reporting.table import print_table
 from opd_fast.reporting.telemetry import read_metrics
 from opd_fast.rewards import judged_rewards
 from opd_fast.training.checkpoint import replace_folder

@@ -100,7 +100,7 @@ class ScenePrompt:
 
 
 def glyph(letter: str) -> npt.NDArray[np.bool_]:
-    """The (14, 10) mask of one capital letter."""
+    """Return the (14, 10) mask of one capital letter."""
     small = np.array([[c == "#" for c in row] for row in GLYPHS[letter]])
     return small.repeat(GLYPH_SCALE, 0).repeat(GLYPH_SCALE, 1)
 
@@ -160,7 +160,7 @@ def _held_out(key: str) -> bool:
 
 
 def prompts(task: str, split: Split) -> list[ScenePrompt]:
-    """The prompts of one task; the two splits are disjoint, for text in their words, else in their texts."""
+    """Return the prompts of one task; the two splits are disjoint, for text in their words, else in their texts."""
     source = {"composition": _composition, "text": _text, "colour": _colour}[task]
     return [p for p in source() if _held_out(p.metadata.get("target", p.text)) == (split == "test")]
 
@@ -198,7 +198,7 @@ LAYOUTS = {
 
 
 def _ideal_composition(record: dict[str, Any], rng: np.random.Generator) -> Scene:
-    """The record's objects at fixed places and of one size, pure in colour; they move by less than a pixel."""
+    """Return the record's objects at fixed places, of one size and pure in colour; they move by less than a pixel."""
     items = [item for item in record["include"] for _ in range(item["count"])]
     layout, total = {1: "one", 2: "row", 3: "pyramid"}[len(items)], len(items)
     relation = next((item["position"][0] for item in items if "position" in item), "right of")
@@ -283,7 +283,7 @@ _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
 
 
 def _coverage(o: Object) -> Array:
-    """Share of each pixel that the object covers, from its signed distance; (32, 32) in 0..1."""
+    """Return the share of each pixel that the object covers, from its signed distance; (32, 32) in 0..1."""
     dx, dy = _X - o.x, _Y - o.y
     if o.shape == "circle":
         distance = np.hypot(dx, dy) - o.radius
@@ -309,7 +309,7 @@ def _pattern_mask(kind: str, phase: float) -> Array:
 
 
 def render(scene: Scene) -> Array:
-    """The scene's pixels, (3, 32, 32) float32 in 0..1, edges anti-aliased."""
+    """Return the scene's pixels, (3, 32, 32) float32 in 0..1, with anti-aliased edges."""
     image = np.empty((3, SIZE, SIZE), np.float32)
     image[:] = np.array(scene.ground, np.float32)[:, None, None]
 

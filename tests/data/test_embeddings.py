@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from opd_fast.config.command_line import read_config
-from opd_fast.data import text_embeddings as embeddings
+from opd_fast.data import text_embeddings, text_store
 from opd_fast.data.prompt_files import load_prompts
-from opd_fast.data.text_embeddings import EmbeddingCache, TextStore, cache_root, encoding_progress, text_files, text_key
+from opd_fast.data.text_embeddings import EmbeddingCache, encoding_progress
+from opd_fast.data.text_store import TextStore, cache_root, text_files, text_key
 from opd_fast.errors import UserError
 from opd_fast.models import DiffusionModel, TextEmbeds, load_model
 from opd_fast.models.base import TextEncoders
@@ -357,7 +358,7 @@ def test_a_changed_encoder_is_noticed(
     copy: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], small_files: bool, noticed: bool
 ) -> None:
     if not small_files:
-        monkeypatch.setattr(embeddings, "WHOLE_FILE", 256)
+        monkeypatch.setattr(text_store, "WHOLE_FILE", 256)
     before = key(load(copy))
     assert key(load(copy)) == before
     change(copy)
@@ -454,7 +455,7 @@ def test_where_the_cache_lies(folder: Path, tmp_path: Path, monkeypatch: pytest.
     assert TextStore.open("off", model) is None
     assert TextStore.open("auto", model) is None  # so small that it is not worth it
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(embeddings, "SMALL", 0)
+    monkeypatch.setattr(text_store, "SMALL", 0)
     found = TextStore.open("auto", model)
     assert found is not None
     assert found.folder == cache_root() / key(model)
@@ -475,7 +476,7 @@ def test_a_model_that_tells_no_encoders_is_not_kept(tmp_path: Path) -> None:
     model = letters()
     assert model.text_folders() == []
     assert TextStore.open("auto", model) is None
-    with pytest.raises(UserError, match=r"^model\.text_cache: letters tells no text encoders.*give off"):
+    with pytest.raises(UserError, match=r"^model\.text_cache: letters does not name its text encoders.*give off"):
         TextStore.open(str(tmp_path), model)
 
 
@@ -507,7 +508,7 @@ def test_progress_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     with encoding_progress() as progress:
         progress(1, 3)
     assert capsys.readouterr().err == ""  # over before anyone waits
-    monkeypatch.setattr(embeddings, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(text_embeddings, "PLAIN_SECONDS", 0.0)
     with encoding_progress() as progress:
         progress(1, 3)
     assert capsys.readouterr().err == "encoded 1/3 prompts\n"

@@ -22,7 +22,8 @@ from opd_fast.config.command_line import parse, read_config
 from opd_fast.config.paths import prompt_file
 from opd_fast.config.serialize import from_dict
 from opd_fast.config.validate import validate
-from opd_fast.data.prompt_files import Prompt, PromptSource, TaskSchedule, load_prompts, write_geneval, write_lines
+from opd_fast.data.prompt_files import Prompt, load_prompts, write_geneval, write_lines
+from opd_fast.data.schedule import PromptSource, TaskSchedule
 from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
 from opd_fast.reporting.telemetry import Telemetry, read_metrics

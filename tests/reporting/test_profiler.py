@@ -16,7 +16,7 @@ from opd_fast.reporting.telemetry import annotate
 def run(folder: Path, rounds: int, fail_in: int | None = None, **which: int) -> list[str]:
     """Rounds of one product each, of another size in each; what was said."""
     said: list[str] = []
-    with RoundProfiler(folder, say=said.append, **which) as profiler:  # type: ignore[arg-type]
+    with RoundProfiler(folder, log=said.append, **which) as profiler:  # type: ignore[arg-type]
         for index in range(rounds):
             with profiler.round(), annotate(f"round {index + 1}"):
                 torch.mm(torch.ones(8, 8), torch.ones(8, 8))
@@ -56,7 +56,7 @@ def test_an_error_leaves_the_rounds_before_it(tmp_path: Path) -> None:
 
 
 def test_a_run_too_short_says_so(tmp_path: Path) -> None:
-    assert run(tmp_path, 2) == ["profile: nothing recorded, of 2 rounds none from 3 on was finished"]
+    assert run(tmp_path, 2) == ["profile: nothing recorded; of 2 rounds none from round 3 on was finished"]
     assert not (tmp_path / "profile").exists()
 
 

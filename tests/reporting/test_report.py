@@ -19,17 +19,10 @@ from rich.console import Console
 from opd_fast.config.serialize import from_dict, to_yaml
 from opd_fast.reporting import curves
 from opd_fast.reporting.curves import reward_series, step_series
-from opd_fast.reporting.results import (
-    gain_recovered,
-    image_grid,
-    new_results,
-    newest_grids,
-    print_table,
-    reward_names,
-    source_commit,
-    write_report,
-    write_results,
-)
+from opd_fast.reporting.html import write_report
+from opd_fast.reporting.image_grid import image_grid, newest_grids
+from opd_fast.reporting.results import gain_recovered, new_results, source_commit, write_results
+from opd_fast.reporting.table import print_table, reward_names
 
 CONFIG = from_dict({"teachers": [{"name": "text", "weights": "org/x", "prompts": "p.txt"}], "train": {"seed": 5}})
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
-from opd_fast.rewards.runner import RewardFailure, judge
+from opd_fast.rewards.runner import RewardFailure, call_reward
 
 V = [0.5, -1.0, 2.25]
 """Exact in half precision."""
 
 
 def values_of(returned: Any, count: int = 3) -> Tensor:
-    return judge(lambda images, prompts: returned, torch.zeros(count, 3, 2, 2), [Prompt("p")] * count)
+    return call_reward(lambda images, prompts: returned, torch.zeros(count, 3, 2, 2), [Prompt("p")] * count)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
 @pytest.mark.parametrize(("returned", "message"), REFUSED, ids=[message[9:40] for _, message in REFUSED])
 def test_what_is_not_real_numbers_is_refused(returned: Callable[[], Any], message: str, timeout: float | None) -> None:
     with pytest.raises(RewardFailure, match=f"^reward 'mine' {message}") as error:
-        judge(lambda i, p: returned(), torch.zeros(3, 3, 2, 2), [Prompt("p")] * 3, timeout, name="mine")
+        call_reward(lambda i, p: returned(), torch.zeros(3, 3, 2, 2), [Prompt("p")] * 3, timeout, name="mine")
     assert error.value.kind == "not numbers"
     assert error.value.values.isnan().tolist() == [True] * 3
 

@@ -15,7 +15,7 @@ from opd_fast.config import TeacherConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError
 from opd_fast.rewards import REWARDS, Reward, get_reward, prompt_groups
-from opd_fast.rewards.runner import Jury, RewardFailure, judge, judged
+from opd_fast.rewards.runner import RewardFailure, RewardRunner, call_reward, task_reward
 
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 PROMPTS = [Prompt(f"prompt {i}") for i in range(3)]
@@ -108,7 +108,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("timeout", [None, 30.0])
 def test_a_dotted_path_is_a_reward(timeout: float | None) -> None:
-    values = judge("my_rewards:brightness", IMAGES.requires_grad_(), PROMPTS, timeout)
+    values = call_reward("my_rewards:brightness", IMAGES.requires_grad_(), PROMPTS, timeout)
     assert not values.requires_grad
     torch.testing.assert_close(values, IMAGES.detach().mean((1, 2, 3)))
 
@@ -117,14 +117,14 @@ def test_a_dotted_path_is_a_reward(timeout: float | None) -> None:
 def test_bundled_rewards_are_judged(name: str) -> None:
     record = {"target": "HK", "include": [{"class": "circle", "count": 1}]}
     prompts = [Prompt("a circle", record)] * 3
-    assert torch.equal(judge(name, IMAGES, prompts, 30.0), get_reward(name)(IMAGES, prompts))
+    assert torch.equal(call_reward(name, IMAGES, prompts, 30.0), get_reward(name)(IMAGES, prompts))
 
 
 def test_modules_are_imported_when_used() -> None:
     assert "my_rewards" not in sys.modules
-    jury = Jury("raise")
+    runner = RewardRunner("raise")
     assert "my_rewards" not in sys.modules
-    jury("my_rewards:brightness", IMAGES, PROMPTS)
+    runner("my_rewards:brightness", IMAGES, PROMPTS)
     assert "my_rewards" in sys.modules
 
 
@@ -163,33 +163,33 @@ def test_failures_are_named_and_counted(
 ) -> None:
     name = f"my_rewards:{function}"
     with pytest.raises(RewardFailure, match=rf"^reward '{name}' .*{message}"):
-        judge(name, IMAGES, PROMPTS, timeout)
+        call_reward(name, IMAGES, PROMPTS, timeout)
     with pytest.raises(RewardFailure):
-        Jury("raise", timeout)(name, IMAGES, PROMPTS)
-    jury = Jury("record", timeout)
+        RewardRunner("raise", timeout)(name, IMAGES, PROMPTS)
+    runner = RewardRunner("record", timeout)
     for _ in range(2):
-        values = jury(name, IMAGES, PROMPTS)
+        values = runner(name, IMAGES, PROMPTS)
         assert values.shape == (3,)
         assert int(values.isnan().sum()) == missing
-    assert jury.failures == {(name, kind): 2 * missing}
-    assert len(jury.messages) == 1
-    assert jury("my_rewards:brightness", IMAGES, PROMPTS).isfinite().all()  # the others go on
+    assert runner.failures == {(name, kind): 2 * missing}
+    assert len(runner.messages) == 1
+    assert runner("my_rewards:brightness", IMAGES, PROMPTS).isfinite().all()  # the others go on
 
 
 def test_a_reward_that_hangs_is_left_behind() -> None:
     name = "my_rewards:hangs"
-    jury = Jury("record", 0.2)
+    runner = RewardRunner("record", 0.2)
     begun = time.monotonic()
-    assert jury(name, IMAGES, PROMPTS).isnan().all()
-    assert jury(name, IMAGES, PROMPTS).isnan().all()
+    assert runner(name, IMAGES, PROMPTS).isnan().all()
+    assert runner(name, IMAGES, PROMPTS).isnan().all()
     assert time.monotonic() - begun < 5
     module = sys.modules["my_rewards"]
     assert module.calls == 1  # no second thread while the first hangs
-    assert jury.failures == {(name, "timed out"): 6}
-    assert "took longer than 0.2 s for 3 images" in jury.messages[name, "timed out"]
+    assert runner.failures == {(name, "timed out"): 6}
+    assert "took longer than 0.2 s for 3 images" in runner.messages[name, "timed out"]
     module.release.set()
     for _ in range(100):  # it comes back, and is asked again
-        values = jury(name, IMAGES, PROMPTS)
+        values = runner(name, IMAGES, PROMPTS)
         if values.isfinite().all():
             break
         time.sleep(0.05)
@@ -198,7 +198,7 @@ def test_a_reward_that_hangs_is_left_behind() -> None:
 
 
 def test_an_object_that_is_called_is_a_reward() -> None:
-    torch.testing.assert_close(judge("my_rewards:model", IMAGES, PROMPTS), IMAGES.detach().mean((1, 2, 3)))
+    torch.testing.assert_close(call_reward("my_rewards:model", IMAGES, PROMPTS), IMAGES.detach().mean((1, 2, 3)))
 
 
 # --- what is shared --------------------------------------------------------------------------------------------------
@@ -213,14 +213,14 @@ def named() -> list[Prompt]:
 @pytest.mark.parametrize("timeout", [None, 30.0])
 def test_a_reward_may_change_what_it_is_given(timeout: float | None) -> None:
     images, prompts = IMAGES.detach().clone(), named()
-    jury = Jury("raise", timeout)
-    assert jury("my_rewards:renames", images, prompts).tolist() == [2, 2, 3]
+    runner = RewardRunner("raise", timeout)
+    assert runner("my_rewards:renames", images, prompts).tolist() == [2, 2, 3]
     torch.testing.assert_close(
-        jury("my_rewards:rescales", images, prompts), (IMAGES.detach() - 0.5).mean((1, 2, 3)), rtol=0, atol=1e-6
+        runner("my_rewards:rescales", images, prompts), (IMAGES.detach() - 0.5).mean((1, 2, 3)), rtol=0, atol=1e-6
     )
     assert torch.equal(images, IMAGES)
     assert prompts == named()
-    assert jury("my_rewards:renames", images, prompts).tolist() == [2, 2, 3]
+    assert runner("my_rewards:renames", images, prompts).tolist() == [2, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -229,21 +229,21 @@ def test_a_reward_may_change_what_it_is_given(timeout: float | None) -> None:
 def test_a_sum_does_not_depend_on_the_order_of_its_terms(text: str) -> None:
     task = TeacherConfig(name="t", weights="base", prompts="p.txt", reward=text)
     brightness = IMAGES.detach().mean((1, 2, 3))
-    found = judged(Jury("raise"), task, IMAGES.detach().clone(), PROMPTS)
+    found = task_reward(RewardRunner("raise"), task, IMAGES.detach().clone(), PROMPTS)
     torch.testing.assert_close(found, 3 * brightness - 1, rtol=0, atol=1e-6)
 
 
 def test_a_sum_beyond_float32_is_refused() -> None:
     task = TeacherConfig(name="t", weights="base", prompts="p.txt", reward="my_rewards:huge + my_rewards:huge")
     with pytest.raises(UserError, match=r"^teachers\.t\.reward: the sum .* is beyond float32.*; return smaller"):
-        judged(Jury("raise"), task, IMAGES, PROMPTS)
+        task_reward(RewardRunner("raise"), task, IMAGES, PROMPTS)
 
 
 def test_a_thread_that_outlives_its_timeout_has_its_own_images() -> None:
     images, prompts = IMAGES.detach().clone(), named()
-    jury = Jury("record", 0.1)
-    assert jury("my_rewards:hangs_and_rescales", images, prompts).isnan().all()
-    call = jury._hanging["my_rewards:hangs_and_rescales"]
+    runner = RewardRunner("record", 0.1)
+    assert runner("my_rewards:hangs_and_rescales", images, prompts).isnan().all()
+    call = runner._hanging["my_rewards:hangs_and_rescales"]
     sys.modules["my_rewards"].release.set()
     assert call._thread is not None
     call._thread.join(30)
@@ -254,9 +254,9 @@ def test_a_thread_that_outlives_its_timeout_has_its_own_images() -> None:
 
 
 def test_values_share_no_memory_with_what_was_returned() -> None:
-    first = judge("my_rewards:fills", IMAGES, PROMPTS)
+    first = call_reward("my_rewards:fills", IMAGES, PROMPTS)
     expected = first.clone()
-    assert not torch.equal(judge("my_rewards:fills", IMAGES.flip(0), PROMPTS), expected)
+    assert not torch.equal(call_reward("my_rewards:fills", IMAGES.flip(0), PROMPTS), expected)
     assert torch.equal(first, expected)
     given: list[Tensor] = []
 
@@ -264,7 +264,7 @@ def test_values_share_no_memory_with_what_was_returned() -> None:
         given.append(images)
         return images[:, 0, 0, 0]
 
-    corner = judge(view, IMAGES, PROMPTS)
+    corner = call_reward(view, IMAGES, PROMPTS)
     assert not given[0].requires_grad
     given[0].zero_()
     assert torch.equal(corner, IMAGES.detach()[:, 0, 0, 0])
@@ -277,7 +277,7 @@ def test_the_timeout_covers_values_that_are_still_being_computed() -> None:
 
     begun = time.monotonic()
     with pytest.raises(RewardFailure, match=r"'mine' took longer than 0\.2 s for 3 images") as error:
-        judge(lambda images, prompts: Slow(), IMAGES, PROMPTS, 0.2, name="mine")
+        call_reward(lambda images, prompts: Slow(), IMAGES, PROMPTS, 0.2, name="mine")
     assert time.monotonic() - begun < 10
     assert error.value.kind == "timed out"
 
@@ -292,7 +292,7 @@ def test_a_reward_may_ask_for_gradients() -> None:
 
     mine: Reward = gradient
     images = IMAGES.detach().clone()
-    values = judge(mine, images, PROMPTS)
+    values = call_reward(mine, images, PROMPTS)
     assert not values.requires_grad
     torch.testing.assert_close(values, 2 * images.mean((1, 2, 3)))
     assert images.grad is None
@@ -303,7 +303,7 @@ def test_a_function_of_its_own_name() -> None:
         raise KeyError("x")
 
     with pytest.raises(RewardFailure, match="reward 'pale' raised KeyError"):
-        judge(pale, IMAGES, PROMPTS)
+        call_reward(pale, IMAGES, PROMPTS)
 
 
 def test_reasons_are_told_once_each() -> None:
@@ -313,19 +313,19 @@ def test_reasons_are_told_once_each() -> None:
     sys.modules["moody"] = type(sys)("moody")
     sys.modules["moody"].score = moody
     errors = [OSError("port 1"), OSError("port 2"), KeyError("colour"), OSError("x" * 5000)]
-    jury = Jury("record")
+    runner = RewardRunner("record")
     try:
         for _ in range(4):
-            jury("moody:score", IMAGES, PROMPTS)
+            runner("moody:score", IMAGES, PROMPTS)
     finally:
         del sys.modules["moody"]
-    assert jury.messages == {
+    assert runner.messages == {
         ("moody:score", "raised OSError"): "reward 'moody:score' raised OSError: port 1",
         ("moody:score", "raised KeyError"): "reward 'moody:score' raised KeyError: 'colour'",
     }
-    assert jury.failures == {("moody:score", "raised"): 12}
+    assert runner.failures == {("moody:score", "raised"): 12}
     with pytest.raises(RewardFailure) as error:
-        judge(lambda images, prompts: 1 / 0 if errors else images.new_tensor("x" * 5000), IMAGES, PROMPTS)
+        call_reward(lambda images, prompts: 1 / 0 if errors else images.new_tensor("x" * 5000), IMAGES, PROMPTS)
     assert len(str(error.value)) < 800
 
 

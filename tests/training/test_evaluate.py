@@ -23,13 +23,15 @@ from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.rewards import get_reward
 from opd_fast.solvers import solver_table
-from opd_fast.training.evaluation import EvalTask, Evaluation, evaluate, task_keys
+from opd_fast.training.evaluation import EvalTask, Evaluation, ImageSampler, evaluate, task_keys
 from opd_fast.training.problems import check_paths
 from tests.tiny import save_tiny
 from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
 
 SHAPE = (4, 4, 4)
 PROMPTS = [Prompt(f"a red circle {i}") for i in range(5)]
+
+DRAWN = {"guidance": 1.0, "seed": 0, "batch": 64}
 
 PAGE = Path(__file__).parents[2] / "docs" / "rewards.md"
 
@@ -44,9 +46,10 @@ class World:
         self, tasks: list[EvalTask], transformer: Any = None, solver: str = "ode", **options: Any
     ) -> Evaluation:
         table = solver_table(solver, self.model.sigmas(3, 32), 0.7)
-        options = {"guidance": 1.0, "seed": 0, "batch": 64, "keep_images": 8, **options}
+        guidance, seed, batch = (options.pop(name, value) for name, value in DRAWN.items())
+        sampler = ImageSampler(self.model, table, SHAPE, guidance, seed, self.text, batch)
         transformer = self.model.transformer if transformer is None else transformer
-        return evaluate(self.model, transformer, tasks, table, shape=SHAPE, text=self.text, **options)
+        return evaluate(sampler, transformer, tasks, **{"keep_images": 8, **options})
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +164,13 @@ def test_what_failed_is_told_once(
         "    raise OSError('none') if calls < 4 else KeyError('prompt')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    told: set[tuple[str, str]] = set()
+    reported: set[tuple[str, str]] = set()
     judged = [EvalTask("t", PROMPTS, ["counting:score"])]
-    first = world.evaluate(judged, batch=3, told=told)
-    second = world.evaluate(judged, batch=3, told=told)
+    first = world.evaluate(judged, batch=3, reported=reported)
+    second = world.evaluate(judged, batch=3, reported=reported)
     assert first.failures == ("reward 'counting:score' raised OSError: none",)
     assert second.failures == (*first.failures, "reward 'counting:score' raised KeyError: 'prompt'")
-    assert told == second.failed.keys()
+    assert reported == second.failed.keys()
     assert capsys.readouterr().err == "".join(f"evaluation: {message}\n" for message in second.failures)
 
 
@@ -236,9 +239,7 @@ def test_command_line(world: World, tmp_path: Path, capsys: pytest.CaptureFixtur
     results = json.loads((out / "results.json").read_text())
     table = solver_table("ode", world.model.sigmas(2, 32), 0.0)
     tasks = [task(name, PROMPTS[:3]) for name in ("first", "second")]
-    expected = evaluate(
-        world.model, world.model.transformer, tasks, table, shape=SHAPE, guidance=1.0, seed=0, text=world.text
-    )
+    expected = evaluate(ImageSampler(world.model, table, SHAPE, 1.0, 0, world.text), world.model.transformer, tasks)
     for name, means in expected.rewards.items():
         assert results["rewards"][name]["colour"] == pytest.approx(means["colour"], abs=1e-6)
     assert results["prompts"] == {"first": 3, "second": 3}
@@ -371,9 +372,7 @@ def test_sources_of_one_name_keep_their_own_numbers_and_pictures(
     assert {path.name for path in out.glob("*.png")} == {f"{name}.png" for name in names}
     table = solver_table("ode", world.model.sigmas(2, 32), 0.0)
     tasks = [EvalTask("p-3", PROMPTS[2:4], ["colour"], images=4)]
-    expected = evaluate(
-        world.model, world.model.transformer, tasks, table, shape=SHAPE, guidance=1.0, seed=0, text=world.text
-    )
+    expected = evaluate(ImageSampler(world.model, table, SHAPE, 1.0, 0, world.text), world.model.transformer, tasks)
     assert results["rewards"]["p-3"]["colour"] == pytest.approx(expected.rewards["p-3"]["colour"], abs=1e-6)
     said = capsys.readouterr()
     assert f"{files[0]}: 1 prompts, fewer than limit = 2; all are taken" in said.err

@@ -416,11 +416,11 @@ def test_a_sum_is_judged_by_its_first(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("0.5*", "is no sum"),
-        ("half*colour", "is no sum"),
+        ("0.5*", "is not a sum"),
+        ("half*colour", "is not a sum"),
         ("colour + colurful", "unknown reward 'colurful'"),
         ("colour + rl_rewards:right", "cannot be imported"),
-        ("nan*colour", "is no sum"),
+        ("nan*colour", "is not a sum"),
     ],
 )
 def test_mistakes_in_sums_are_named(world: Path, reward: str, message: str) -> None:

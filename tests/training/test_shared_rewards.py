@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from benchmarks import reinforcement, time_to_quality
-from opd_fast import evaluate as module
 from opd_fast.config import Config
 from opd_fast.config.command_line import read_config
 from opd_fast.config.serialize import from_dict, to_yaml
@@ -22,6 +21,7 @@ from opd_fast.reporting.telemetry import Telemetry, read_metrics
 from opd_fast.train import main
 from opd_fast.training.checkpoint import Checkpoints
 from opd_fast.training.evaluation import Evaluation
+from opd_fast.training.evaluation import evaluate as measure
 from opd_fast.training.loop import train
 from opd_fast.training.stages import joined_rows
 from tests.runs import settings
@@ -62,7 +62,7 @@ def judged(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     run_dir, seen = tmp_path_factory.mktemp("runs") / "whole", []
 
     def evaluate(*args: Any, **options: Any) -> Evaluation:
-        seen.append(module.evaluate(*args, **options))
+        seen.append(measure(*args, **options))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:

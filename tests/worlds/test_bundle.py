@@ -15,7 +15,7 @@ from opd_fast.models import DiffusionModel, load_model
 from opd_fast.models.base import ASSETS
 from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, merge_into, read_lora
 from opd_fast.solvers import solver_table
-from opd_fast.training.evaluation import EvalTask, evaluate, task_keys
+from opd_fast.training.evaluation import EvalTask, ImageSampler, evaluate, task_keys
 from opd_fast.training.loop import train
 from opd_fast.training.rollout import INITIAL_NOISE, sample
 from opd_kernels import philox_normal
@@ -41,7 +41,7 @@ def rewards(model: DiffusionModel) -> dict[str, dict[str, float]]:
 
     def judge(transformer: torch.nn.Module, *names: str) -> dict[str, float]:
         chosen, shape = [tasks[name] for name in names], model.latent_shape(32)
-        result = evaluate(model, transformer, chosen, table, shape=shape, guidance=1.0, seed=0, text=text)
+        result = evaluate(ImageSampler(model, table, shape, 1.0, 0, text), transformer, chosen)
         return {name: result.rewards[name][name] for name in names}
 
     found = {"base": judge(model.transformer, *TASKS)}

@@ -14,7 +14,7 @@ from opd_fast.data.prompt_files import Prompt, load_prompts
 from opd_fast.models.base import ASSETS
 from opd_fast.models.lora.files import read_lora
 from opd_fast.rewards import REWARDS, colour, composition, get_reward, text
-from opd_fast.worlds import build, shapes
+from opd_fast.worlds import build, networks, pools, shapes
 
 SCENES = 500
 
@@ -58,19 +58,19 @@ def test_verifiers_stand_noise() -> None:
 
 
 def test_partial_score_terms() -> None:
-    found = [composition.Found("circle", "red", 8, 16), composition.Found("circle", "blue", 24, 16)]
-    assert composition.judge(found, [{"class": "circle", "count": 2}]) == (1.0, True)
-    assert composition.judge(found, [{"class": "circle", "count": 2, "color": "red"}]) == (0.75, False)
-    assert composition.judge(found, [{"class": "circle", "count": 1, "color": "red"}]) == (0.0, False)
-    assert composition.judge(found, [{"class": "square", "count": 1}]) == (0.0, False)
-    pair = [composition.Found("square", "red", 8, 16), composition.Found("circle", "blue", 24, 16)]
+    found = [composition.DetectedObject("circle", "red", 8, 16), composition.DetectedObject("circle", "blue", 24, 16)]
+    assert composition.score_record(found, [{"class": "circle", "count": 2}]) == (1.0, True)
+    assert composition.score_record(found, [{"class": "circle", "count": 2, "color": "red"}]) == (0.75, False)
+    assert composition.score_record(found, [{"class": "circle", "count": 1, "color": "red"}]) == (0.0, False)
+    assert composition.score_record(found, [{"class": "square", "count": 1}]) == (0.0, False)
+    pair = [composition.DetectedObject("square", "red", 8, 16), composition.DetectedObject("circle", "blue", 24, 16)]
     include = [
         {"class": "circle", "count": 1, "color": "blue"},
         {"class": "square", "count": 1, "color": "red", "position": ["left of", 0]},
     ]
-    assert composition.judge(pair, include) == (1.0, True)
+    assert composition.score_record(pair, include) == (1.0, True)
     include[1]["position"] = ["above", 0]
-    assert composition.judge(pair, include) == (0.8, False)
+    assert composition.score_record(pair, include) == (0.8, False)
 
 
 @pytest.mark.parametrize(("a", "b", "distance"), [("", "HK", 2), ("HK", "HK", 0), ("H", "HK", 1), ("KH", "HK", 2)])
@@ -97,7 +97,7 @@ def test_ideal_paintings_score_higher() -> None:
 
 
 def test_splits_are_disjoint_and_files_hold_them(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    build.write_prompts(tmp_path)
+    pools.write_prompts(tmp_path)
     for task in shapes.TASKS:
         train = {p.metadata.get("target", p.text) for p in shapes.prompts(task, "train")}
         test = {p.metadata.get("target", p.text) for p in shapes.prompts(task, "test")}
@@ -127,10 +127,10 @@ def test_scenes_follow_from_the_seed() -> None:
 
 
 def test_tokenizer_keeps_letters_of_words_apart(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    tokenizer = build.make_tokenizer(tmp_path)
+    tokenizer = networks.make_tokenizer(tmp_path)
     prompts = [p for task in shapes.TASKS for split in ("train", "test") for p in shapes.prompts(task, split)]
     lengths = [len(tokenizer(p.text).input_ids) for p in prompts]
-    assert max(lengths) <= build.TOKENS
+    assert max(lengths) <= networks.TOKENS
     words = tokenizer.tokenize('a sign that says "HK"')
     assert words[-4:] == ['"</w>', "h", "k</w>", '"</w>']
     assert tokenizer.tokenize("three red triangles") == ["three</w>", "red</w>", "triangles</w>"]

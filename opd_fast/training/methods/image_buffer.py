@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.base import TextEmbeds
-from opd_fast.rewards.runner import Jury
+from opd_fast.rewards.runner import RewardRunner
 from opd_fast.seeds import noise_keys
 from opd_fast.training.setup import Setup, prompts_per_turn
 from opd_fast.training.teachers import TeacherBank
@@ -46,7 +46,7 @@ class SharedImages(ABC):
         """Which of them this process draws and learns from."""
         self.samples = self.images / updates
         """Images that a round learns from, on average."""
-        self.jury = Jury("raise", config.evaluation.reward_timeout)
+        self.reward_runner = RewardRunner("raise", config.evaluation.reward_timeout)
         self._base = TeacherBank.of_base(setup.model, guidance)
         self._drawn: dict[str, Tensor] = {}
         """The images in hand: each tensor's first dimension is this process's own, in the order of `mine`, or all

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opd_fast.models.guidance import Conditioning, Velocities
 from opd_fast.rewards import prompt_groups
-from opd_fast.rewards.runner import judged
+from opd_fast.rewards.runner import task_reward
 from opd_fast.training.methods.advantages import advantages
 from opd_fast.training.methods.image_buffer import SharedImages
 from opd_fast.training.setup import Setup
@@ -90,7 +90,7 @@ class Reinforcement(SharedImages):
         mine, teachers = torch.empty(len(self.mine)), self.setup.config.teachers
         for task, prompts, here, places in self.own_parts(epoch):
             asked = [prompts[i] for i in places.tolist()]
-            mine[here] = judged(self.jury, teachers[task], images[here.to(images.device)], asked)
+            mine[here] = task_reward(self.reward_runner, teachers[task], images[here.to(images.device)], asked)
         device = self.setup.model.device  # where NCCL can gather
         return self.setup.world.gather_samples(mine.to(device), self.images).cpu()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.guidance import Conditioning, velocities
-from opd_fast.rewards.runner import judged
+from opd_fast.rewards.runner import task_reward
 from opd_fast.seeds import noise_keys
 from opd_fast.training.methods.image_buffer import ROLLOUT_STREAM, SharedImages
 from opd_fast.training.rollout import sample
@@ -115,7 +115,7 @@ class SFT(SharedImages):
         if several == 1:
             return {"x0": x0}
         images = torch.cat([model.decode(part) for part in latents])
-        rewards = judged(self.jury, setup.config.teachers[task], images, every)
+        rewards = task_reward(self.reward_runner, setup.config.teachers[task], images, every)
         best, of_prompt = rewards.view(-1, several).max(1)
         rows = of_prompt + several * torch.arange(len(here))
         return {"x0": x0[rows.to(x0.device)], "reward": best.to(x0.device)}
