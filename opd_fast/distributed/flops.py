@@ -1,6 +1,6 @@
 """What one row costs a transformer, found by a run without numbers: operations, and bytes that autograd keeps.
 
-The transformer of an outline lies on the meta device, where a forward computes shapes alone. Counted there are the
+The transformer of a meta model lies on the meta device, where a forward computes shapes alone. Counted there are the
 matrix products that really happen (in an MMDiT image tokens and text tokens meet different weights, and modulation runs
 once a row, so 2 x parameters x tokens counts far too many), and the tensors that a student's forward leaves for its
 backward.
@@ -43,7 +43,7 @@ def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int
     on half-precision models autocast as CUDA has it. Uncompiled: torch.compile keeps less.
 
     Args:
-        model: an outline. Its transformer's dtype and requires_grad change.
+        model: a meta model. Its transformer's dtype and requires_grad change.
         lora: rank by module name, None for full weights.
         resolution: pixels.
 

@@ -166,7 +166,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         ValueError: the model's folder is missing or damaged, or does not fit the settings.
     """
     from opd_fast.data.prompt_files import TaskSchedule
-    from opd_fast.models import outline_model
+    from opd_fast.models import meta_model
     from opd_fast.objectives import step_weights
     from opd_fast.solvers import solver_table
 
@@ -174,7 +174,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     devices = devices or int(os.environ.get("WORLD_SIZE", "1"))
     gpu_memory = gpu_memory or _own_memory(resolved.device)
     settings = config.model
-    model = outline_model(
+    model = meta_model(
         settings.path,
         settings.family,
         dtype=resolved.dtype,

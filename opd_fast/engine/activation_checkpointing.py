@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute_blocks(blocks: Sequence[nn.Module], count: int) -> int:
+def checkpoint_blocks(blocks: Sequence[nn.Module], count: int) -> int:
     """Let the first `count` of the blocks recompute, in place; how many do.
 
     Before `block.compile()`, and before FSDP's hooks. Without gradient the blocks run as they are. There is no dropout

@@ -10,7 +10,7 @@ row (one scale for each input column), or, without that second copy, one in dy's
 
 Bytes a weight: 1, or 2 with the transposed copy; bfloat16 takes 2. Each operand is rounded to 4 significant bits, which
 costs 2.7 % of it (root mean square, evenly spread logarithms), so that a product is off by about 3.8 %: `layer_errors`
-measures it layer by layer, and `check_gate` what it does to the loss (PERFORMANCE.md allows 1 %).
+measures it layer by layer, and `check_losses` what it does to the loss (PERFORMANCE.md allows 1 %).
 
 On devices without such units the same numbers come from an emulation in float32. It is what the tests hold the GPU to,
 and is slower than no quantisation.
@@ -431,7 +431,7 @@ def outliers(errors: dict[str, float], threshold: float = OUTLIER) -> tuple[list
 Losses = Tensor | Callable[[], Tensor]
 
 
-def check_gate(exact: Losses, quantized: Losses, *, limit: float = STEP_LOSS_LIMIT) -> str:
+def check_losses(exact: Losses, quantized: Losses, *, limit: float = STEP_LOSS_LIMIT) -> str:
     """How far quantisation moves the step losses: a line for the log.
 
     Args:

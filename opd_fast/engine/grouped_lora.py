@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_fast.engine.modulation_cache import Remembered
-from opd_fast.engine.patching import replaced
+from opd_fast.engine.modulation_cache import ModulationCache
+from opd_fast.engine.patching import patched_forward
 from opd_fast.errors import UserError
 from opd_fast.models.base import DiffusionModel, TextEmbeds
 from opd_fast.models.guidance import Conditioning, Guidance, Velocities, combined, in_rows
@@ -79,7 +79,7 @@ class GroupedAdapters:
         groups = _groups(spans, len(self.adapters))
         if groups not in self._plans:
             self._plans[groups] = [(layer.module, layer.forward(groups)) for layer in self._layers]
-        with replaced(self._plans[groups]):
+        with patched_forward(self._plans[groups]):
             yield self.transformer
 
 
@@ -263,7 +263,7 @@ def grouped_velocities(
     x: Tensor,
     sigma: Tensor,
     calls: Sequence[Call],
-    tables: Sequence[Remembered] = (),
+    tables: Sequence[ModulationCache] = (),
 ) -> Velocities:
     """Each sample's velocity by its own teacher, both branches, as of `TeacherBank.velocities`; calls by `joined`.
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opd_fast.engine.patching import replaced
+from opd_fast.engine.patching import patched_forward
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.flux import Flux
 from opd_fast.models.guidance import Conditioning
@@ -45,7 +45,7 @@ class _Slot:
     now: Tensor
 
 
-class Remembered:
+class ModulationCache:
     """The frozen modules of `transformer` that see only the level, the prompt and the guidance, and their outputs.
 
     Make it by `of` when every adapter is in place. A round fills it; within `active()` the modules return the row
@@ -178,10 +178,10 @@ class Remembered:
         if self._table is None:
             raise RuntimeError("nothing is remembered yet; fill first")
         if injected(self.transformer) != self._injected:
-            raise RuntimeError("adapters were added or removed since Remembered was made; make it afterwards")
+            raise RuntimeError("adapters were added or removed since ModulationCache was made; make it afterwards")
         self._on = True
         try:
-            with replaced(self._forwards):
+            with patched_forward(self._forwards):
                 yield
         finally:
             self._on = False
@@ -203,7 +203,9 @@ class Remembered:
         table = self._of_batch(inputs[-1])
         assert table.steps is not None
         if any(vars(module).get("forward") is not forward for module, forward in self._forwards):
-            raise RuntimeError("another block replaced forwards that are remembered; enter active() inside of it")
+            raise RuntimeError(
+                "another block patched_forward forwards that are remembered; enter active() inside of it"
+            )
         rows = table.rows
         row = table.steps.index_select(0, self.step)[0] if rows is None else table.steps[self.step, rows]
         first, *pieces = row.split(self._sizes, dim=-1)
@@ -227,7 +229,7 @@ class Remembered:
 
 
 @contextlib.contextmanager
-def recalled(remembered: Remembered | None, step: Tensor | None) -> Iterator[None]:
+def at_step(remembered: ModulationCache | None, step: Tensor | None) -> Iterator[None]:
     """`active()` at the step (0-dim int64, on the device); nothing where either is missing."""
     if remembered is None or step is None:
         yield

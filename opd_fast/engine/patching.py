@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def patched_forward(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Within the block each module computes by the forward beside it; then by what it had, of its own or its class's.
 
     Blocks may be nested: a hook of diffusers or `MergedLayers` that set a forward of its own finds it again.

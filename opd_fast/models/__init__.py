@@ -20,7 +20,7 @@ from opd_fast.models.z_image import ZImage
 
 FAMILIES: dict[str, type[DiffusionModel]] = {"sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "z_image": ZImage}
 
-__all__ = ["FAMILIES", "SD3", "DiffusionModel", "TextEmbeds", "find_family", "load_model", "outline_model"]
+__all__ = ["FAMILIES", "SD3", "DiffusionModel", "TextEmbeds", "find_family", "load_model", "meta_model"]
 
 
 def load_model(
@@ -48,7 +48,7 @@ def load_model(
     return model
 
 
-def outline_model(
+def meta_model(
     path: str | Path,
     family: str = "auto",
     *,
@@ -56,14 +56,14 @@ def outline_model(
     max_sequence_length: int | None = None,
     guidance_convention: Literal["pipeline", "linear"] = "pipeline",
 ) -> DiffusionModel:
-    """The model of ``path`` without weights, from its configuration files; see ``DiffusionModel.outline``.
+    """The model of ``path`` without weights, from its configuration files; see ``DiffusionModel.meta``.
 
     Of a hub model that is not in the hub's cache only those files are fetched; for the models in ``assets/configs``
     the package has them.  Raises ValueError as ``load_model`` does.
     """
     folder = resolve_configs(path)
     kind = find_family(family, lambda: folder)
-    model = kind.outline(folder, dtype=dtype, max_sequence_length=max_sequence_length)
+    model = kind.meta(folder, dtype=dtype, max_sequence_length=max_sequence_length)
     model.guidance_convention = guidance_convention
     return model
 

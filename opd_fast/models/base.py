@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from opd_fast.device import send
+from opd_fast.device import to_device
 from opd_fast.errors import UserError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -45,7 +45,7 @@ class TextEmbeds:
         """The chosen rows: a view for a slice, a gather for indices (a list, or an int64 tensor on any device)."""
         if isinstance(idx, slice):
             return self._map(lambda tensor: tensor[idx])
-        rows = send(torch.as_tensor(idx, dtype=torch.int64), self.sequence.device)
+        rows = to_device(torch.as_tensor(idx, dtype=torch.int64), self.sequence.device)
         return self._map(lambda tensor: tensor.index_select(0, rows))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeds:
@@ -89,7 +89,7 @@ class TextEncoders:
 class DiffusionModel(ABC):
     """One model family's frozen components.  Subclasses are listed in ``opd_fast.models.FAMILIES``.
 
-    ``load`` makes a whole model.  ``outline`` makes one from configuration files alone, its transformer on the meta
+    ``load`` makes a whole model.  ``meta`` makes one from configuration files alone, its transformer on the meta
     device: it answers everything about shapes, levels and names, and nothing that needs weights.
     """
 
@@ -124,7 +124,7 @@ class DiffusionModel(ABC):
 
     @classmethod
     @abstractmethod
-    def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
+    def meta(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a pipeline folder's configuration files, without weights."""
 
     @classmethod  # noqa: B027 - a family may know of no files

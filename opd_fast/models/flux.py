@@ -67,7 +67,7 @@ class Flux(DiffusionModel):
         device: torch.device,
         dtype: torch.dtype,
     ):
-        """``vae``: the autoencoder, or what stands for it in an outline; ``schedule``: the content of
+        """``vae``: the autoencoder, or what stands for it in a meta model; ``schedule``: the content of
         scheduler_config.json."""
         self.path = path
         self.device = device
@@ -113,7 +113,7 @@ class Flux(DiffusionModel):
         check_present(folder, _COMPONENTS, weights=True, kinds=_KINDS, dtype=dtype)
 
     @classmethod
-    def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
+    def meta(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         check_components(folder, check_index(folder, cls), _COMPONENTS)
         check_present(folder, _COMPONENTS, weights=False, kinds=_KINDS)
@@ -129,7 +129,7 @@ class Flux(DiffusionModel):
         """
         if not prompts:
             raise ValueError("encode() needs at least one prompt")
-        assert self._text is not None  # an outline has no weights
+        assert self._text is not None  # a meta model has no weights
         device = self.text_device or self.device
         sequence, pooled, _ = self._text.get(device).encode_prompt(
             prompt=list(prompts), device=device, max_sequence_length=self.text_tokens

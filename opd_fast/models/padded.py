@@ -51,7 +51,7 @@ class PaddedTextModel(DiffusionModel):
         device: torch.device,
         dtype: torch.dtype,
     ):
-        """``pipeline``: its transformer and vae, or what stands for them in an outline; ``schedule``: the content of
+        """``pipeline``: its transformer and vae, or what stands for them in a meta model; ``schedule``: the content of
         scheduler_config.json."""
         self.path = path
         self.device = device
@@ -140,7 +140,7 @@ class PaddedTextModel(DiffusionModel):
         check_present(folder, _COMPONENTS, weights=True, kinds=cls._kinds, dtype=dtype)
 
     @classmethod
-    def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
+    def meta(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         cls._check_index(folder)
         check_present(folder, _COMPONENTS, weights=False, kinds=cls._kinds)
@@ -175,7 +175,7 @@ class PaddedTextModel(DiffusionModel):
         """
         if not prompts:
             raise ValueError("encode() needs at least one prompt")
-        assert self._text is not None  # an outline has no weights
+        assert self._text is not None  # a meta model has no weights
         device = self.text_device or self.device
         sequence, mask = self._embed(self._text.get(device), list(prompts), device)
         room = self.text_tokens - sequence.shape[1]

@@ -96,7 +96,7 @@ class SD3(DiffusionModel):
         check_present(folder, names, weights=True, kinds=_KINDS, dtype=dtype)
 
     @classmethod
-    def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
+    def meta(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         names, tokens = _wanted(cls, folder, max_sequence_length)
         check_present(folder, names, weights=False, kinds=_KINDS)
@@ -117,7 +117,7 @@ class SD3(DiffusionModel):
         """
         if not prompts:
             raise ValueError("encode() needs at least one prompt")
-        assert self._text is not None  # an outline has no weights
+        assert self._text is not None  # a meta model has no weights
         device = self.text_device or self.device
         sequence, _, pooled, _ = self._text.get(device).encode_prompt(
             prompt=list(prompts),

@@ -11,7 +11,7 @@ from torch import Tensor
 from opd_fast.config import Config
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.data.text_embeddings import EmbeddingCache
-from opd_fast.engine.float8 import check_gate, supported
+from opd_fast.engine.float8 import check_losses, supported
 from opd_fast.models.base import DiffusionModel
 from opd_fast.objectives import step_weights
 from opd_fast.seeds import noise_keys
@@ -28,7 +28,7 @@ _STREAM = 3
 
 
 @dataclass(frozen=True)
-class Gate:
+class Float8LossCheck:
     """The losses of unquantised weights, and how to measure them again."""
 
     losses: Tensor
@@ -45,7 +45,7 @@ class Gate:
         table: SolverTable,
         text: EmbeddingCache,
         prompts: Sequence[Sequence[Prompt]],
-    ) -> Gate | None:
+    ) -> Float8LossCheck | None:
         """Measure before anything is quantised; None for a run that will not be."""
         if config.engine.precision != "fp8" or supported(model.device) is not None or not len(teachers):
             return None
@@ -76,4 +76,4 @@ class Gate:
 
     def after(self) -> str:
         """Measure again: a line for the log. Raises UserError where a step's loss moved by more than is accepted."""
-        return check_gate(self.losses, self.again, limit=self.tolerance)
+        return check_losses(self.losses, self.again, limit=self.tolerance)

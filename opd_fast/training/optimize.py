@@ -17,7 +17,7 @@ from opd_fast.config import EngineConfig
 from opd_fast.distributed.world import World
 from opd_fast.engine import attention
 from opd_fast.engine import float8 as fp8
-from opd_fast.engine.activation_checkpointing import recompute_blocks
+from opd_fast.engine.activation_checkpointing import checkpoint_blocks
 from opd_fast.engine.attention import Case
 from opd_fast.engine.cuda_graphs import CudaBackend, Graphs
 from opd_fast.engine.fused_qkv import fuse_projections
@@ -30,7 +30,7 @@ COMPILATIONS = 64
 
 
 @dataclass
-class Engaged:
+class ActiveTechniques:
     """What is at work, counted: 0 and empty names stand for techniques that are off or do not fit the model."""
 
     merged_teachers: int = 0
@@ -47,7 +47,7 @@ class Engaged:
     """The implementations of attention that were set: the student's and, where they have weights, the teachers'."""
     fp8: int = 0
     """Layers of student and teachers in float8."""
-    recomputed: int = 0
+    checkpointed: int = 0
     """Blocks of the student that compute their activations again in the backward."""
     compiled: int = 0
     """Blocks under torch.compile."""
@@ -56,7 +56,7 @@ class Engaged:
 
 
 @dataclass(frozen=True)
-class Forwards:
+class ForwardSizes:
     """The sizes of a round's forwards; rows count the branches of guidance."""
 
     student_rows: int
@@ -64,31 +64,31 @@ class Forwards:
     resolution: int
 
 
-def engage(
+def apply_techniques(
     settings: EngineConfig,
     model: DiffusionModel,
     student: Student,
     teachers: TeacherBank,
-    forwards: Forwards,
+    forwards: ForwardSizes,
     *,
     anchor: TeacherBank | None = None,
     compiled: bool = False,
     graphed: bool = False,
-    recompute: int = 0,
+    checkpointed: int = 0,
     backends: Sequence[str] = (),
     world: World | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> Engaged:
+) -> ActiveTechniques:
     """Put the techniques of `settings` to work, in place; what does not fit model or machine is left out and said.
 
-    `compiled`, `graphed` and `recompute` are what engine.compile, engine.graphs and engine.recompute came to;
+    `compiled`, `graphed` and `checkpointed` are what engine.compile, engine.graphs and engine.recompute came to;
     `backends`, those that the run had before, spare the measurement of attention; `world` is the one that the student
     will be distributed in. Raises UserError for a setting of no known name.
     """
     world = world or World()
     banks = [bank for bank in (teachers, anchor) if bank is not None]
     own = list({id(t): t for bank in banks for t in bank.own}.values())
-    engaged = Engaged(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
+    engaged = ActiveTechniques(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
     engaged.merged_layers = student.merge_in_rounds(settings.merge_student)
     if settings.fuse_projections:
         engaged.fused = sum(fuse_projections(transformer) for transformer in own)
@@ -100,7 +100,7 @@ def engage(
         engaged.grouped_teachers = teachers.group()
     if settings.cache_modulation and not world.sharded:
         engaged.modulation = student.remember_modulation() + sum(bank.remember_modulation() for bank in banks)
-    engaged.recomputed = recompute_blocks(model.blocks(student.transformer), recompute)
+    engaged.checkpointed = checkpoint_blocks(model.blocks(student.transformer), checkpointed)
     if compiled:
         engaged.compiled = compile_blocks(model, student, *banks)
     if graphed:
@@ -114,7 +114,7 @@ def _attention(
     model: DiffusionModel,
     student: Student,
     own: Sequence[nn.Module],
-    forwards: Forwards,
+    forwards: ForwardSizes,
     world: World,
     say: Callable[[str], None],
 ) -> tuple[str, ...]:

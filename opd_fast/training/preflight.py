@@ -19,7 +19,7 @@ from opd_fast.config.validate import no_held_out
 from opd_fast.data.prompt_files import load_prompts
 from opd_fast.distributed.plan import check_guidance, lora_modules, pick_device
 from opd_fast.errors import UserError, is_ours
-from opd_fast.models import find_family, outline_model
+from opd_fast.models import find_family, meta_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.files import find_lora, read_lora
 from opd_fast.models.lora.load import check_weights
@@ -56,7 +56,7 @@ def refusals(config: Config, dtype: torch.dtype, *, sharded: bool, fetches: bool
 
     def outline() -> None:
         found.append(
-            outline_model(
+            meta_model(
                 settings.path,
                 settings.family,
                 dtype=dtype,

@@ -19,8 +19,8 @@ from opd_fast.models.guidance import Conditioning
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.training.evaluation import EvalTask
-from opd_fast.training.float8_check import Gate
-from opd_fast.training.optimize import Engaged, Forwards, engage
+from opd_fast.training.float8_check import Float8LossCheck
+from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, apply_techniques
 from opd_fast.training.preflight import anchor_teacher, evaluation_task, frozen_teachers, refusals
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import BASE, TeacherBank
@@ -50,7 +50,7 @@ class Setup:
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
     world: World
-    engaged: Engaged
+    engaged: ActiveTechniques
     """The engine's techniques that are at work."""
     anchor: TeacherBank | None
     """A bank of one: what the student is held to."""
@@ -124,8 +124,10 @@ def prepare(
         say(f"teacher {teacher.name}: {teacher.origin}")
     anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
-    gate = Gate.before(config, model, student, teachers, table, text, prompts) if not world.sharded else None
-    engaged = engage(
+    loss_check = (
+        Float8LossCheck.before(config, model, student, teachers, table, text, prompts) if not world.sharded else None
+    )
+    engaged = apply_techniques(
         config.engine,
         model,
         student,
@@ -134,13 +136,13 @@ def prepare(
         anchor=anchor,
         compiled=resolved.compile,
         graphed=resolved.graphs,
-        recompute=blocks_to_recompute(config, device, world.size),
+        checkpointed=blocks_to_recompute(config, device, world.size),
         backends=backends,
         world=world,
         say=say,
     )
     if engaged.fp8:
-        say(gate.after() if gate is not None else "precision: fp8, its change of the losses not measured")
+        say(loss_check.after() if loss_check is not None else "precision: fp8, its change of the losses not measured")
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
     teachers.together = world.sharded and placement == "shared"
     sigma = table.sigmas[0].float().to(device)
@@ -168,13 +170,13 @@ def prepare(
     )
 
 
-def forwards(config: Config, model: DiffusionModel, world: World) -> Forwards:
+def forwards(config: Config, model: DiffusionModel, world: World) -> ForwardSizes:
     """The sizes of this process's forwards in a round."""
     train = config.train
     tasks = train.tasks_per_round or len(config.trained)
     samples = -(-tasks * train.samples_per_task // world.size)
     at_once = min(train.micro_batch or samples, samples)
-    return Forwards(
+    return ForwardSizes(
         student_rows=at_once * branches(model, config.student.guidance),
         teacher_rows=min(at_once, train.samples_per_task)
         * max(branches(model, teacher.guidance) for teacher in config.teachers),

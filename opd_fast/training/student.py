@@ -16,7 +16,7 @@ from opd_fast.config import StudentConfig
 from opd_fast.distributed.world import World, local, release, whole
 from opd_fast.engine.float8 import Float8MergedLayers, fits, quantize_frozen
 from opd_fast.engine.merged_lora import MergedLayers
-from opd_fast.engine.modulation_cache import Remembered, recalled
+from opd_fast.engine.modulation_cache import ModulationCache, at_step
 from opd_fast.files import open_to_umask
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning, Velocities, velocities
@@ -51,7 +51,7 @@ class Student:
         self.world = World()
         self._hold()
         self._merged = MergedLayers(transformer, ADAPTER) if config.kind == "lora" else None
-        self._remembered: Remembered | None = None
+        self._remembered: ModulationCache | None = None
         # Float32 adapters on a half-precision base compute in the base's type; without autocast PEFT would cast up.
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
@@ -110,7 +110,7 @@ class Student:
 
     def remember_modulation(self) -> int:
         """Let `remember` keep what depends on step and prompt alone; of how many layers."""
-        self._remembered = Remembered.of(self._model, self.transformer)
+        self._remembered = ModulationCache.of(self._model, self.transformer)
         return 0 if self._remembered is None else self._remembered.layers
 
     def remember(self, sigmas: Tensor, condition: Conditioning) -> None:
@@ -146,7 +146,7 @@ class Student:
 
         `step`, a 0-dim int64 tensor on the device: the level's place among those of `remember`, with `condition`.
         """
-        with self._autocast, recalled(self._remembered, step):
+        with self._autocast, at_step(self._remembered, step):
             return velocities(model, self.transformer, x, sigma, condition)
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.objectives import step_weights
-from opd_fast.training.optimize import Engaged, Forwards, compile_blocks, engage
+from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, apply_techniques, compile_blocks
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import TeacherBank
@@ -48,19 +48,19 @@ OFF = EngineConfig(
     fuse_projections=False,
     cache_modulation=False,
 )
-FORWARDS = Forwards(student_rows=2, teacher_rows=1, resolution=64)
+FORWARDS = ForwardSizes(student_rows=2, teacher_rows=1, resolution=64)
 Team = tuple[DiffusionModel, Student, TeacherBank]
 
 
-def _engage(team: Team, said: list[str] | None = None, **changes: Any) -> Engaged:
+def _engage(team: Team, said: list[str] | None = None, **changes: Any) -> ActiveTechniques:
     settings = dataclasses.replace(OFF, **changes)
     say = (said if said is not None else []).append
-    return engage(
+    return apply_techniques(
         settings, *team, FORWARDS, compiled=settings.compile == "on", graphed=settings.graphs == "on", say=say
     )
 
 
-def _at_work(engaged: Engaged) -> dict[str, Any]:
+def _at_work(engaged: ActiveTechniques) -> dict[str, Any]:
     """What is not zero or empty."""
     found = {key: value for key, value in vars(engaged).items() if key != "graphs" and value}
     return found | ({"graphs": True} if engaged.graphs.on else {})
@@ -90,7 +90,7 @@ def test_measured_attention_is_told_and_kept(team: Team) -> None:
     assert set(engaged.backends) <= set(BACKENDS)
     assert len(engaged.backends) == 2
     assert [line.split(":")[0] for line in said] == ["attention of the student", "attention of the teachers"]
-    again = engage(
+    again = apply_techniques(
         dataclasses.replace(OFF, attention="auto"), *team, FORWARDS, backends=("math", "native"), say=said.append
     )
     assert again.backends == ("math", "native")
@@ -169,12 +169,12 @@ def test_the_round_is_the_same_with_all_techniques_on(
     for on in (False, True):
         model, student, bank = copy.deepcopy(world.team("lora", "lora", placement, guidance))
         settings = EngineConfig(compile="off", graphs="off") if on else OFF
-        engaged = engage(settings, model, student, bank, FORWARDS, recompute=int(on))
+        engaged = apply_techniques(settings, model, student, bank, FORWARDS, checkpointed=int(on))
         graphs = Graphs(RecordedBackend()) if on else None
         if on:
             counts = _at_work(engaged)
             teaching = {"merged": {"merged_teachers", "fused"}, "shared": {"grouped_teachers"}}[placement]
-            assert counts.keys() == teaching | {"merged_layers", "modulation", "backends", "recomputed"}
+            assert counts.keys() == teaching | {"merged_layers", "modulation", "backends", "checkpointed"}
         rounds = []
         for index in range(3):
             batch = dataclasses.replace(world.batch, keys=world.batch.keys + 10 * index, noise=None)

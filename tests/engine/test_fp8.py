@@ -19,7 +19,7 @@ from opd_fast.engine.float8 import (
     OUTLIER,
     Float8Linear,
     Float8MergedLayers,
-    check_gate,
+    check_losses,
     frozen_layers,
     layer_errors,
     merged_linear_fp8,
@@ -31,7 +31,7 @@ from opd_fast.engine.float8 import (
 )
 from opd_fast.engine.merged_lora import merged_linear
 from opd_fast.errors import UserError
-from opd_fast.models import load_model, outline_model
+from opd_fast.models import load_model, meta_model
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import ADAPTER, Student
 from opd_kernels import quantize_rows
@@ -158,7 +158,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("path", PUBLISHED)
 def test_attention_and_feed_forward_of_every_family(path: str) -> None:
-    model = outline_model(path, dtype=torch.bfloat16)
+    model = meta_model(path, dtype=torch.bfloat16)
     transformer = copy.deepcopy(model.transformer).requires_grad_(False)
     found = frozen_layers(transformer)
     assert len(found) == PUBLISHED[path]
@@ -350,20 +350,20 @@ def test_layers_with_outliers_are_found() -> None:
 
 def test_gate() -> None:
     exact = torch.tensor([[1.0, 3.0], [0.5, 0.5]])
-    line = check_gate(exact, lambda: exact * torch.tensor([[1.002], [0.991]]))
+    line = check_losses(exact, lambda: exact * torch.tensor([[1.002], [0.991]]))
     assert line == "precision: fp8 (step losses move by -0.90% at most, at step 1; their sum by -0.02%)"
-    check_gate(exact.sum(1), exact.sum(1) * 1.0099)
+    check_losses(exact.sum(1), exact.sum(1) * 1.0099)
     with pytest.raises(
         UserError, match=r"engine\.precision: fp8 moves the loss of step 1 by \+1\.10% .* 1% is allowed"
     ):
-        check_gate(lambda: exact, exact * torch.tensor([[1.0], [1.011]]))
+        check_losses(lambda: exact, exact * torch.tensor([[1.0], [1.011]]))
     with pytest.raises(UserError, match="not finite"):
-        check_gate(exact, exact.clone().fill_(float("nan")))
+        check_losses(exact, exact.clone().fill_(float("nan")))
     with pytest.raises(UserError, match="step 0 a loss where there is none"):
-        check_gate(torch.tensor([0.0, 1.0]), torch.tensor([1e-9, 1.0]))
-    check_gate(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))
+        check_losses(torch.tensor([0.0, 1.0]), torch.tensor([1e-9, 1.0]))
+    check_losses(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="alike"):
-        check_gate(exact, exact[:1])
+        check_losses(exact, exact[:1])
 
 
 # --- the bundled model ------------------------------------------------------------------------------------------------
@@ -410,8 +410,8 @@ def test_bundled_velocities_and_losses(world: Bundled) -> None:
     most = float(moved.max())
     assert 0.0005 < most < 0.05
     with pytest.raises(UserError, match=r"engine\.precision: fp8 moves the loss of step"):
-        check_gate(exact.losses, found.losses, limit=0.9 * most)
-    assert "step losses move by" in check_gate(exact.losses, found.losses, limit=1.1 * most)
+        check_losses(exact.losses, found.losses, limit=0.9 * most)
+    assert "step losses move by" in check_losses(exact.losses, found.losses, limit=1.1 * most)
 
 
 def test_bundled_one_pass_says_the_same(world: Bundled) -> None:

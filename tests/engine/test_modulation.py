@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from benchmarks.models import SD35M_512, random_model
 from opd_fast.config import StudentConfig
 from opd_fast.engine.grouped_lora import GroupedAdapters, grouped_velocities, joined
-from opd_fast.engine.modulation_cache import Remembered
-from opd_fast.models import outline_model
+from opd_fast.engine.modulation_cache import ModulationCache
+from opd_fast.models import meta_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning, Velocities, velocities
 from opd_fast.models.lora.adapters import use_adapter
@@ -32,8 +32,8 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> DiffusionModel:
     return small(tmp_path, request.param)
 
 
-def remembered(model: DiffusionModel) -> Remembered:
-    found = Remembered.of(model, model.transformer)
+def remembered(model: DiffusionModel) -> ModulationCache:
+    found = ModulationCache.of(model, model.transformer)
     assert found is not None
     return found
 
@@ -176,10 +176,10 @@ def test_what_is_left_out(model: DiffusionModel) -> None:
 
 def test_nothing_to_remember(model: DiffusionModel, tmp_path: Path) -> None:
     model.transformer.requires_grad_(True)
-    assert Remembered.of(model, model.transformer) is None
-    outline = outline_model("bundled", dtype=torch.float32)
+    assert ModulationCache.of(model, model.transformer) is None
+    outline = meta_model("bundled", dtype=torch.float32)
     outline.device = torch.device("cpu")  # the weights wait elsewhere
-    assert Remembered.of(outline, outline.transformer) is None
+    assert ModulationCache.of(outline, outline.transformer) is None
 
 
 # --- teachers --------------------------------------------------------------------------------------------------------

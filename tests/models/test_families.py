@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_fast.models import find_family, load_model, outline_model
+from opd_fast.models import find_family, load_model, meta_model
 from opd_fast.train import main
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
@@ -59,10 +59,10 @@ def test_a_family_of_ones_own_trains(toy: Path, capsys: pytest.CaptureFixture[st
 
 def test_outline_agrees(toy: Path) -> None:
     whole = load_model(toy / "model", "toy_family:Toy", device="cpu", dtype=torch.float32)
-    outline = outline_model(toy / "model", "toy_family:Toy", dtype=torch.float32)
-    shapes = [{n: p.shape for n, p in m.transformer.named_parameters()} for m in (whole, outline)]
+    meta = meta_model(toy / "model", "toy_family:Toy", dtype=torch.float32)
+    shapes = [{n: p.shape for n, p in m.transformer.named_parameters()} for m in (whole, meta)]
     assert shapes[0] == shapes[1]
-    assert outline.latent_shape(8) == whole.latent_shape(8)
+    assert meta.latent_shape(8) == whole.latent_shape(8)
 
 
 @pytest.mark.parametrize(
