@@ -4,8 +4,8 @@ python -m benchmarks.ladder [--shape SHAPE] [--samples N] [--rungs NAME,NAME] [-
 
 Every row is measured in turn with the published loop, a round of each, so that a drift of the machine meets both. A row
 whose technique is not at work although it was asked for has the reason in place of a time: the engine's own record
-(`opd_fast.training.optimize.ActiveTechniques`) must show it. Contestants are built one after the other; only the published
-loop stays.
+(`opd_fast.training.optimize.ActiveTechniques`) must show it. Contestants are built one after the other; only the
+published loop stays.
 """
 
 from __future__ import annotations

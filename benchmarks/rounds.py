@@ -42,7 +42,8 @@ from benchmarks.reference import AdapterPolicy, Reference, adapters_on
 from opd_fast.config import EngineConfig, StudentConfig, TeacherConfig
 from opd_fast.data.prompt_files import load_prompts
 from opd_fast.models import load_model
-from opd_fast.models.base import ASSETS, DiffusionModel, TextEmbeds
+from opd_fast.models.base import ASSETS, DiffusionModel
+from opd_fast.models.text import TextEmbeds
 from opd_fast.objectives import step_weights
 from opd_fast.reporting.telemetry import annotate
 from opd_fast.solvers import solver_table

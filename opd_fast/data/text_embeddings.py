@@ -25,7 +25,8 @@ import torch
 
 from opd_fast.errors import UserError, one_line
 from opd_fast.files import open_to_umask
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel
+from opd_fast.models.text import TextEmbeds
 from opd_fast.reporting.telemetry import PLAIN_SECONDS
 
 FORMAT = 1

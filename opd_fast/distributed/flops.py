@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from opd_fast.engine.merged_lora import merged_linear
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel
+from opd_fast.models.text import TextEmbeds
 
 # The widths of a text row, by the names that diffusers' transformers give them.
 _SEQUENCE = ("joint_attention_dim", "cap_feat_dim")

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from opd_fast.engine.modulation_cache import ModulationCache
 from opd_fast.engine.patching import patched_forward
 from opd_fast.errors import UserError
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning, Guidance, Velocities, combined, in_rows
 from opd_fast.models.lora.adapters import injected
+from opd_fast.models.text import TextEmbeds
 
 Span = tuple[int | None, slice]
 """An adapter's place among those given, None for the bare base, and its rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
@@ -11,11 +12,12 @@ from typing import Literal
 
 import torch
 
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.flux import Flux
 from opd_fast.models.pipeline_folder import read_index, resolve_configs, resolve_pipeline
 from opd_fast.models.qwen_image import QwenImage
 from opd_fast.models.sd3 import SD3
+from opd_fast.models.text import TextEmbeds
 from opd_fast.models.z_image import ZImage
 
 FAMILIES: dict[str, type[DiffusionModel]] = {"sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "z_image": ZImage}
@@ -43,6 +45,8 @@ def load_model(
     """
     kind = find_family(family, lambda: resolve_pipeline(path))
     model = kind.load(path, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
+    with contextlib.suppress(ValueError):  # a family from elsewhere may have no pipeline folder
+        model.folder = resolve_pipeline(path)
     model.text_device = None if text_device is None else torch.device(text_device)
     model.guidance_convention = guidance_convention
     return model
@@ -64,6 +68,7 @@ def meta_model(
     folder = resolve_configs(path)
     kind = find_family(family, lambda: folder)
     model = kind.meta(folder, dtype=dtype, max_sequence_length=max_sequence_length)
+    model.folder = folder
     model.guidance_convention = guidance_convention
     return model
 

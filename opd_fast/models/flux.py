@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.latents import (
     DEFAULT_SIZE,
     PATCH,
@@ -32,6 +32,7 @@ from opd_fast.models.pipeline_folder import (
     resolve_pipeline,
 )
 from opd_fast.models.schedule import check_schedule, flow_sigmas
+from opd_fast.models.text import TextEmbeds, TextEncoders
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 _FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"]

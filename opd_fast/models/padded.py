@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.latents import DEFAULT_SIZE, PATCH, decode_in_chunks, latent_size
 from opd_fast.models.pipeline_folder import (
     check_components,
@@ -24,6 +24,7 @@ from opd_fast.models.pipeline_folder import (
     resolve_pipeline,
 )
 from opd_fast.models.schedule import check_schedule, flow_sigmas
+from opd_fast.models.text import TextEmbeds, TextEncoders
 
 _COMPONENTS = ("scheduler", "vae", "transformer", "tokenizer", "text_encoder")
 _DEFAULT_TOKENS = 512  # of both pipelines

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.latents import decode_in_chunks, kl_pixels, latent_size, vae_factor, weight_dtype
 from opd_fast.models.pipeline_folder import (
     check_components,
@@ -23,6 +23,7 @@ from opd_fast.models.pipeline_folder import (
     resolve_pipeline,
 )
 from opd_fast.models.schedule import check_options
+from opd_fast.models.text import TextEmbeds, TextEncoders
 from opd_fast.solvers import sd3_sigmas
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]

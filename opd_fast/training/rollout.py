@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from opd_fast.device import to_device
 from opd_fast.engine.cuda_graphs import Graphs, Static
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning, velocities
+from opd_fast.models.text import TextEmbeds
 from opd_fast.objectives import Surrogate, score_factors
 from opd_fast.reporting.telemetry import annotate
 from opd_fast.solvers import SolverTable

@@ -21,6 +21,7 @@ from opd_fast.files import open_to_umask
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning, Velocities, velocities
 from opd_fast.models.lora.adapters import use_adapter
+from opd_fast.models.lora.files import save_lora
 from opd_fast.models.lora.load import load_transformer
 from opd_fast.training.student_init import (
     MERGED,
@@ -267,12 +268,13 @@ class Student:
     def _write_lora(self, average: dict[str, Tensor], directory: Path) -> None:
         suffix = f".lora_A.{ADAPTER}.weight"
         modules = [name.removesuffix(suffix) for name in average if name.endswith(suffix)]
-        self._model.save_lora(
+        save_lora(
             directory,
             {m: (average[m + suffix], average[m + suffix.replace("lora_A", "lora_B")]) for m in modules},
             rank=self.config.rank,
             alpha=self.config.alpha,
             targets=modules,
+            base_model=self._model.path,
         )
 
 
