@@ -24,6 +24,7 @@ from benchmarks.environment import environment
 from opd_fast.config.command_line import parse
 from opd_fast.engine.float8 import Float8MergedLayers, layer_errors, outliers, quantize_frozen
 from opd_fast.models.guidance import Conditioning
+from opd_fast.models.techniques import token_layers
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.methods.opd import OPD
 from opd_fast.training.setup import Setup, prepare
@@ -98,7 +99,7 @@ def in_float8(teachers: TeacherBank) -> TeacherBank:
     copies = []
     for teacher in teachers.teachers:
         transformer = copy.deepcopy(teacher.transformer)
-        assert quantize_frozen(transformer) > 0
+        assert quantize_frozen(transformer, token_layers(transformer)) > 0
         copies.append(replace(teacher, transformer=transformer))
     return TeacherBank(teachers.model, copies)
 
@@ -107,7 +108,7 @@ def quantize_student(setup: Setup) -> None:
     """The student's base in float8, for good: merged layers, and the frozen ones beside them."""
     student: Any = setup.student
     student._merged = Float8MergedLayers(student.transformer, ADAPTER)
-    quantize_frozen(student.transformer, transposed=True)
+    quantize_frozen(student.transformer, token_layers(student.transformer), transposed=True)
 
 
 def drop_transposed(setup: Setup) -> None:
@@ -135,7 +136,7 @@ def measure(samples: int, rounds: int) -> dict[str, Any]:
     exact = [run(method, batch, setup.teachers) for batch in batches]
     layers: dict[str, Any] = {}
     for teacher in setup.teachers.teachers:
-        errors = layer_errors(teacher.transformer, lambda: ask(method, batches[0], exact[0].states[:-1]))
+        errors = layer_errors(token_layers(teacher.transformer), lambda: ask(method, batches[0], exact[0].states[:-1]))
         above, line = outliers(errors)
         print(f"{teacher.name}: {line}", flush=True)
         layers[teacher.name] = {

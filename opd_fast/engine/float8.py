@@ -18,8 +18,7 @@ and is slower than no quantisation.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,10 +38,6 @@ OUTLIER = 0.1
 """Relative output error from which a layer had better stay as it is: rounding alone gives 0.038 whatever the sizes, so
 that 0.1 is seven times its power. Then the operands spread over more than the format's 18 binades, or the output is a
 small difference of large sums."""
-
-_MODULATION = re.compile(r"norm.*|.*mod|.*modulation")
-"""Parts of a block that work on a sample's embedding, not on its tokens: too few rows to pay, and every token feels
-their error."""
 
 
 # --- weights and products ---------------------------------------------------------------------------------------------
@@ -242,13 +237,12 @@ class Float8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, transposed={self.columns is not None}, {self.like.dtype}"
 
 
-def frozen_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that float8 pays for, by name: frozen, of the repeated blocks' attention and feed-forward.
+def frozen_layers(layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Those of a family's `DiffusionModel.token_layers` that can be kept in float8.
 
-    The blocks are what the transformer's own lists hold. Left out are modulations, layers that PEFT wraps, trainable
-    and sharded ones, and those with a side that is no multiple of 16.
+    Left out are trainable and sharded ones, and those with a side that is not a multiple of 16.
     """
-    return {name: layer for name, layer in _plain_layers(transformer) if _frozen(layer) and fits(layer.weight)}
+    return {name: layer for name, layer in layers.items() if _frozen(layer) and fits(layer.weight)}
 
 
 def _frozen(layer: nn.Linear) -> bool:
@@ -257,36 +251,19 @@ def _frozen(layer: nn.Linear) -> bool:
     return not any(p.requires_grad or isinstance(p, DTensor) for p in layer.parameters())
 
 
-def _plain_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def quantize_frozen(
+    transformer: nn.Module, layers: Mapping[str, nn.Linear], *, skip: Collection[str] = (), transposed: bool = False
+) -> int:
+    """Replace the `frozen_layers` among `layers` of the transformer by `Float8Linear`; returns how many there were.
 
-    def within(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
-        for name, child in module.named_children():
-            if isinstance(child, BaseTunerLayer) or _MODULATION.fullmatch(name.lower()):
-                continue
-            if type(child) is nn.Linear:
-                yield f"{path}.{name}", child
-            else:
-                yield from within(child, f"{path}.{name}")
-
-    for name, child in transformer.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield from within(child, name)
-
-
-def quantize_frozen(transformer: nn.Module, *, skip: Collection[str] = (), transposed: bool = False) -> int:
-    """Replace the layers of `frozen_layers` by `Float8Linear`; how many there were.
-
-    To be called once the weights are final and on their device, before blocks are compiled and before hooks
-    (offloading, sharding) hold the parameters. `skip` names layers to leave; `transposed` keeps both copies (see
-    `Float8Linear`), for a transformer that gradients flow through. Raises ValueError for a name in `skip` that is no
-    layer.
+    Call it once the weights are final and on their device, before blocks are compiled and before hooks (offloading,
+    sharding) hold the parameters. `skip` names layers to leave; `transposed` keeps both copies (see `Float8Linear`),
+    for a transformer that gradients flow through. Raises ValueError for a name in `skip` that names no layer.
     """
-    found = frozen_layers(transformer)
     unknown = set(skip) - {name for name, _ in transformer.named_modules()}
     if unknown:
         raise ValueError(f"skip names layers that are not there: {', '.join(sorted(unknown))}; see frozen_layers()")
-    chosen = {name: layer for name, layer in found.items() if name not in skip}
+    chosen = {name: layer for name, layer in frozen_layers(layers).items() if name not in skip}
     for name, layer in chosen.items():
         transformer.set_submodule(name, Float8Linear(layer, transposed=transposed))
     return len(chosen)
@@ -386,13 +363,13 @@ class Float8MergedLayers(MergedLayers):
 # --- what it costs in accuracy ----------------------------------------------------------------------------------------
 
 
-def layer_errors(transformer: nn.Module, run: Callable[[], object]) -> dict[str, float]:
-    """||y8 - y|| / ||y|| of each of `frozen_layers` over the activations that `run()` sends through it.
+def layer_errors(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> dict[str, float]:
+    """||y8 - y|| / ||y|| of each of the `frozen_layers` of `layers`, over the activations that `run()` sends through them.
 
     `run` calls the unquantised transformer, uncompiled, as often as it likes; every layer sees exact inputs. 0 for a
     layer that is never called. Waits for the device at the end.
     """
-    layers = frozen_layers(transformer)
+    layers = frozen_layers(layers)
     sums = {name: torch.zeros(2, device=layer.weight.device) for name, layer in layers.items()}
 
     def watch(name: str, layer: nn.Linear) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.errors import UserError
+from opd_fast.models.techniques import AttentionSite, Modulation, dispatched_attentions, token_layers
 from opd_fast.models.text import TextEmbeds
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -168,6 +169,26 @@ class DiffusionModel(ABC):
     @abstractmethod
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The repeated blocks of ``transformer``, the unit to compile and to shard."""
+
+    # --- what the engine's techniques ask; each has an answer that serves most transformers of diffusers --------------
+
+    def attentions(self, transformer: nn.Module) -> list[AttentionSite]:
+        """The attentions of ``transformer`` whose backend can be set, and the projections of each that can be fused.
+
+        By default those whose processor goes through diffusers' dispatcher, without fusing.
+        """
+        return dispatched_attentions(transformer)
+
+    def modulation(self, transformer: nn.Module) -> Modulation | None:
+        """What in ``transformer`` depends on noise level, prompt and guidance alone; None: nothing is cached."""
+        return None
+
+    def token_layers(self, transformer: nn.Module) -> dict[str, nn.Linear]:
+        """The linear layers, by name, that work on the tokens of the repeated blocks: those that float8 pays for.
+
+        A layer that works on a sample's embedding has too few rows, and every token feels its error.
+        """
+        return token_layers(transformer)
 
     def targets(self, name: str | Sequence[str]) -> list[str]:
         """LoRA target modules by the name of a set, or the given list itself.  Raises ValueError for an unknown set."""

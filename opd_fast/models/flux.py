@@ -32,6 +32,7 @@ from opd_fast.models.pipeline_folder import (
     resolve_pipeline,
 )
 from opd_fast.models.schedule import check_schedule, flow_sigmas
+from opd_fast.models.techniques import AttentionSite, Modulation, ada_modulation, dispatched_attentions
 from opd_fast.models.text import TextEmbeds, TextEncoders
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -198,6 +199,26 @@ class Flux(DiffusionModel):
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]  # type: ignore[misc]
 
+    def attentions(self, transformer: nn.Module) -> list[AttentionSite]:
+        """See ``DiffusionModel.attentions``; FLUX's processor can read fused projections."""
+        return flux_attentions(transformer)
+
+    def modulation(self, transformer: nn.Module) -> Modulation:
+        """See ``DiffusionModel.modulation``."""
+        parts: Any = transformer
+        embedders = parts.time_text_embed
+
+        def numbers(levels: Tensor, dtype: torch.dtype, guidance: float) -> list[tuple[Tensor, nn.Module]]:
+            # The transformer rounds level and guidance to its own dtype, then scales them.
+            found = [(levels.to(dtype) * 1000, embedders.timestep_embedder)]
+            if self.guidance_kind == "embedded":
+                strength = torch.full((1,), guidance, dtype=torch.float32, device=levels.device)
+                found.append((strength.to(dtype) * 1000, embedders.guidance_embedder))
+            return found
+
+        dtype = weight_dtype(parts.x_embedder, self.dtype)
+        return ada_modulation(transformer, self.blocks(transformer), numbers, dtype)
+
     def targets(self, name: str | Sequence[str]) -> list[str]:
         """As the base class has it.  In "all" the single blocks' proj_out go by their full names, since the suffix
         would also name the transformer's last layer.
@@ -206,6 +227,13 @@ class Flux(DiffusionModel):
         if name == "all":
             found += [f"single_transformer_blocks.{i}.proj_out" for i in range(int(self._config.num_single_layers))]
         return found
+
+
+def flux_attentions(transformer: nn.Module) -> list[AttentionSite]:
+    """The attentions of a FLUX transformer, of its double and single blocks."""
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    return dispatched_attentions(transformer, fusing=(FluxAttnProcessor,))
 
 
 def _check(folder: Path, max_sequence_length: int | None) -> tuple[dict[str, Any], int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.models.base import DiffusionModel
+from opd_fast.models.joint_attention import joint_attentions
 from opd_fast.models.latents import decode_in_chunks, kl_pixels, latent_size, vae_factor, weight_dtype
 from opd_fast.models.pipeline_folder import (
     check_components,
@@ -23,6 +24,7 @@ from opd_fast.models.pipeline_folder import (
     resolve_pipeline,
 )
 from opd_fast.models.schedule import check_options
+from opd_fast.models.techniques import AttentionSite, Modulation, ada_modulation
 from opd_fast.models.text import TextEmbeds, TextEncoders
 from opd_fast.solvers import sd3_sigmas
 
@@ -189,6 +191,20 @@ class SD3(DiffusionModel):
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return list(transformer.transformer_blocks)  # type: ignore[arg-type]
+
+    def attentions(self, transformer: nn.Module) -> list[AttentionSite]:
+        """See ``DiffusionModel.attentions``; SD3's published processor does not go through the dispatcher."""
+        return joint_attentions(transformer)
+
+    def modulation(self, transformer: nn.Module) -> Modulation:
+        """See ``DiffusionModel.modulation``."""
+        parts: Any = transformer
+
+        def numbers(levels: Tensor, dtype: torch.dtype, guidance: float) -> list[tuple[Tensor, nn.Module]]:
+            return [(self.timestep(levels), parts.time_text_embed.timestep_embedder)]
+
+        dtype = weight_dtype(parts.pos_embed.proj, self.dtype)
+        return ada_modulation(transformer, self.blocks(transformer), numbers, dtype)
 
 
 def _wanted(cls: type[SD3], folder: Path, max_sequence_length: int | None) -> tuple[list[str], int]:

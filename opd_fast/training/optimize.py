@@ -15,10 +15,10 @@ from torch import nn
 
 from opd_fast.config import EngineConfig
 from opd_fast.distributed.world import World
-from opd_fast.engine import attention
+from opd_fast.engine import attention, attention_choice
 from opd_fast.engine import float8 as fp8
 from opd_fast.engine.activation_checkpointing import checkpoint_blocks
-from opd_fast.engine.attention import Case
+from opd_fast.engine.attention_choice import Case
 from opd_fast.engine.cuda_graphs import CudaBackend, Graphs
 from opd_fast.engine.fused_qkv import fuse_projections
 from opd_fast.models.base import DiffusionModel
@@ -91,7 +91,7 @@ def apply_techniques(
     engaged = ActiveTechniques(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
     engaged.merged_layers = student.merge_in_rounds(settings.merge_student)
     if settings.fuse_projections:
-        engaged.fused = sum(fuse_projections(transformer) for transformer in own)
+        engaged.fused = sum(fuse_projections(net, model.attentions(net)) for net in own)
     if settings.attention != "native":  # as diffusers has it
         engaged.backends = _attention(settings.attention, backends, model, student, own, forwards, world, say)
     if settings.precision == "fp8":
@@ -131,7 +131,7 @@ def _attention(
         else:
             try:
                 case = Case.of(
-                    transformers[0],
+                    model.attentions(transformers[0]),
                     device=model.device,
                     dtype=model.dtype,
                     rows=rows,
@@ -146,13 +146,13 @@ def _attention(
             # One rank measures for all: what they compute must not depend on whose clock was disturbed.
             name = world.on_first(partial(_backend, setting, case, told))
         for transformer in {id(t): t for t in transformers}.values():
-            attention.route(transformer, name)
+            attention.route(model.attentions(transformer), name)
         chosen.append(name)
     return tuple(chosen)
 
 
 def _backend(setting: str, case: Case, say: Callable[[str], None]) -> str:
-    return attention.choose(setting, case, say=say).backend
+    return attention_choice.choose(setting, case, say=say).backend
 
 
 def _naming(say: Callable[[str], None], of: str) -> Callable[[str], None]:
@@ -167,7 +167,7 @@ def _float8(
     if why is not None:
         say(f"precision: fp8 {why}; frozen weights stay in {model.dtype}".replace("torch.", ""))
         return 0
-    layers = sum(fp8.quantize_frozen(transformer) for transformer in own)
+    layers = sum(fp8.quantize_frozen(net, model.token_layers(net)) for net in own)
     return layers if world.sharded else layers + student.merge_in_float8()
 
 

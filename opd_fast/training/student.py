@@ -105,7 +105,7 @@ class Student:
         """
         if self._merged is None:
             return 0
-        frozen = quantize_frozen(self.transformer, transposed=True)
+        frozen = quantize_frozen(self.transformer, self._model.token_layers(self.transformer), transposed=True)
         self._merged = Float8MergedLayers(self.transformer, ADAPTER)
         return frozen + sum(fits(layer.get_base_layer().weight) for layer in self._merged.layers)
 

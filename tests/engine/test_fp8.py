@@ -32,6 +32,7 @@ from opd_fast.engine.float8 import (
 from opd_fast.engine.merged_lora import merged_linear
 from opd_fast.errors import UserError
 from opd_fast.models import load_model, meta_model
+from opd_fast.models.techniques import token_layers
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import ADAPTER, Student
 from opd_kernels import quantize_rows
@@ -160,7 +161,7 @@ PUBLISHED = {
 def test_attention_and_feed_forward_of_every_family(path: str) -> None:
     model = meta_model(path, dtype=torch.bfloat16)
     transformer = copy.deepcopy(model.transformer).requires_grad_(False)
-    found = frozen_layers(transformer)
+    found = frozen_layers(token_layers(transformer))
     assert len(found) == PUBLISHED[path]
     inside = {id(m) for block in model.blocks(transformer) for m in block.modules()}
     assert all(id(layer) in inside for layer in found.values())
@@ -172,27 +173,29 @@ def test_attention_and_feed_forward_of_every_family(path: str) -> None:
 
 def test_wrapped_trainable_and_skipped_layers_stay(tmp_path: Path) -> None:
     model = load_model(save_tiny(tmp_path), device="cpu", dtype=torch.float32)
-    everything = len(frozen_layers(model.transformer))
+    everything = len(frozen_layers(token_layers(model.transformer)))
     Student.build(model, StudentConfig(rank=4, alpha=8.0))
     transformer: Any = model.transformer
     wrapped = [m for m in transformer.modules() if isinstance(m, LoraLinear)]
     transformer.transformer_blocks[0].ff.net[2].weight.requires_grad_(True)
     skip = ["transformer_blocks.0.ff_context.net.2"]
     assert len(wrapped) == 15
-    assert quantize_frozen(transformer, skip=skip) == everything - 15 - 2
+    assert quantize_frozen(transformer, token_layers(transformer), skip=skip) == everything - 15 - 2
     assert all(type(m.get_base_layer()) is nn.Linear for m in wrapped)
     assert type(transformer.get_submodule(skip[0])) is nn.Linear
     assert type(transformer.transformer_blocks[0].ff.net[2]) is nn.Linear
-    assert quantize_frozen(transformer) == 1  # the one that was skipped; float8 is not quantised again
+    assert (
+        quantize_frozen(transformer, token_layers(transformer)) == 1
+    )  # the one that was skipped; float8 is not quantised again
     with pytest.raises(ValueError, match=r"not there: transformer_blocks\.9\.ff"):
-        quantize_frozen(transformer, skip=["transformer_blocks.9.ff"])
+        quantize_frozen(transformer, token_layers(transformer), skip=["transformer_blocks.9.ff"])
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_bytes_of_a_weight(transposed: bool) -> None:
     """Half of bfloat16's, or, with the transposed copy, as many; four more a row and column for the scales."""
     transformer = tiny_transformer(attention_head_dim=64).to(torch.bfloat16).requires_grad_(False)
-    layers = frozen_layers(transformer)
+    layers = frozen_layers(token_layers(transformer))
     weights, sides = sum(m.weight.numel() for m in layers.values()), [m.weight.shape for m in layers.values()]
     scales = 4 * sum(out + (inside if transposed else 0) for out, inside in sides)
 
@@ -200,7 +203,7 @@ def test_bytes_of_a_weight(transposed: bool) -> None:
         return sum(t.nbytes for t in [*transformer.parameters(), *transformer.buffers()])
 
     before = held()
-    assert quantize_frozen(transformer, transposed=transposed) == len(layers) > 20
+    assert quantize_frozen(transformer, token_layers(transformer), transposed=transposed) == len(layers) > 20
     assert before - held() == (0 if transposed else weights) - scales
     assert scales < 0.04 * weights
 
@@ -269,7 +272,7 @@ def through(student: Student) -> tuple[Tensor, Tensor]:
 def in_float8_for_good(student: Student) -> Float8MergedLayers:
     layers = Float8MergedLayers(student.transformer, ADAPTER)
     student._merged = layers
-    quantize_frozen(student.transformer, transposed=True)
+    quantize_frozen(student.transformer, token_layers(student.transformer), transposed=True)
     return layers
 
 
@@ -338,13 +341,13 @@ class Spread(nn.Module):
 
 def test_layers_with_outliers_are_found() -> None:
     module = Spread()
-    errors = layer_errors(module, lambda: [module(torch.randn(64, 32)) for _ in range(3)])
+    errors = layer_errors(token_layers(module), lambda: [module(torch.randn(64, 32)) for _ in range(3)])
     assert ROUNDING / 2 < errors["blocks.0"] < 1.5 * ROUNDING < OUTLIER
     assert errors["blocks.1"] > 0.5
     above, line = outliers(errors)
     assert above == ["blocks.1"]
     assert "1 of 2 stay as they are, being off by more than 10%: blocks.1 " in line
-    assert quantize_frozen(module, skip=above) == 1
+    assert quantize_frozen(module, token_layers(module), skip=above) == 1
     assert not any(m._forward_hooks for m in module.modules())
 
 
@@ -378,7 +381,9 @@ class Bundled:
         self.batch = self.method.batch(0)
         self.exact = run(self.method, self.batch, self.setup.teachers)
         teacher = self.setup.teachers.teachers[0]
-        self.errors = layer_errors(teacher.transformer, lambda: ask(self.method, self.batch, self.exact.states[:-1]))
+        self.errors = layer_errors(
+            token_layers(teacher.transformer), lambda: ask(self.method, self.batch, self.exact.states[:-1])
+        )
         self.quantized = in_float8(self.setup.teachers)
         self.found = run(self.method, self.batch, self.quantized, self.exact.states)
 

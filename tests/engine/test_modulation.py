@@ -171,7 +171,7 @@ def test_what_is_left_out(model: DiffusionModel) -> None:
     Student.build(model, StudentConfig(rank=4, targets=["norm1.linear"]))
     fewer = remembered(model)
     assert str(fewer) != everything
-    assert not any("lora" in name for norm in fewer._norms for name, _ in norm.named_parameters())
+    assert not any("lora" in name for linear in fewer._linears for name, _ in linear.named_parameters())
 
 
 def test_nothing_to_remember(model: DiffusionModel, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_size_of_sd35_medium() -> None:
     """A third of the transformer's weights serve modulation; its tables of a usual round are far smaller."""
     model = random_model(SD35M_512, device="meta", dtype=torch.bfloat16)
     tables = remembered(model)
-    weights = sum(p.nbytes for norm in tables._norms for p in norm.linear.parameters())
+    weights = sum(p.nbytes for linear in tables._linears for p in linear.parameters())
     assert weights / sum(p.nbytes for p in model.transformer.parameters()) == pytest.approx(0.31, abs=0.05)
     assert 0 < tables.nbytes(9, 24, SD35M_512.text_tokens) < weights / 5
 
