@@ -22,7 +22,8 @@ from torch import Tensor
 
 from benchmarks.environment import environment
 from opd_fast.config.command_line import parse
-from opd_fast.engine.float8 import Float8MergedLayers, layer_errors, outliers, quantize_frozen
+from opd_fast.engine.float8 import layer_errors, outliers, quantize_frozen
+from opd_fast.engine.merged_lora import MergedLayers
 from opd_fast.models.guidance import Conditioning
 from opd_fast.models.techniques import token_layers
 from opd_fast.training.batch import RoundBatch
@@ -107,7 +108,7 @@ def in_float8(teachers: TeacherBank) -> TeacherBank:
 def quantize_student(setup: Setup) -> None:
     """The student's base in float8, for good: merged layers, and the frozen ones beside them."""
     student: Any = setup.student
-    student._merged = Float8MergedLayers(student.transformer, ADAPTER)
+    student._merged = MergedLayers(student.transformer, ADAPTER, float8=True)
     quantize_frozen(student.transformer, token_layers(student.transformer), transposed=True)
 
 

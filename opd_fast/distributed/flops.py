@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from opd_fast.engine.merged_lora import merged_linear
+from opd_fast.engine.patching import patched_forward
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.text import TextEmbeds
 
@@ -104,24 +105,18 @@ def _text(model: DiffusionModel) -> TextEmbeds:
 def _adapted(transformer: nn.Module, lora: dict[str, int]) -> Iterator[set[int]]:
     """LoRA on the named layers as `opd_fast.engine.merged_lora` runs it; the storages of its factors and of the
     merged weights."""
-    layers: list[Any] = []
+    forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
     storages: set[int] = set()
-    held = []
-    try:
-        for name, rank in lora.items():
-            layer: Any = transformer.get_submodule(name)
-            a, b = (
-                torch.empty(shape, device="meta", requires_grad=True)
-                for shape in ((rank, layer.in_features), (layer.out_features, rank))
-            )
-            held += [a, b]
-            layer.forward = _forward(layer, a, b)
-            layers.append(layer)
-            storages |= {t.untyped_storage()._cdata for t in (a, b)}
+    for name, rank in lora.items():
+        layer: Any = transformer.get_submodule(name)
+        a, b = (
+            torch.empty(shape, device="meta", requires_grad=True)
+            for shape in ((rank, layer.in_features), (layer.out_features, rank))
+        )
+        forwards.append((layer, _forward(layer, a, b)))
+        storages |= {t.untyped_storage()._cdata for t in (a, b)}
+    with patched_forward(forwards):
         yield storages
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own shows again
 
 
 def _forward(layer: Any, a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opd_fast.engine.merged_lora import MergedLayers, factor_gradients
 from opd_fast.errors import UserError, one_line, short
 from opd_kernels import FLOAT8, Quantized, quantize_rows
 from opd_kernels.quantize import LONGEST_ROW
@@ -143,12 +142,13 @@ def _product(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype:
         return (y if bias is None else y + bias.float()).to(dtype)
 
 
-def _forward(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    y = _product(quantize_rows(x.flatten(0, -2)), q, scale, bias, dtype, fast=True)
+def float8_linear(x: Tensor, weight: Float8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x (..., in) W^T + bias (out,) as (..., out) in `dtype`, without autograd."""
+    y = _product(quantize_rows(x.flatten(0, -2)), weight.q, weight.scale, bias, dtype, fast=True)
     return y.unflatten(0, x.shape[:-1])
 
 
-def _data_gradient(dy: Tensor, weight: Float8Weight) -> Tensor:
+def data_gradient(dy: Tensor, weight: Float8Weight) -> Tensor:
     """dx (..., in) = dy (..., out) W in dy's type."""
     slopes = dy.flatten(0, -2)
     if weight.columns is not None and weight.column_scale is not None:
@@ -179,12 +179,12 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, scale, columns, column_scale)
         ctx.dtype = x.dtype
-        return _forward(x, q, scale, bias, dtype)
+        return float8_linear(x, Float8Weight(q, scale), bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
-        return _data_gradient(dy, Float8Weight(*ctx.saved_tensors)).to(ctx.dtype), *[None] * 6
+        return data_gradient(dy, Float8Weight(*ctx.saved_tensors)).to(ctx.dtype), *[None] * 6
 
 
 class Float8Linear(nn.Module):
@@ -269,102 +269,11 @@ def quantize_frozen(
     return len(chosen)
 
 
-# --- the student's layers, merged for a round -------------------------------------------------------------------------
-
-
-class _MergedLinear(torch.autograd.Function):
-    """As `opd_fast.engine.merged_lora` has it, with W' = W + s*B*A in float8: the rank's products see x and dy
-    unquantised."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        q: Tensor,
-        scale: Tensor,
-        columns: Tensor | None,
-        column_scale: Tensor | None,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        lora_scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(x, q, scale, columns, column_scale, a, b)
-        ctx.lora_scale = lora_scale
-        return _forward(x, q, scale, bias, x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = gradients
-        x, q, scale, columns, column_scale, a, b = ctx.saved_tensors
-        weight = Float8Weight(q, scale, columns, column_scale)
-        dx = _data_gradient(dy, weight) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None, None, *factor_gradients(x, dy, a, b, ctx.lora_scale), None
-
-
-def merged_linear_fp8(
-    x: Tensor, weight: Float8Weight, bias: Tensor | None, a: Tensor, b: Tensor, lora_scale: float
-) -> Tensor:
-    """x W'^T + bias in float8 with the gradients of the factors; x (..., in), a (r, in), b (out, r); y in x's type.
-
-    `weight` is W' = W + lora_scale*B*A. dA and dB are formed from x and dy as they are (LoRA, arXiv 2106.09685); dx
-    from the transposed copy where `weight` has one.
-    """
-    y: Tensor = _MergedLinear.apply(
-        x, weight.q, weight.scale, weight.columns, weight.column_scale, bias, a, b, lora_scale
-    )
-    return y
-
-
-class Float8MergedLayers(MergedLayers):
-    """`MergedLayers` whose merged weights are float8, with their transposed copies, quantised anew at each `active()`.
-
-    Two bytes a weight, as a merged copy in bfloat16. W' is quantised from float32. Layers with sides that are no
-    multiples of 16 are merged as they were.
-    """
-
-    def __init__(self, transformer: nn.Module, adapter: str) -> None:
-        super().__init__(transformer, adapter)
-        self._quantized: list[Float8Weight | Tensor] | None = None
-
-    @torch.no_grad()
-    def _merge(self) -> list[Any]:
-        if self._quantized is None:
-            self._quantized = [self._room(layer.get_base_layer().weight) for layer in self.layers]
-        for layer, held in zip(self.layers, self._quantized, strict=True):
-            a, b = (half[self.adapter].weight for half in (layer.lora_A, layer.lora_B))
-            base = layer.get_base_layer().weight
-            merged = torch.addmm(base.float(), b.float(), a.float(), alpha=layer.scaling[self.adapter])
-            if isinstance(held, Tensor):
-                held.copy_(merged)
-            else:
-                requantize(merged, held)
-        return self._quantized
-
-    @staticmethod
-    def _room(weight: Tensor) -> Float8Weight | Tensor:
-        return quantize_weight(weight, transposed=True) if fits(weight) else torch.empty_like(weight)
-
-    def _forward(self, layer: Any, weight: Any, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        if isinstance(weight, Tensor):
-            return super()._forward(layer, weight, original)
-        a, b = (half[self.adapter].weight for half in (layer.lora_A, layer.lora_B))
-        base, scale, mine = layer.get_base_layer(), layer.scaling[self.adapter], [self.adapter]
-        bias, dtype = base.bias, base.weight.dtype
-
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if layer._disable_adapters or layer._active_adapter not in (mine, self.adapter):
-                return original(x, *args, **kwargs)
-            return merged_linear_fp8(x.to(dtype), weight, bias, a, b, scale)
-
-        return forward
-
-
 # --- what it costs in accuracy ----------------------------------------------------------------------------------------
 
 
 def layer_errors(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> dict[str, float]:
-    """||y8 - y|| / ||y|| of each of the `frozen_layers` of `layers`, over the activations that `run()` sends through them.
+    """||y8 - y|| / ||y|| of the `frozen_layers` of `layers`, each over the activations that `run()` sends through it.
 
     `run` calls the unquantised transformer, uncompiled, as often as it likes; every layer sees exact inputs. 0 for a
     layer that is never called. Waits for the device at the end.
@@ -377,7 +286,7 @@ def layer_errors(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> 
 
         @torch.no_grad()
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> None:
-            found = _forward(arguments[0], weight.q, weight.scale, layer.bias, y.dtype).float()
+            found = float8_linear(arguments[0], weight, layer.bias, y.dtype).float()
             truth = y.float()
             sums[name] += torch.stack([(found - truth).square().sum(), truth.square().sum()])
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opd_fast.config import StudentConfig
 from opd_fast.distributed.world import World, local, release, whole
-from opd_fast.engine.float8 import Float8MergedLayers, fits, quantize_frozen
+from opd_fast.engine.float8 import fits, quantize_frozen
 from opd_fast.engine.merged_lora import MergedLayers
 from opd_fast.engine.modulation_cache import ModulationCache, at_step
 from opd_fast.files import open_to_umask
@@ -106,7 +106,7 @@ class Student:
         if self._merged is None:
             return 0
         frozen = quantize_frozen(self.transformer, self._model.token_layers(self.transformer), transposed=True)
-        self._merged = Float8MergedLayers(self.transformer, ADAPTER)
+        self._merged = MergedLayers(self.transformer, ADAPTER, float8=True)
         return frozen + sum(fits(layer.get_base_layer().weight) for layer in self._merged.layers)
 
     def remember_modulation(self) -> int:

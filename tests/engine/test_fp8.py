@@ -18,18 +18,16 @@ from opd_fast.engine import float8 as fp8
 from opd_fast.engine.float8 import (
     OUTLIER,
     Float8Linear,
-    Float8MergedLayers,
     check_losses,
     frozen_layers,
     layer_errors,
-    merged_linear_fp8,
     outliers,
     quantize_frozen,
     quantize_weight,
     requantize,
     supported,
 )
-from opd_fast.engine.merged_lora import merged_linear
+from opd_fast.engine.merged_lora import MergedLayers, merged_linear
 from opd_fast.errors import UserError
 from opd_fast.models import load_model, meta_model
 from opd_fast.models.techniques import token_layers
@@ -184,9 +182,8 @@ def test_wrapped_trainable_and_skipped_layers_stay(tmp_path: Path) -> None:
     assert all(type(m.get_base_layer()) is nn.Linear for m in wrapped)
     assert type(transformer.get_submodule(skip[0])) is nn.Linear
     assert type(transformer.transformer_blocks[0].ff.net[2]) is nn.Linear
-    assert (
-        quantize_frozen(transformer, token_layers(transformer)) == 1
-    )  # the one that was skipped; float8 is not quantised again
+    # The one that was skipped; float8 is not quantised again.
+    assert quantize_frozen(transformer, token_layers(transformer)) == 1
     with pytest.raises(ValueError, match=r"not there: transformer_blocks\.9\.ff"):
         quantize_frozen(transformer, token_layers(transformer), skip=["transformer_blocks.9.ff"])
 
@@ -223,7 +220,7 @@ def test_merged_product_and_its_gradients(transposed: bool) -> None:
         y = run(x, a, b)
         return y, list(torch.autograd.grad(y, (x, a, b), dy))
 
-    y, (dx, da, db) = gradients(lambda x, a, b: merged_linear_fp8(x, weight, bias, a, b, 2.0))
+    y, (dx, da, db) = gradients(lambda x, a, b: merged_linear(x, weight, bias, a, b, 2.0))
     truth, (dx_true, da_true, db_true) = gradients(lambda x, a, b: merged_linear(x, merged, bias, a, b, 2.0))
     plain = Float8Linear(linear(), transposed=transposed)
     plain.q, plain.scale, plain.columns, plain.column_scale = weight
@@ -269,8 +266,8 @@ def through(student: Student) -> tuple[Tensor, Tensor]:
     return y.detach(), torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
-def in_float8_for_good(student: Student) -> Float8MergedLayers:
-    layers = Float8MergedLayers(student.transformer, ADAPTER)
+def in_float8_for_good(student: Student) -> MergedLayers:
+    layers = MergedLayers(student.transformer, ADAPTER, float8=True)
     student._merged = layers
     quantize_frozen(student.transformer, token_layers(student.transformer), transposed=True)
     return layers
@@ -284,7 +281,7 @@ def test_a_student_merged_in_float8(tmp_path: Path) -> None:
     assert 0.005 < relative(found, y) < 0.08
     assert 0.005 < relative(slope, gradient) < 0.15
     # The next round merges the new weights into the same places.
-    weights = layers._quantized
+    weights = layers._weights
     assert weights is not None
     places = [t.data_ptr() for w in weights for t in w if t is not None]
     for parameter in student.parameters():
