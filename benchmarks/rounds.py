@@ -48,7 +48,7 @@ from opd_fast.objectives import step_weights
 from opd_fast.reporting.telemetry import annotate
 from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch
-from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, apply_techniques
+from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, ResolvedSettings, apply_techniques
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import TeacherBank
@@ -299,7 +299,7 @@ class Work:
             resolution=recipe.resolution,
         )
         engaged = apply_techniques(
-            settings, model, student, bank, forwards, compiled=compiled, graphed=graphed, say=say
+            settings, model, student, bank, forwards, resolved=ResolvedSettings(compiled, graphed), say=say
         )
         sigmas = model.sigmas(recipe.steps, recipe.resolution)
         table = solver_table(recipe.solver, sigmas, recipe.eta)

@@ -247,7 +247,7 @@ def _work(case: Case) -> float:
 
 
 def _try(name: str, case: Case) -> _Trial | str:
-    """The backend at work on the case, or what it does instead of computing it correctly."""
+    """A trial of the backend on the case, or a phrase that says how it fails."""
     try:
         trial = _Trial(name, case)
         found = trial.run()
@@ -273,7 +273,7 @@ def _try(name: str, case: Case) -> _Trial | str:
 
 
 def _measure(names: list[str], case: Case) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Milliseconds that each backend that is right took, time after time, and why the others are not taken."""
+    """The milliseconds of each run of every correct backend, and why the others are dropped."""
     milliseconds: dict[str, list[float]] = {}
     dropped: dict[str, str] = {}
     waiting: dict[str, _Trial] = {}
@@ -296,7 +296,7 @@ def _time_cuda(trial: _Trial, device: torch.device) -> list[float]:
 
 
 def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 5) -> dict[str, list[float]]:
-    """Turn by turn, so that what else the machine does meets all alike."""
+    """Time the trials in turn, so that other work on the machine slows all of them alike."""
     taken: dict[str, list[float]] = {name: [] for name in trials}
     for name in trials:
         trials[name].run()
@@ -320,7 +320,7 @@ def cache_file() -> Path:
 
 
 def _key(case: Case) -> str:
-    """What a measurement depends on, in words."""
+    """The cache's key: everything that a measurement depends on, in words."""
     if case.device.type == "cuda":
         device = f"{torch.cuda.get_device_name(case.device)}, cudnn {torch.backends.cudnn.version()}"
     else:
@@ -333,7 +333,7 @@ def _key(case: Case) -> str:
 
 
 def _entries() -> dict[str, Any]:
-    """The file's measurements; none where there is no such file, or a damaged one."""
+    """The file's measurements; empty where the file is missing or damaged."""
     try:
         content = json.loads(cache_file().read_text(encoding="utf-8"))
         return dict(content["measured"]) if content["format"] == _FORMAT else {}

@@ -29,7 +29,7 @@ from opd_kernels import FLOAT8, Quantized, quantize_rows
 from opd_kernels.quantize import LONGEST_ROW
 
 MULTIPLE = 16
-"""Of both sides of a weight, for the matrix units."""
+"""Both sides of a weight must be multiples of it, for the matrix units."""
 FIRST_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with fp8 matrix units (Ada; Hopper is 9.0)."""
 STEP_LOSS_LIMIT = 0.01

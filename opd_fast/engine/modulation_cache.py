@@ -1,9 +1,10 @@
-"""What a transformer makes of the noise level and the prompt alone, computed once a round for all of its steps.
+"""A cache of what a transformer computes from noise level and prompt alone: once a round, for all of its steps.
 
 In SD3 (arXiv 2403.03206) and FLUX every block scales, shifts and gates its tokens by linear functions of one vector,
 the sum of the embedded level, pooled prompt and guidance (adaLN-zero, DiT, arXiv 2212.09748, section 3.2): a third of
-SD3.5-Medium's weights. None of it depends on the state. The weights being frozen, a round knows all of these numbers
-when it begins: one product of each layer makes them for every step, and a forward reads its step's row of one table.
+SD3.5-Medium's weights. None of it depends on the state. Because the weights are frozen, a round knows all of these
+numbers when it begins: one product of each layer makes them for every step, and a forward reads its step's row of one
+table. Which modules these are is asked of the family (`DiffusionModel.modulation`).
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from opd_fast.models.techniques import Modulation
 
 @dataclass(eq=False)
 class _Table:
-    """The numbers of N steps for one set of rows, at fixed addresses."""
+    """The cached numbers of N steps for one set of rows, at fixed addresses."""
 
     steps: Tensor | None
-    """(N, U, F): of each step and distinct row the embedding, then every layer's output; None: only text is kept."""
+    """(N, U, F): the embedding and then every layer's output, for each step and distinct row; None: only text is
+    cached."""
     rows: Tensor | None
     """(B,) int64: the distinct row of each row of the batch; None where all are distinct."""
     context: Tensor | None
@@ -204,7 +206,7 @@ class ModulationCache:
 
 @contextlib.contextmanager
 def at_step(cache: ModulationCache | None, step: Tensor | None) -> Iterator[None]:
-    """`active()` at the step (0-dim int64, on the device); nothing where either is missing."""
+    """`cache.active()` at the step (0-dim int64, on the device); a block without effect where either is None."""
     if cache is None or step is None:
         yield
         return
@@ -225,7 +227,7 @@ def _same(hidden: Tensor) -> Tensor:
 
 
 def _fixed(module: nn.Module, device: torch.device) -> bool:
-    """Whether the module's weights stand still, whole and where the model computes."""
+    """Whether the module's weights are frozen, unsharded and on the device where the model computes."""
     from torch.distributed.tensor import DTensor
 
     return all(

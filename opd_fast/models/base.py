@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opd_fast.errors import UserError
 from opd_fast.models.techniques import AttentionSite, Modulation, dispatched_attentions, token_layers
-from opd_fast.models.text import TextEmbeds
+from opd_fast.models.text import TextEmbeds, TextEncoders
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _TEXT_FOLDERS = ("text_encoder", "tokenizer")
@@ -47,6 +47,7 @@ class DiffusionModel(ABC):
     device: torch.device
     dtype: torch.dtype
     text_tokens: int  # rows of a prompt's sequence
+    _text: TextEncoders | None = None  # where ``encode`` finds them, unless the family keeps them elsewhere
     text_device: torch.device | None = None  # of the text encoders, set before the first encode(); None: as device
 
     @classmethod
@@ -82,9 +83,10 @@ class DiffusionModel(ABC):
             return []
         return sorted(p for p in self.folder.iterdir() if p.is_dir() and p.name.startswith(_TEXT_FOLDERS))
 
-    @abstractmethod
     def release_text_encoders(self) -> None:
         """Free the text encoders; ``encode`` raises from then on."""
+        if self._text is not None:
+            self._text.release()
 
     @abstractmethod
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:

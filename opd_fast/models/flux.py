@@ -77,7 +77,6 @@ class Flux(DiffusionModel):
         self.transformer: nn.Module = transformer
         self.vae: Any = vae
         self.text_tokens = tokens
-        self._text: TextEncoders | None = None
         self._config: Any = transformer.config
         self._schedule = schedule
         self.guidance_kind = "embedded" if self._config.guidance_embeds else "none"
@@ -137,11 +136,6 @@ class Flux(DiffusionModel):
             prompt=list(prompts), device=device, max_sequence_length=self.text_tokens
         )
         return TextEmbeds(sequence, pooled).to(self.device, self.dtype)
-
-    def release_text_encoders(self) -> None:
-        """Free the text encoders (about 9 GiB in bfloat16)."""
-        if self._text is not None:
-            self._text.release()
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""

@@ -60,7 +60,6 @@ class PaddedTextModel(DiffusionModel):
         self.transformer: nn.Module = pipeline.transformer
         self.vae: Any = pipeline.vae
         self.text_tokens = tokens
-        self._text: TextEncoders | None = None
         self._config: Any = pipeline.transformer.config
         self._schedule = schedule
 
@@ -182,11 +181,6 @@ class PaddedTextModel(DiffusionModel):
         room = self.text_tokens - sequence.shape[1]
         text = TextEmbeds(F.pad(sequence, (0, 0, 0, room)), mask=F.pad(mask.bool(), (0, room)))
         return text.to(self.device, self.dtype)
-
-    def release_text_encoders(self) -> None:
-        """Free the text encoder (bfloat16: 15 GiB for Qwen-Image, 7.5 GiB for Z-Image)."""
-        if self._text is not None:
-            self._text.release()
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""

@@ -59,7 +59,6 @@ class SD3(DiffusionModel):
         self.max_sequence_length = max_sequence_length
         self.transformer: nn.Module = pipeline.transformer
         self.vae: Any = pipeline.vae
-        self._text: TextEncoders | None = None
         self._config: Any = pipeline.transformer.config
         self.text_tokens = int(pipeline.tokenizer.model_max_length) + max_sequence_length
         self._timesteps = int(getattr(pipeline.scheduler.config, "num_train_timesteps", 1000))
@@ -131,11 +130,6 @@ class SD3(DiffusionModel):
             max_sequence_length=self.max_sequence_length,
         )
         return TextEmbeds(sequence, pooled).to(self.device, self.dtype)
-
-    def release_text_encoders(self) -> None:
-        """Free the text encoders (for SD3.5 with T5, about 10 GiB in bfloat16)."""
-        if self._text is not None:
-            self._text.release()
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""

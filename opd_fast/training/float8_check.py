@@ -1,4 +1,4 @@
-"""What float8 does to a run's losses, measured before its first round: on the same states, with the same noise."""
+"""How float8 changes a run's losses, measured before its first round on the same states with the same noise."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from opd_fast.training.student import Student
 from opd_fast.training.teachers import TeacherBank
 
 SAMPLES = 4
-"""Of each task. A step's loss is a mean over all of them; of one alone float8 may move it by more."""
+"""Samples of each task. A step's loss is a mean over all of them: float8 may move that of a single one by more."""
 _STREAM = 3
-"""Sets the noise apart from any other drawn from the same seed."""
+"""The stream of the noise, which keeps it apart from any other noise of the same seed."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Float8LossCheck:
         text: EmbeddingCache,
         prompts: Sequence[Sequence[Prompt]],
     ) -> Float8LossCheck | None:
-        """Measure before anything is quantised; None for a run that will not be."""
+        """Measure the losses before anything is quantised. Returns None for a run in which nothing will be."""
         if config.engine.precision != "fp8" or supported(model.device) is not None or not len(teachers):
             return None
         count = SAMPLES * len(prompts)

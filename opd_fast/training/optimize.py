@@ -1,8 +1,8 @@
-"""The engine's techniques, put to work on a run's models in the one order that is right, and what of them is at work.
+"""The engine's techniques, applied to a run's models in the one order that is right, and a count of what is at work.
 
-What a technique needs to know stands in its own module. Here: the order. Frozen weights are changed first, then blocks
-are checkpointed, then compiled, and only then may FSDP's hooks go around them; graphs are captured when a round first
-runs.
+What a technique does stands in its own module, and what it needs to know of a transformer is asked of the family. This
+module holds the order: frozen weights are changed first, then blocks are checkpointed, then compiled, and only then may
+FSDP's hooks go around them. Graphs are captured when a round first runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMPILATIONS = 64
 
 @dataclass
 class ActiveTechniques:
-    """What is at work, counted: 0 and empty names stand for techniques that are off or do not fit the model."""
+    """Counts of what is at work; 0 and empty names stand for techniques that are off or do not fit the model."""
 
     merged_teachers: int = 0
     """Teachers with weights of their own, their LoRA merged."""
@@ -42,7 +42,7 @@ class ActiveTechniques:
     fused: int = 0
     """Attention modules of the teachers whose projections are one product."""
     modulation: int = 0
-    """Layers of student and teachers that are computed once a round for all its steps."""
+    """Layers of student and teachers that are computed once a round, for all of its steps."""
     backends: tuple[str, ...] = ()
     """The implementations of attention that were set: the student's and, where they have weights, the teachers'."""
     fp8: int = 0
@@ -64,6 +64,20 @@ class ForwardSizes:
     resolution: int
 
 
+@dataclass(frozen=True)
+class ResolvedSettings:
+    """What the settings that depend on the machine or on an earlier run came to."""
+
+    compiled: bool = False
+    """Whether blocks are compiled (engine.compile)."""
+    graphed: bool = False
+    """Whether steps are captured (engine.graphs)."""
+    checkpointed: int = 0
+    """How many of the student's blocks are checkpointed (engine.recompute)."""
+    backends: Sequence[str] = ()
+    """The implementations of attention that the run had before, which are not measured again."""
+
+
 def apply_techniques(
     settings: EngineConfig,
     model: DiffusionModel,
@@ -72,40 +86,36 @@ def apply_techniques(
     forwards: ForwardSizes,
     *,
     anchor: TeacherBank | None = None,
-    compiled: bool = False,
-    graphed: bool = False,
-    checkpointed: int = 0,
-    backends: Sequence[str] = (),
+    resolved: ResolvedSettings | None = None,
     world: World | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> ActiveTechniques:
     """Put the techniques of `settings` to work, in place; what does not fit model or machine is left out and said.
 
-    `compiled`, `graphed` and `checkpointed` are what engine.compile, engine.graphs and engine.recompute came to;
-    `backends`, those that the run had before, spare the measurement of attention; `world` is the one that the student
-    will be distributed in. Raises UserError for a setting of no known name.
+    `resolved`: what the settings that depend on the machine came to, all off by default. `world`: the one that the
+    student will be distributed in. Raises UserError for an unknown name of a setting.
     """
-    world = world or World()
+    world, resolved = world or World(), resolved or ResolvedSettings()
     banks = [bank for bank in (teachers, anchor) if bank is not None]
     own = list({id(t): t for bank in banks for t in bank.own}.values())
-    engaged = ActiveTechniques(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
-    engaged.merged_layers = student.merge_in_rounds(settings.merge_student)
+    active = ActiveTechniques(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
+    active.merged_layers = student.merge_in_rounds(settings.merge_student)
     if settings.fuse_projections:
-        engaged.fused = sum(fuse_projections(net, model.attentions(net)) for net in own)
+        active.fused = sum(fuse_projections(net, model.attentions(net)) for net in own)
     if settings.attention != "native":  # as diffusers has it
-        engaged.backends = _attention(settings.attention, backends, model, student, own, forwards, world, say)
+        active.backends = _attention(settings.attention, resolved.backends, model, student, own, forwards, world, say)
     if settings.precision == "fp8":
-        engaged.fp8 = _float8(model, student, own, world, say)
+        active.fp8 = _float8(model, student, own, world, say)
     if settings.group_teachers and not world.sharded:
-        engaged.grouped_teachers = teachers.group()
+        active.grouped_teachers = teachers.group()
     if settings.cache_modulation and not world.sharded:
-        engaged.modulation = student.remember_modulation() + sum(bank.remember_modulation() for bank in banks)
-    engaged.checkpointed = checkpoint_blocks(model.blocks(student.transformer), checkpointed)
-    if compiled:
-        engaged.compiled = compile_blocks(model, student, *banks)
-    if graphed:
-        engaged.graphs = _graphs(model, banks, say)
-    return engaged
+        active.modulation = student.remember_modulation() + sum(bank.remember_modulation() for bank in banks)
+    active.checkpointed = checkpoint_blocks(model.blocks(student.transformer), resolved.checkpointed)
+    if resolved.compiled:
+        active.compiled = compile_blocks(model, student, *banks)
+    if resolved.graphed:
+        active.graphs = _graphs(model, banks, say)
+    return active
 
 
 def _attention(
@@ -118,7 +128,7 @@ def _attention(
     world: World,
     say: Callable[[str], None],
 ) -> tuple[str, ...]:
-    """Choose and set the implementations: of student and base, which a gradient needs, and of the teachers."""
+    """Choose and set the implementation of student and base, which need a gradient, and that of the teachers."""
     tokens = model.image_tokens(forwards.resolution) + model.text_tokens
     chosen = []
     trained = [student.transformer, model.transformer]
@@ -162,7 +172,7 @@ def _naming(say: Callable[[str], None], of: str) -> Callable[[str], None]:
 def _float8(
     model: DiffusionModel, student: Student, own: Sequence[nn.Module], world: World, say: Callable[[str], None]
 ) -> int:
-    """Frozen weights in float8 where the machine computes in it; how many layers."""
+    """Keep frozen weights in float8 where the machine computes in it; returns how many layers are."""
     why = fp8.supported(model.device)
     if why is not None:
         say(f"precision: fp8 {why}; frozen weights stay in {model.dtype}".replace("torch.", ""))
@@ -172,7 +182,7 @@ def _float8(
 
 
 def _graphs(model: DiffusionModel, banks: Sequence[TeacherBank], say: Callable[[str], None]) -> Graphs:
-    """The graphs of a run, or none, with the reason."""
+    """The graphs of a run; where there can be none, `say` gets the reason."""
     why = None
     if model.device.type != "cuda":
         why = "there is no CUDA device"
@@ -185,7 +195,7 @@ def _graphs(model: DiffusionModel, banks: Sequence[TeacherBank], say: Callable[[
 
 
 def compile_blocks(model: DiffusionModel, student: Student, *banks: TeacherBank) -> int:
-    """torch.compile of each repeated block, in place: one compilation serves all blocks of a kind. Their number."""
+    """Compile each repeated block, in place; returns how many there are. Blocks of a kind share one compilation."""
     import torch._dynamo
 
     limit = torch._dynamo.config.recompile_limit

@@ -20,7 +20,7 @@ from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.training.evaluation import EvalTask
 from opd_fast.training.float8_check import Float8LossCheck
-from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, apply_techniques
+from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, ResolvedSettings, apply_techniques
 from opd_fast.training.preflight import anchor_teacher, evaluation_task, frozen_teachers, refusals
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import BASE, TeacherBank
@@ -134,10 +134,9 @@ def prepare(
         teachers,
         forwards(config, model, world),
         anchor=anchor,
-        compiled=resolved.compile,
-        graphed=resolved.graphs,
-        checkpointed=blocks_to_recompute(config, device, world.size),
-        backends=backends,
+        resolved=ResolvedSettings(
+            resolved.compile, resolved.graphs, blocks_to_recompute(config, device, world.size), backends
+        ),
         world=world,
         say=say,
     )

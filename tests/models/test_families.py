@@ -17,7 +17,7 @@ from opd_fast.objectives import step_weights
 from opd_fast.solvers import solver_table
 from opd_fast.train import main
 from opd_fast.training.batch import RoundBatch
-from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, apply_techniques
+from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, ResolvedSettings, apply_techniques
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import TeacherBank
@@ -96,7 +96,9 @@ def toy_round(folder: Path, settings: EngineConfig, checkpointed: int) -> tuple[
     for parameter in student.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
     sizes = ForwardSizes(student_rows=3, teacher_rows=6, resolution=8)
-    active = apply_techniques(settings, model, student, bank, sizes, checkpointed=checkpointed)
+    active = apply_techniques(
+        settings, model, student, bank, sizes, resolved=ResolvedSettings(checkpointed=checkpointed)
+    )
     table = solver_table("flow_sde", model.sigmas(4, 8), 0.7, variance="exact")
     batch = RoundBatch(
         text=model.encode(["a red circle", "a blue square", "two dots"]),
