@@ -22,8 +22,10 @@ from torch import Tensor
 
 from benchmarks.environment import environment
 from opd_fast.config.command_line import parse
-from opd_fast.engine.float8 import Float8MergedLayers, layer_errors, outliers, quantize_frozen
+from opd_fast.engine.float8 import layer_errors, outliers, quantize_frozen
+from opd_fast.engine.merged_lora import MergedLayers
 from opd_fast.models.guidance import Conditioning
+from opd_fast.models.techniques import token_layers
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.methods.opd import OPD
 from opd_fast.training.setup import Setup, prepare
@@ -98,7 +100,7 @@ def in_float8(teachers: TeacherBank) -> TeacherBank:
     copies = []
     for teacher in teachers.teachers:
         transformer = copy.deepcopy(teacher.transformer)
-        assert quantize_frozen(transformer) > 0
+        assert quantize_frozen(transformer, token_layers(transformer)) > 0
         copies.append(replace(teacher, transformer=transformer))
     return TeacherBank(teachers.model, copies)
 
@@ -106,8 +108,8 @@ def in_float8(teachers: TeacherBank) -> TeacherBank:
 def quantize_student(setup: Setup) -> None:
     """The student's base in float8, for good: merged layers, and the frozen ones beside them."""
     student: Any = setup.student
-    student._merged = Float8MergedLayers(student.transformer, ADAPTER)
-    quantize_frozen(student.transformer, transposed=True)
+    student._merged = MergedLayers(student.transformer, ADAPTER, float8=True)
+    quantize_frozen(student.transformer, token_layers(student.transformer), transposed=True)
 
 
 def drop_transposed(setup: Setup) -> None:
@@ -135,7 +137,7 @@ def measure(samples: int, rounds: int) -> dict[str, Any]:
     exact = [run(method, batch, setup.teachers) for batch in batches]
     layers: dict[str, Any] = {}
     for teacher in setup.teachers.teachers:
-        errors = layer_errors(teacher.transformer, lambda: ask(method, batches[0], exact[0].states[:-1]))
+        errors = layer_errors(token_layers(teacher.transformer), lambda: ask(method, batches[0], exact[0].states[:-1]))
         above, line = outliers(errors)
         print(f"{teacher.name}: {line}", flush=True)
         layers[teacher.name] = {

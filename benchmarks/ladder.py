@@ -4,8 +4,8 @@ python -m benchmarks.ladder [--shape SHAPE] [--samples N] [--rungs NAME,NAME] [-
 
 Every row is measured in turn with the published loop, a round of each, so that a drift of the machine meets both. A row
 whose technique is not at work although it was asked for has the reason in place of a time: the engine's own record
-(`opd_fast.training.optimize.Engaged`) must show it. Contestants are built one after the other; only the published
-loop stays.
+(`opd_fast.training.optimize.ActiveTechniques`) must show it. Contestants are built one after the other; only the
+published loop stays.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from benchmarks.report import (
 )
 from benchmarks.rounds import Recipe, Side, Work, allocated, published_recipe, random_work, tiny_work
 from opd_fast.config import EngineConfig
-from opd_fast.training.optimize import Engaged
+from opd_fast.training.optimize import ActiveTechniques
 
 Row = dict[str, Any]
 SHAPES: dict[str, Shape | None] = {"tiny": None, "nano": NANO, "sd35m-512": SD35M_512, "sd35m-1024": SD35M_1024}
@@ -54,7 +54,7 @@ class Technique:
     name: str
     change: dict[str, Any]
     """Of `EngineConfig`."""
-    evidence: Callable[[Engaged], Any]
+    evidence: Callable[[ActiveTechniques], Any]
     """Zero or empty where it is not at work."""
     gpu: bool = False
     exact: bool = True
@@ -62,7 +62,7 @@ class Technique:
     """The rung whose technique this one takes the place of."""
 
 
-def _count(field: str) -> Callable[[Engaged], Any]:
+def _count(field: str) -> Callable[[ActiveTechniques], Any]:
     return lambda engaged: getattr(engaged, field)
 
 

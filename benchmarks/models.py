@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_fast.models.base import TextEmbeds
 from opd_fast.models.sd3 import SD3
+from opd_fast.models.text import TextEmbeds
 
 
 @dataclass(frozen=True)

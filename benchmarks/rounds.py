@@ -42,12 +42,13 @@ from benchmarks.reference import AdapterPolicy, Reference, adapters_on
 from opd_fast.config import EngineConfig, StudentConfig, TeacherConfig
 from opd_fast.data.prompt_files import load_prompts
 from opd_fast.models import load_model
-from opd_fast.models.base import ASSETS, DiffusionModel, TextEmbeds
+from opd_fast.models.base import ASSETS, DiffusionModel
+from opd_fast.models.text import TextEmbeds
 from opd_fast.objectives import step_weights
 from opd_fast.reporting.telemetry import annotate
 from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch
-from opd_fast.training.optimize import Engaged, Forwards, engage
+from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, ResolvedSettings, apply_techniques
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import TeacherBank
@@ -124,7 +125,7 @@ class Side:
         device: torch.device,
         *,
         before: int = 0,
-        engaged: Engaged | None = None,
+        engaged: ActiveTechniques | None = None,
     ) -> None:
         self.accumulate = accumulate
         """Adds a round's gradient; returns the losses of its steps and samples."""
@@ -292,12 +293,14 @@ class Work:
         on = ("on", "auto") if self.device.type == "cuda" else ("on",)
         compiled, graphed = settings.compile in on, settings.graphs in on
         at_once = min(recipe.micro_batch or len(self.batch), len(self.batch))
-        forwards = Forwards(
+        forwards = ForwardSizes(
             student_rows=at_once * (2 if recipe.guidance > 1 else 1),
             teacher_rows=min(at_once, recipe.samples_per_task) * (2 if max(recipe.teacher_guidance) > 1 else 1),
             resolution=recipe.resolution,
         )
-        engaged = engage(settings, model, student, bank, forwards, compiled=compiled, graphed=graphed, say=say)
+        engaged = apply_techniques(
+            settings, model, student, bank, forwards, resolved=ResolvedSettings(compiled, graphed), say=say
+        )
         sigmas = model.sigmas(recipe.steps, recipe.resolution)
         table = solver_table(recipe.solver, sigmas, recipe.eta)
         weight = step_weights(table, "kl")

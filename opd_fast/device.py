@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """`tensor` on `device`. From the CPU to a GPU through pinned memory, which no host sync follows."""
     device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -222,10 +222,10 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
 
 def _check_fit(settings: Any, dtype: torch.dtype) -> None:
     """Raise ValueError for settings that the model's configuration files contradict, before any weight is read."""
-    from opd_fast.models import outline_model
+    from opd_fast.models import meta_model
     from opd_fast.models.lora.load import check_weights
 
-    outline = outline_model(settings.model, dtype=dtype, guidance_convention=settings.guidance_convention)
+    outline = meta_model(settings.model, dtype=dtype, guidance_convention=settings.guidance_convention)
     outline.latent_shape(outline.resolution(settings.resolution))
     if settings.guidance is None:
         # What is recorded is a number, as it always was.

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.models import load_model
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.adapters import add_frozen
 from opd_fast.models.lora.files import LoraWeights
+from opd_fast.models.text import TextEmbeds
 from tests.tiny import save_tiny
 from tests.tiny_flux import save_tiny_flux
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import reinforcement
-from opd_fast.models import outline_model
+from opd_fast.models import meta_model
 from opd_fast.objectives import step_weights
 from opd_fast.reporting.results import gain_recovered
 from opd_fast.solvers import solver_table
@@ -81,7 +81,7 @@ def test_on_and_off_end_alike() -> None:
 
 
 def test_weights_of_the_kl() -> None:
-    model = outline_model("bundled", dtype=torch.float32)
+    model = meta_model("bundled", dtype=torch.float32)
     ratios = []
     for solver in ("ode", "flow_sde"):
         weight = step_weights(solver_table(solver, model.sigmas(10, 32), 0.7), "kl")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from opd_fast.data.text_store import TextStore, row_layout
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel
+from opd_fast.models.text import TextEmbeds
 from opd_fast.reporting.telemetry import PLAIN_SECONDS
 
 

@@ -1,8 +1,9 @@
 """The cost of one row: operations of a forward, and bytes that autograd keeps, counted in a forward without numbers.
 
-The transformer lies on the meta device, where a forward computes shapes alone. The count covers the matrix products
-that really happen and the tensors that a student's forward leaves for its backward. (2 x parameters x tokens counts far
-too many operations: in an MMDiT image tokens and text tokens meet different weights, and modulation runs once a row.)
+The transformer of a meta model lies on the meta device, where a forward computes shapes alone. The count covers the
+matrix products that really happen and the tensors that a student's forward leaves for its backward. (2 x parameters
+x tokens counts far too many operations: in an MMDiT image tokens and text tokens meet different weights, and
+modulation runs once a row.)
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from opd_fast.engine.merged_lora import merged_linear
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.engine.patching import patched_forward
+from opd_fast.models.base import DiffusionModel
+from opd_fast.models.text import TextEmbeds
 
 # The widths of a text row, by the names that diffusers' transformers give them.
 _SEQUENCE = ("joint_attention_dim", "cap_feat_dim")
@@ -138,24 +141,18 @@ def _as_trained(transformer: nn.Module, dtype: torch.dtype, trained: bool) -> It
 @contextlib.contextmanager
 def _adapted(transformer: nn.Module, lora: dict[str, int]) -> Iterator[set[int]]:
     """Run LoRA on the named layers as `opd_fast.engine.merged_lora` does; yields the storages of its factors."""
-    layers: list[Any] = []
+    forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
     storages: set[int] = set()
-    held = []
-    try:
-        for name, rank in lora.items():
-            layer: Any = transformer.get_submodule(name)
-            a, b = (
-                torch.empty(shape, device="meta", requires_grad=True)
-                for shape in ((rank, layer.in_features), (layer.out_features, rank))
-            )
-            held += [a, b]
-            layer.forward = _forward(layer, a, b)
-            layers.append(layer)
-            storages |= {t.untyped_storage()._cdata for t in (a, b)}
+    for name, rank in lora.items():
+        layer: Any = transformer.get_submodule(name)
+        a, b = (
+            torch.empty(shape, device="meta", requires_grad=True)
+            for shape in ((rank, layer.in_features), (layer.out_features, rank))
+        )
+        forwards.append((layer, _forward(layer, a, b)))
+        storages |= {t.untyped_storage()._cdata for t in (a, b)}
+    with patched_forward(forwards):
         yield storages
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own shows again
 
 
 def _forward(layer: Any, a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:

@@ -24,7 +24,7 @@ from opd_fast.distributed.flops import RowCost, block_input, row_cost_or_estimat
 from opd_fast.distributed.memory import GIB, RESERVE, Strategy, Workload, blocks_to_checkpoint, choose_strategy, memory
 from opd_fast.distributed.resolve import Resolved, resolve
 from opd_fast.errors import UserError
-from opd_fast.models import outline_model
+from opd_fast.models import meta_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, find_lora
 from opd_fast.objectives import query_law, step_weights
@@ -110,7 +110,7 @@ class Planner:
     def model(self) -> DiffusionModel:
         """The model on the meta device, without weights."""
         settings = self.config.model
-        return outline_model(
+        return meta_model(
             settings.path,
             settings.family,
             dtype=self.resolved.dtype,

@@ -1,27 +1,19 @@
-"""Which implementation computes softmax(Q K^T / sqrt(d)) V, chosen by a short measurement when a run starts.
+"""The implementations of softmax(Q K^T / sqrt(d)) V that there are, and how a transformer's attention gets one.
 
-diffusers sends the attention of most families through `dispatch_attention_fn`, whose backend is an attribute of each
-processor. SD3's published processor calls SDPA by itself; `JointAttention` takes its place. Nothing here is set for the
+A family says where its attentions are and how each is set (`DiffusionModel.attentions`). Nothing here is set for the
 whole process: another transformer beside a routed one keeps its own.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from opd_fast.errors import UserError, did_you_mean, one_line
-from opd_kernels import tuning
+from opd_fast.errors import UserError, did_you_mean
+from opd_fast.models.techniques import Attend, AttentionBackend, AttentionSite
 
 AUTO = "auto"
 PRODUCTS = "products"
@@ -38,91 +30,11 @@ _DISPATCHED = {
 }
 BACKENDS = (*_DISPATCHED, PRODUCTS)
 """What can be named besides auto."""
-SCORES_BYTES = 32 * 2**20
-"""The matrix of scores, rows x heads x tokens x tokens, above which nothing that keeps it in memory is offered."""
 
 # Of these two the cuDNN path of the dispatcher copies what is not heads first, and so does a batched product.
-_HEADS_FIRST = ("cudnn", PRODUCTS)
-_MASKED = ("native", "efficient", "math")  # xformers' path reads a boolean mask as numbers to add
-_PACKAGES = ("xformers", "flash_2", "flash_3")
+HEADS_FIRST = ("cudnn", PRODUCTS)
+PACKAGES = ("xformers", "flash_2", "flash_3")
 _HALVES = (torch.bfloat16, torch.float16)
-_MARGIN = 1.05  # native stays unless another is faster by this much: noise must not change a run's rounding
-_WORK = {"cpu": 2e9, "cuda": 2e12}  # multiplications and additions of one measured forward, at most
-# Relative error against float32, in the 2-norm, of the result and of each gradient.
-_ERROR = {torch.float32: 2e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
-_TF32_ERROR = 4e-3
-_FULL = "runs out of memory"
-_FORMAT = 2
-_CALM = 0.2  # of its median: how far a backend's quartiles lie apart at most where nothing disturbs the measurement
-_DISTURBED = 3600.0  # seconds for which a disturbed measurement is kept
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kind of call: its shape, and what is asked of it."""
-
-    device: torch.device
-    dtype: torch.dtype
-    """What the product is computed in: under autocast, autocast's."""
-    rows: int
-    heads: int
-    head_dim: int
-    tokens: int
-    """Of image and text together."""
-    mask: bool = False
-    """Whether padded text is masked out, by a boolean mask over the keys."""
-    needs_grad: bool = False
-    products: bool = False
-    """Whether `JointAttention` does the call, which alone knows plain products."""
-    mixed: bool = False
-    """Whether autocast leaves queries and keys in float32 beside values that are not, as FLUX's norms do."""
-
-    @classmethod
-    def of(
-        cls,
-        transformer: nn.Module,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        rows: int,
-        tokens: int,
-        mask: bool = False,
-        needs_grad: bool = False,
-    ) -> Case:
-        """The case of a transformer's first attention. Raises ValueError where it has none that `route` knows."""
-        modules = _routable(transformer)
-        if not modules:
-            raise ValueError(f"{type(transformer).__name__} has no attention whose backend can be set")
-        first = modules[0]
-        return cls(
-            torch.device(device),
-            dtype,
-            rows,
-            first.heads,
-            first.inner_dim // first.heads,
-            tokens,
-            mask,
-            needs_grad,
-            products=all(_is_joint(module.processor) for module in modules),
-            mixed=dtype != torch.float32
-            and any(isinstance(m.norm_q, nn.RMSNorm) and not _is_joint(m.processor) for m in modules),
-        )
-
-
-@dataclass(frozen=True)
-class Choice:
-    backend: str
-    line: str
-    """What was chosen and why, in words."""
-    milliseconds: dict[str, float] = field(default_factory=dict)
-    """Of each backend measured: forward, with the backward where the case needs one. Empty where one was named."""
-    dropped: dict[str, str] = field(default_factory=dict)
-    """What was not taken though it is installed, and why: an error, or a result that is wrong."""
-
-
-# --- what there is ---------------------------------------------------------------------------------------------------
 
 
 def available(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -130,7 +42,7 @@ def available(name: str, device: torch.device, dtype: torch.dtype) -> str | None
 
     Raises UserError for a name that is none of BACKENDS.
     """
-    _check_name(name)
+    check_name(name)
     if name in ("native", "math", PRODUCTS):
         return None
     if name == "flash" and device.type == "cpu":
@@ -139,14 +51,16 @@ def available(name: str, device: torch.device, dtype: torch.dtype) -> str | None
         return f"needs a CUDA device, not {device.type}; take native"
     if name == "efficient":
         return None
-    if name in _PACKAGES:
+    if name in PACKAGES:
         missing = _missing_package(name)
         if missing is not None:
             return missing
         if name == "xformers":
             return None
     if dtype not in _HALVES:
-        return f"computes in bfloat16 or float16, not {_short(dtype)}; set model.dtype to bfloat16, or take efficient"
+        return (
+            f"computes in bfloat16 or float16, not {short_dtype(dtype)}; set model.dtype to bfloat16, or take efficient"
+        )
     major, minor = torch.cuda.get_device_capability(device)
     wanted = (9, 0) if name == "flash_3" else (8, 0)
     if (major, minor) < wanted:
@@ -156,40 +70,6 @@ def available(name: str, device: torch.device, dtype: torch.dtype) -> str | None
     if name == "cudnn" and not torch.backends.cudnn.is_available():
         return "cuDNN is not in this build of torch; install the wheels of pytorch.org, or take flash"
     return None
-
-
-def unfit(name: str, case: Case) -> str | None:
-    """None where backend `name` can do what `case` asks; else why not, with what to do about it."""
-    reason = available(name, case.device, case.dtype)
-    if reason is not None:
-        return reason
-    if case.mask and name not in _MASKED:
-        return "is not used with a mask over padded text, as this model has; take native or efficient"
-    if case.mixed and name in _PACKAGES:
-        return "needs queries, keys and values of one dtype, and autocast gives this model's two; take cudnn or flash"
-    if name == "flash_3" and case.needs_grad:
-        return "has no gradient in diffusers; take flash or flash_2"
-    if name == PRODUCTS:
-        if not case.products:
-            return "is offered for SD3's attention only; take native"
-        if _scores_bytes(case) > SCORES_BYTES:
-            size = _scores_bytes(case) / 2**20
-            return f"would keep {size:.0f} MiB of scores a layer, more than {SCORES_BYTES / 2**20:.0f}; take native"
-    return None
-
-
-def _candidates(case: Case) -> list[str]:
-    names = [name for name in BACKENDS if unfit(name, case) is None]
-    passed_over = set()
-    if case.device.type == "cpu":
-        passed_over.add("flash")  # what native takes there
-    if _scores_bytes(case) > SCORES_BYTES:
-        passed_over.add("math")  # never the fastest at that size, and it needs the room
-    return [name for name in names if name not in passed_over]
-
-
-def _scores_bytes(case: Case) -> int:
-    return case.rows * case.heads * case.tokens**2 * case.dtype.itemsize
 
 
 def _missing_package(name: str) -> str | None:
@@ -206,242 +86,19 @@ def _missing_package(name: str) -> str | None:
     return f"{package} is not installed, or not for this torch; {remedy}"
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     if name not in BACKENDS:
         raise UserError("engine.attention", f"is {name!r}", did_you_mean(name, (AUTO, *BACKENDS)))
 
 
-def _short(dtype: torch.dtype) -> str:
+def short_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-# --- the choice ------------------------------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def choose(setting: str, case: Case, *, say: Callable[[str], None] = _say) -> Choice:
-    """The backend for `case`: the one that `setting` names, or for auto the fastest of those that are right.
-
-    auto times each candidate on random tensors of the case's shape (fewer rows where they are too many to be quick) and
-    holds results and gradients against float32; what is wrong, or not finite, is dropped and named. A backend that is
-    named is tried once; where it cannot run, auto's choice takes its place. `say` gets one line about it.
-
-    What was measured is kept in `cache_file()`: a later run on the same kind of device takes the same. A measurement
-    that something disturbed, so that the times of a backend scatter, counts for an hour and is then made again. Two
-    measurements need not agree, so of several ranks one should choose for all, and a resumed run should name what it
-    had.
-    Raises UserError for a setting that is none of auto and BACKENDS, and where no backend computes the case.
-    """
-    if setting != AUTO:
-        _check_name(setting)
-    with torch.inference_mode(False), torch.autocast(case.device.type, enabled=False):
-        choice = _fastest(case) if setting == AUTO else _named(setting, case)
-    say(choice.line)
-    return choice
-
-
-def _named(name: str, case: Case) -> Choice:
-    problem: str | _Trial = unfit(name, case) or _try(name, case)
-    if not isinstance(problem, str):
-        return Choice(name, f"attention: {name} (as set)")
-    instead = _fastest(case)
-    line = f"attention: {name} {problem}; instead {instead.line.removeprefix('attention: ')}"
-    return Choice(instead.backend, line, instead.milliseconds, instead.dropped)
-
-
-def _fastest(case: Case) -> Choice:
-    names, key = _candidates(case), _key(case)
-    found = _read(key)
-    measured_now = found is None
-    if found is None:
-        taken, dropped = _measure(names, case)
-        if case.device.type == "cuda":
-            torch.cuda.empty_cache()  # of the trials' operands
-        found = {name: statistics.median(times) for name, times in taken.items()}, dropped
-        _write(key, *found, until=None if tuning.calm(taken.values(), _CALM) else time.time() + _DISTURBED)
-    milliseconds, dropped = found
-    if not milliseconds:
-        told = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
-        raise UserError("engine.attention", f"no backend computes this attention ({told})", "report it with this line")
-    best = min(milliseconds, key=lambda name: milliseconds[name] / (_MARGIN if name == "native" else 1))
-    others = sorted((t, name) for name, t in milliseconds.items() if name != best)
-    told = "; " + ", ".join(f"{name} {t:.3g}" for t, name in others) if others else ""
-    line = f"attention: {best} ({milliseconds[best]:.3g} ms{told}{'' if measured_now else '; measured earlier'})"
-    for name, reason in dropped.items():
-        line += f"; {name} dropped: {reason}"
-    return Choice(best, line, milliseconds, dropped)
-
-
-class _Trial:
-    """Random operands of a case, and one backend at work on them."""
-
-    def __init__(self, name: str, case: Case) -> None:
-        generator = torch.Generator(case.device).manual_seed(0)
-        self.rows = max(1, min(case.rows, int(_WORK[case.device.type] / _work(case))))
-        shape = (self.rows, case.tokens, case.heads, case.head_dim)
-        make: dict[str, Any] = {"device": case.device, "dtype": case.dtype, "generator": generator}
-        self.operands = [torch.randn(shape, **make) for _ in range(3)]
-        if name in _HEADS_FIRST:  # as JointAttention lays them out, and as a compiler does for the others
-            self.operands = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in self.operands]
-        self.slope = torch.randn((*shape[:2], case.heads * case.head_dim), **make) if case.needs_grad else None
-        for tensor in self.operands:
-            tensor.requires_grad_(case.needs_grad)
-        self.mask = None
-        if case.mask:  # each row's last tokens, from one to half of them
-            lengths = case.tokens - 1 - torch.arange(self.rows, device=case.device) % max(1, case.tokens // 2)
-            self.mask = (torch.arange(case.tokens, device=case.device) < lengths[:, None])[:, None, None]
-        self.attend = attention_fn(name, self.mask)
-
-    def run(self) -> list[Tensor]:
-        """The result (rows, tokens, heads * head_dim), and the three gradients where there are any."""
-        with torch.set_grad_enabled(self.slope is not None):
-            out = self.attend(*self.operands).flatten(2, 3)
-            if self.slope is None:
-                return [out]
-            return [out, *torch.autograd.grad(out, self.operands, self.slope)]
-
-    def reference(self, heads: int) -> list[Tensor]:
-        """The same of the first row's first heads, in float32 by plain products."""
-        q, k, v = (t.detach()[:1, :, :heads].float().requires_grad_(self.slope is not None) for t in self.operands)
-        with torch.set_grad_enabled(self.slope is not None):
-            out = _products(q, k, v, None if self.mask is None else self.mask[:1]).flatten(2, 3)
-            if self.slope is None:
-                return [out]
-            slope = self.slope[:1, :, : out.shape[2]].float()
-            return [out, *torch.autograd.grad(out, (q, k, v), slope)]
-
-
-def _work(case: Case) -> float:
-    return 4.0 * case.heads * case.head_dim * case.tokens**2
-
-
-def _try(name: str, case: Case) -> _Trial | str:
-    """The backend at work on the case, or what it does instead of computing it correctly."""
-    try:
-        trial = _Trial(name, case)
-        found = trial.run()
-        wanted = trial.reference(heads=max(1, min(case.heads, SCORES_BYTES // case.tokens**2)))
-    except torch.OutOfMemoryError:
-        return _FULL
-    except Exception as error:  # whatever a library raises here, its kernel cannot be used
-        return f"fails ({one_line(error)[:200]})"
-    limit = _ERROR.get(case.dtype, _ERROR[torch.float32])
-    if case.dtype == torch.float32 and case.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        limit = _TF32_ERROR
-    for what, got, right in zip(
-        ("result", "gradient of q", "gradient of k", "gradient of v"), found, wanted, strict=False
-    ):
-        got = got[:1].flatten(2) if got.ndim == 4 else got[:1]
-        right = right.flatten(2)
-        off = ((got[..., : right.shape[-1]].float() - right).norm() / right.norm()).item()
-        if not bool(got.isfinite().all()):
-            return f"gives a {what} that is not finite"
-        if not off <= limit:
-            return f"gives a {what} off by {off:.1e}"
-    return trial
-
-
-def _measure(names: list[str], case: Case) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Milliseconds that each backend that is right took, time after time, and why the others are not taken."""
-    milliseconds: dict[str, list[float]] = {}
-    dropped: dict[str, str] = {}
-    waiting: dict[str, _Trial] = {}
-    for name in names:
-        trial = _try(name, case)
-        if isinstance(trial, str):
-            dropped[name] = trial
-        elif case.device.type == "cuda":
-            milliseconds[name] = _time_cuda(trial, case.device)
-        else:
-            waiting[name] = trial
-    return milliseconds | _time_cpu(waiting), dropped
-
-
-def _time_cuda(trial: _Trial, device: torch.device) -> list[float]:
-    from triton.testing import do_bench
-
-    with torch.cuda.device(device):
-        return [float(t) for t in do_bench(trial.run, warmup=5, rep=25, return_mode="all")]
-
-
-def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 5) -> dict[str, list[float]]:
-    """Turn by turn, so that what else the machine does meets all alike."""
-    taken: dict[str, list[float]] = {name: [] for name in trials}
-    for name in trials:
-        trials[name].run()
-    began = time.perf_counter()
-    while trials and (
-        time.perf_counter() - began < seconds * len(trials) or len(next(iter(taken.values()))) < at_least
-    ):
-        for name, trial in trials.items():
-            start = time.perf_counter()
-            trial.run()
-            taken[name].append(1e3 * (time.perf_counter() - start))
-    return taken
-
-
-# --- what was measured earlier ---------------------------------------------------------------------------------------
-
-
-def cache_file() -> Path:
-    """`attention.json` in $OPD_FAST_CACHE, else in `opd_fast` of the user's cache directory ($XDG_CACHE_HOME)."""
-    return tuning.cache_file().with_name("attention.json")
-
-
-def _key(case: Case) -> str:
-    """What a measurement depends on, in words."""
-    if case.device.type == "cuda":
-        device = f"{torch.cuda.get_device_name(case.device)}, cudnn {torch.backends.cudnn.version()}"
-    else:
-        device = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    shape = f"{case.rows}x{case.tokens}x{case.heads}x{case.head_dim}"
-    asked = ("masked " if case.mask else "") + ("forward and backward" if case.needs_grad else "forward")
-    precision = torch.get_float32_matmul_precision()
-    names = " ".join(_candidates(case))
-    return f"{device}; torch {torch.__version__}; {_short(case.dtype)} {precision} {shape}; {asked}; {names}"
-
-
-def _entries() -> dict[str, Any]:
-    """The file's measurements; none where there is no such file, or a damaged one."""
-    try:
-        content = json.loads(cache_file().read_text(encoding="utf-8"))
-        return dict(content["measured"]) if content["format"] == _FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _read(key: str) -> tuple[dict[str, float], dict[str, str]] | None:
-    entry: Any = _entries().get(key)
-    try:
-        milliseconds = {str(name): float(t) for name, t in entry["milliseconds"].items()}
-        dropped = {str(name): str(reason) for name, reason in entry["dropped"].items()}
-        if entry["until"] is not None and not time.time() < float(entry["until"]) <= time.time() + _DISTURBED:
-            return None
-    except (TypeError, KeyError, ValueError, AttributeError):
-        return None
-    sound = milliseconds.keys() <= set(BACKENDS) and all(0 < t < float("inf") for t in milliseconds.values())
-    return (milliseconds, dropped) if sound and milliseconds else None
-
-
-def _write(key: str, milliseconds: dict[str, float], dropped: dict[str, str], *, until: float | None) -> None:
-    """Add a measurement that counts until then (seconds since the epoch; None: for good); a folder that cannot be
-    written costs the next run its milliseconds, nothing else."""
-    if not milliseconds or _FULL in dropped.values():  # another time there may be room
-        return
-    entries = _entries() | {key: {"milliseconds": milliseconds, "dropped": dropped, "until": until}}
-    tuning.replace_json(cache_file(), {"format": _FORMAT, "measured": entries})
-
-
-# --- the computation -------------------------------------------------------------------------------------------------
 
 
 def attention_fn(name: str, mask: Tensor | None = None) -> Attend:
     """Backend `name` as a function of q, k, v, each (B, L, heads, d), to (B, L, heads, d); mask (B, 1, 1, L) bool."""
     if name == PRODUCTS:
-        return lambda q, k, v: _products(q, k, v, mask)
+        return lambda q, k, v: products(q, k, v, mask)
     backend = _dispatched(name)
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
@@ -451,11 +108,11 @@ def attention_fn(name: str, mask: Tensor | None = None) -> Attend:
 def _dispatched(name: str) -> Any:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    _check_name(name)
+    check_name(name)
     return AttentionBackendName(_DISPATCHED[name])
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q * q.shape[-1] ** -0.5, k, v))
     scores = q @ k.transpose(2, 3)
     if mask is not None:
@@ -463,105 +120,16 @@ def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-class JointAttention:
-    """SD3's attention (MMDiT, https://arxiv.org/abs/2403.03206) by a backend of choice: diffusers'
-    `JointAttnProcessor2_0`, which knows SDPA only, in its place on an `Attention` module.
+def route(sites: Sequence[AttentionSite], name: str) -> int:
+    """Let every attention of `sites` compute by backend `name`; returns how many there are.
 
-    Image (B, L, D), and text (B, M, D') where there is any: their queries, keys and values, each normalised where the
-    module has norms, attend to each other as one sequence, image first. Projections may be separate, fused
-    (`opd_fast.engine.fused_qkv`) or wrapped by PEFT. Without text it is the self-attention of SD3.5's dual blocks.
+    Before the blocks are compiled or captured. Raises UserError for a backend that is none of BACKENDS, and ValueError
+    for `products` where an attention takes the backends of diffusers' dispatcher only.
     """
-
-    def __init__(self, backend: str = "native") -> None:
-        """Raises UserError for a backend that is none of BACKENDS."""
-        _check_name(backend)
-        self.backend = backend
-        self.attend = attention_fn(backend)
-        self.heads_first = backend in _HEADS_FIRST
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Any:
-        """Returns image (B, L, D), and with it text (B, M, D') where given, unprojected if `context_pre_only`.
-
-        Raises ValueError for a mask: the published processor ignores it.
-        """
-        if attention_mask is not None:
-            raise ValueError("SD3's attention has no mask; pad no text, or leave the mask out")
-        tensors = _qkv(attn, hidden_states)
-        if encoder_hidden_states is not None:
-            tensors = [self._join(pair) for pair in zip(tensors, _added_qkv(attn, encoder_hidden_states), strict=True)]
-        joint = self.attend(*tensors).flatten(2, 3)
-        image, text = joint, None
-        if encoder_hidden_states is not None:
-            tokens = hidden_states.shape[1]
-            image, text = joint[:, :tokens], joint[:, tokens:]
-            if not attn.context_pre_only:
-                text = attn.to_add_out(text)
-        image = attn.to_out[1](attn.to_out[0](image))
-        return image if text is None else (image, text)
-
-    def _join(self, pair: tuple[Tensor, Tensor]) -> Tensor:
-        """Two (B, ., heads, d) one after the other, laid out in memory as the backend reads them."""
-        if self.heads_first:
-            return torch.cat([t.transpose(1, 2) for t in pair], 2).transpose(1, 2)
-        return torch.cat(pair, 1)
-
-
-def _qkv(attn: Any, x: Tensor) -> list[Tensor]:
-    if hasattr(attn, "to_qkv"):
-        q, k, v = attn.to_qkv(x).unflatten(-1, (3, attn.heads, -1)).unbind(2)
-    else:
-        q, k, v = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-    return [_normed(attn.norm_q, q), _normed(attn.norm_k, k), v]
-
-
-def _added_qkv(attn: Any, x: Tensor) -> list[Tensor]:
-    if hasattr(attn, "to_added_qkv"):
-        q, k, v = attn.to_added_qkv(x).unflatten(-1, (3, attn.heads, -1)).unbind(2)
-    else:
-        layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        q, k, v = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in layers)
-    return [_normed(attn.norm_added_q, q), _normed(attn.norm_added_k, k), v]
-
-
-def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x).to(x.dtype)  # some norms compute in float32 under autocast
-
-
-# --- its place in a transformer --------------------------------------------------------------------------------------
-
-
-def route(transformer: nn.Module, backend: str) -> int:
-    """Let every attention of `transformer` that can be routed compute by `backend`; returns how many there are.
-
-    That is all of SD3, and all whose processor goes through diffusers' dispatcher; a processor of another kind (an IP
-    adapter's on SD3) stays as it is. Before the blocks are compiled or captured. Raises UserError for a backend that is
-    none of BACKENDS, and ValueError for `products` where an attention is not SD3's.
-    """
-    _check_name(backend)
-    modules = _routable(transformer)
-    joint = [module for module in modules if _is_joint(module.processor)]
-    if backend == PRODUCTS and len(joint) < len(modules):
-        raise ValueError(f"{PRODUCTS} is offered for SD3's attention only, not {type(transformer).__name__}'s")
-    for module in modules:
-        if _is_joint(module.processor):
-            module.set_processor(JointAttention(backend))
-        else:
-            module.processor._attention_backend = _dispatched(backend)
-    return len(modules)
-
-
-def _routable(transformer: nn.Module) -> list[Any]:
-    found = [module for module in transformer.modules() if getattr(module, "processor", None) is not None]
-    return [m for m in found if _is_joint(m.processor) or hasattr(m.processor, "_attention_backend")]
-
-
-def _is_joint(processor: object) -> bool:
-    from diffusers.models.attention_processor import JointAttnProcessor2_0
-
-    return isinstance(processor, JointAttention) or type(processor) is JointAttnProcessor2_0
+    check_name(name)
+    backend = AttentionBackend(name, _DISPATCHED.get(name), attention_fn(name), name in HEADS_FIRST)
+    if backend.dispatched is None and not all(site.takes_functions for site in sites):
+        raise ValueError(f"{name} is not offered for this model's attention")
+    for site in sites:
+        site.use(backend)
+    return len(sites)

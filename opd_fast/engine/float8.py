@@ -10,7 +10,7 @@ row (one scale for each input column), or, without that second copy, one in dy's
 
 Bytes a weight: 1, or 2 with the transposed copy; bfloat16 takes 2. Each operand is rounded to 4 significant bits, which
 costs 2.7 % of it (root mean square, evenly spread logarithms), so that a product is off by about 3.8 %: `layer_errors`
-measures it layer by layer, and `check_gate` what it does to the loss (PERFORMANCE.md allows 1 %).
+measures it layer by layer, and `check_losses` what it does to the loss (PERFORMANCE.md allows 1 %).
 
 On devices without such units the same numbers come from an emulation in float32. It is what the tests hold the GPU to,
 and is slower than no quantisation.
@@ -18,20 +18,18 @@ and is slower than no quantisation.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opd_fast.engine.merged_lora import MergedLayers, factor_gradients
 from opd_fast.errors import UserError, one_line, short
 from opd_kernels import FLOAT8, Quantized, quantize_rows
 from opd_kernels.quantize import LONGEST_ROW
 
 MULTIPLE = 16
-"""Of both sides of a weight, for the matrix units."""
+"""Both sides of a weight must be multiples of it, for the matrix units."""
 FIRST_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with fp8 matrix units (Ada; Hopper is 9.0)."""
 STEP_LOSS_LIMIT = 0.01
@@ -39,10 +37,6 @@ OUTLIER = 0.1
 """Relative output error from which a layer had better stay as it is: rounding alone gives 0.038 whatever the sizes, so
 that 0.1 is seven times its power. Then the operands spread over more than the format's 18 binades, or the output is a
 small difference of large sums."""
-
-_MODULATION = re.compile(r"norm.*|.*mod|.*modulation")
-"""Parts of a block that work on a sample's embedding, not on its tokens: too few rows to pay, and every token feels
-their error."""
 
 
 # --- weights and products ---------------------------------------------------------------------------------------------
@@ -148,12 +142,13 @@ def _product(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype:
         return (y if bias is None else y + bias.float()).to(dtype)
 
 
-def _forward(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    y = _product(quantize_rows(x.flatten(0, -2)), q, scale, bias, dtype, fast=True)
+def float8_linear(x: Tensor, weight: Float8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x (..., in) W^T + bias (out,) as (..., out) in `dtype`, without autograd."""
+    y = _product(quantize_rows(x.flatten(0, -2)), weight.q, weight.scale, bias, dtype, fast=True)
     return y.unflatten(0, x.shape[:-1])
 
 
-def _data_gradient(dy: Tensor, weight: Float8Weight) -> Tensor:
+def data_gradient(dy: Tensor, weight: Float8Weight) -> Tensor:
     """dx (..., in) = dy (..., out) W in dy's type."""
     slopes = dy.flatten(0, -2)
     if weight.columns is not None and weight.column_scale is not None:
@@ -184,12 +179,12 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, scale, columns, column_scale)
         ctx.dtype = x.dtype
-        return _forward(x, q, scale, bias, dtype)
+        return float8_linear(x, Float8Weight(q, scale), bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
-        return _data_gradient(dy, Float8Weight(*ctx.saved_tensors)).to(ctx.dtype), *[None] * 6
+        return data_gradient(dy, Float8Weight(*ctx.saved_tensors)).to(ctx.dtype), *[None] * 6
 
 
 class Float8Linear(nn.Module):
@@ -242,13 +237,12 @@ class Float8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, transposed={self.columns is not None}, {self.like.dtype}"
 
 
-def frozen_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that float8 pays for, by name: frozen, of the repeated blocks' attention and feed-forward.
+def frozen_layers(layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Those of a family's `DiffusionModel.token_layers` that can be kept in float8.
 
-    The blocks are what the transformer's own lists hold. Left out are modulations, layers that PEFT wraps, trainable
-    and sharded ones, and those with a side that is no multiple of 16.
+    Left out are trainable and sharded ones, and those with a side that is not a multiple of 16.
     """
-    return {name: layer for name, layer in _plain_layers(transformer) if _frozen(layer) and fits(layer.weight)}
+    return {name: layer for name, layer in layers.items() if _frozen(layer) and fits(layer.weight)}
 
 
 def _frozen(layer: nn.Linear) -> bool:
@@ -257,142 +251,34 @@ def _frozen(layer: nn.Linear) -> bool:
     return not any(p.requires_grad or isinstance(p, DTensor) for p in layer.parameters())
 
 
-def _plain_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def quantize_frozen(
+    transformer: nn.Module, layers: Mapping[str, nn.Linear], *, skip: Collection[str] = (), transposed: bool = False
+) -> int:
+    """Replace the `frozen_layers` among `layers` of the transformer by `Float8Linear`; returns how many there were.
 
-    def within(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Linear]]:
-        for name, child in module.named_children():
-            if isinstance(child, BaseTunerLayer) or _MODULATION.fullmatch(name.lower()):
-                continue
-            if type(child) is nn.Linear:
-                yield f"{path}.{name}", child
-            else:
-                yield from within(child, f"{path}.{name}")
-
-    for name, child in transformer.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield from within(child, name)
-
-
-def quantize_frozen(transformer: nn.Module, *, skip: Collection[str] = (), transposed: bool = False) -> int:
-    """Replace the layers of `frozen_layers` by `Float8Linear`; how many there were.
-
-    To be called once the weights are final and on their device, before blocks are compiled and before hooks
-    (offloading, sharding) hold the parameters. `skip` names layers to leave; `transposed` keeps both copies (see
-    `Float8Linear`), for a transformer that gradients flow through. Raises ValueError for a name in `skip` that is no
-    layer.
+    Call it once the weights are final and on their device, before blocks are compiled and before hooks (offloading,
+    sharding) hold the parameters. `skip` names layers to leave; `transposed` keeps both copies (see `Float8Linear`),
+    for a transformer that gradients flow through. Raises ValueError for a name in `skip` that names no layer.
     """
-    found = frozen_layers(transformer)
     unknown = set(skip) - {name for name, _ in transformer.named_modules()}
     if unknown:
         raise ValueError(f"skip names layers that are not there: {', '.join(sorted(unknown))}; see frozen_layers()")
-    chosen = {name: layer for name, layer in found.items() if name not in skip}
+    chosen = {name: layer for name, layer in frozen_layers(layers).items() if name not in skip}
     for name, layer in chosen.items():
         transformer.set_submodule(name, Float8Linear(layer, transposed=transposed))
     return len(chosen)
 
 
-# --- the student's layers, merged for a round -------------------------------------------------------------------------
-
-
-class _MergedLinear(torch.autograd.Function):
-    """As `opd_fast.engine.merged_lora` has it, with W' = W + s*B*A in float8: the rank's products see x and dy
-    unquantised."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        q: Tensor,
-        scale: Tensor,
-        columns: Tensor | None,
-        column_scale: Tensor | None,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        lora_scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(x, q, scale, columns, column_scale, a, b)
-        ctx.lora_scale = lora_scale
-        return _forward(x, q, scale, bias, x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = gradients
-        x, q, scale, columns, column_scale, a, b = ctx.saved_tensors
-        weight = Float8Weight(q, scale, columns, column_scale)
-        dx = _data_gradient(dy, weight) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None, None, *factor_gradients(x, dy, a, b, ctx.lora_scale), None
-
-
-def merged_linear_fp8(
-    x: Tensor, weight: Float8Weight, bias: Tensor | None, a: Tensor, b: Tensor, lora_scale: float
-) -> Tensor:
-    """x W'^T + bias in float8 with the gradients of the factors; x (..., in), a (r, in), b (out, r); y in x's type.
-
-    `weight` is W' = W + lora_scale*B*A. dA and dB are formed from x and dy as they are (LoRA, arXiv 2106.09685); dx
-    from the transposed copy where `weight` has one.
-    """
-    y: Tensor = _MergedLinear.apply(
-        x, weight.q, weight.scale, weight.columns, weight.column_scale, bias, a, b, lora_scale
-    )
-    return y
-
-
-class Float8MergedLayers(MergedLayers):
-    """`MergedLayers` whose merged weights are float8, with their transposed copies, quantised anew at each `active()`.
-
-    Two bytes a weight, as a merged copy in bfloat16. W' is quantised from float32. Layers with sides that are no
-    multiples of 16 are merged as they were.
-    """
-
-    def __init__(self, transformer: nn.Module, adapter: str) -> None:
-        super().__init__(transformer, adapter)
-        self._quantized: list[Float8Weight | Tensor] | None = None
-
-    @torch.no_grad()
-    def _merge(self) -> list[Any]:
-        if self._quantized is None:
-            self._quantized = [self._room(layer.get_base_layer().weight) for layer in self.layers]
-        for layer, held in zip(self.layers, self._quantized, strict=True):
-            a, b = (half[self.adapter].weight for half in (layer.lora_A, layer.lora_B))
-            base = layer.get_base_layer().weight
-            merged = torch.addmm(base.float(), b.float(), a.float(), alpha=layer.scaling[self.adapter])
-            if isinstance(held, Tensor):
-                held.copy_(merged)
-            else:
-                requantize(merged, held)
-        return self._quantized
-
-    @staticmethod
-    def _room(weight: Tensor) -> Float8Weight | Tensor:
-        return quantize_weight(weight, transposed=True) if fits(weight) else torch.empty_like(weight)
-
-    def _forward(self, layer: Any, weight: Any, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        if isinstance(weight, Tensor):
-            return super()._forward(layer, weight, original)
-        a, b = (half[self.adapter].weight for half in (layer.lora_A, layer.lora_B))
-        base, scale, mine = layer.get_base_layer(), layer.scaling[self.adapter], [self.adapter]
-        bias, dtype = base.bias, base.weight.dtype
-
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if layer._disable_adapters or layer._active_adapter not in (mine, self.adapter):
-                return original(x, *args, **kwargs)
-            return merged_linear_fp8(x.to(dtype), weight, bias, a, b, scale)
-
-        return forward
-
-
 # --- what it costs in accuracy ----------------------------------------------------------------------------------------
 
 
-def layer_errors(transformer: nn.Module, run: Callable[[], object]) -> dict[str, float]:
-    """||y8 - y|| / ||y|| of each of `frozen_layers` over the activations that `run()` sends through it.
+def layer_errors(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> dict[str, float]:
+    """||y8 - y|| / ||y|| of the `frozen_layers` of `layers`, each over the activations that `run()` sends through it.
 
     `run` calls the unquantised transformer, uncompiled, as often as it likes; every layer sees exact inputs. 0 for a
     layer that is never called. Waits for the device at the end.
     """
-    layers = frozen_layers(transformer)
+    layers = frozen_layers(layers)
     sums = {name: torch.zeros(2, device=layer.weight.device) for name, layer in layers.items()}
 
     def watch(name: str, layer: nn.Linear) -> Any:
@@ -400,7 +286,7 @@ def layer_errors(transformer: nn.Module, run: Callable[[], object]) -> dict[str,
 
         @torch.no_grad()
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> None:
-            found = _forward(arguments[0], weight.q, weight.scale, layer.bias, y.dtype).float()
+            found = float8_linear(arguments[0], weight, layer.bias, y.dtype).float()
             truth = y.float()
             sums[name] += torch.stack([(found - truth).square().sum(), truth.square().sum()])
 
@@ -431,7 +317,7 @@ def outliers(errors: dict[str, float], threshold: float = OUTLIER) -> tuple[list
 Losses = Tensor | Callable[[], Tensor]
 
 
-def check_gate(exact: Losses, quantized: Losses, *, limit: float = STEP_LOSS_LIMIT) -> str:
+def check_losses(exact: Losses, quantized: Losses, *, limit: float = STEP_LOSS_LIMIT) -> str:
     """How far quantisation moves the step losses: a line for the log.
 
     Args:

@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from opd_fast.engine.attention import JointAttention
-
-_SELF = ("to_q", "to_k", "to_v")
-_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+from opd_fast.models.techniques import AttentionSite
 
 
-def fuse_projections(transformer: nn.Module) -> int:
-    """Replace each attention's separate projections by `to_qkv`, those of the text by `to_added_qkv`.
+def fuse_projections(transformer: nn.Module, sites: Sequence[AttentionSite]) -> int:
+    """Replace the separate projections of each attention of `sites` by one layer for each entry of its `fused`.
 
     Returns the number of attention modules fused.
 
     The same sums in another order. The weights are concatenated module by module and the separate ones freed, so no
     second copy of the model exists at any time. `to_q` and its like are gone afterwards: names in the state dict
-    change, and no LoRA can be put on them. Fit for frozen teachers, not for what is trained, saved or adapted.
-    SD3's attention and FLUX's are fused; left alone, and not counted, are modules whose processor asks for the
-    separate projections (Qwen-Image, Z-Image), cross-attention, and projections that are not plain linear layers alike.
+    change, and no LoRA can be put on them. This is for frozen teachers, not for what is trained, saved or adapted.
+    Attentions whose forward reads separate projections only, and projections that are not plain linear layers of one
+    shape, are left alone and not counted.
 
-    Before blocks are compiled, offloaded, sharded or captured.
+    Call it before blocks are compiled, offloaded, sharded or captured.
     Raises ValueError, before anything is changed, where an attention carries PEFT adapters, has trainable weights, or
     is offloaded.
     """
-    modules = [(name, module) for name, module in transformer.named_modules() if _reads_fused(module)]
-    for name, module in modules:
-        _check(name, module)
+    able = [site for site in sites if site.fused and not any(hasattr(site.module, name) for name in site.fused)]
+    for site in able:
+        _check(site.name, site.module)
     if any(hasattr(module, "_diffusers_hook") for module in transformer.modules()):
         raise ValueError("the transformer is offloaded: its hooks hold the separate weights; fuse it before")
-    return sum(_fuse(module) for _, module in modules)
-
-
-def _reads_fused(module: nn.Module) -> bool:
-    """Whether the module's processor can compute with fused projections, and has not got them yet."""
-    from diffusers.models.attention_processor import JointAttnProcessor2_0
-    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-
-    known = (JointAttention, JointAttnProcessor2_0, FluxAttnProcessor)
-    return type(getattr(module, "processor", None)) in known and not hasattr(module, "to_qkv")
+    return sum(_fuse(site) for site in able)
 
 
 def _check(name: str, module: nn.Module) -> None:
@@ -54,18 +43,18 @@ def _check(name: str, module: nn.Module) -> None:
             raise ValueError(f"{name}.{part} is trainable; freeze the transformer, or do not fuse")
 
 
-def _fuse(module: Any) -> bool:
-    own, added = ([getattr(module, part, None) for part in parts] for parts in (_SELF, _ADDED))
-    has_added = any(layer is not None for layer in added)
-    if not _alike(own) or (has_added and not _alike(added)):
+def _fuse(site: AttentionSite) -> bool:
+    groups = {n: parts for n, parts in site.fused.items() if any(layer is not None for layer in _layers(site, parts))}
+    if not groups or not all(_alike(_layers(site, parts)) for parts in groups.values()):
         return False
-    _concatenate(module, "to_qkv", _SELF)
-    if has_added:
-        _concatenate(module, "to_added_qkv", _ADDED)
-    module.fused_projections = True  # FLUX's processor asks
-    if type(module.processor).__name__ == "JointAttnProcessor2_0":
-        module.set_processor(JointAttention())  # the published one knows separate projections only
+    for name, parts in groups.items():
+        _concatenate(site, name, parts)
+    site.use_fused()
     return True
+
+
+def _layers(site: AttentionSite, parts: tuple[str, ...]) -> list[Any]:
+    return [getattr(site.module, part, None) for part in parts]
 
 
 def _alike(layers: list[Any]) -> bool:
@@ -76,11 +65,11 @@ def _alike(layers: list[Any]) -> bool:
 
 
 @torch.no_grad()
-def _concatenate(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
-    layers: list[nn.Linear] = [getattr(module, part) for part in parts]
+def _concatenate(site: AttentionSite, name: str, parts: tuple[str, ...]) -> None:
+    module, layers = site.module, _layers(site, parts)
     first = layers[0]
     with torch.device("meta"):
-        fused = nn.Linear(first.in_features, 3 * first.out_features, bias=first.bias is not None)
+        fused = nn.Linear(first.in_features, len(layers) * first.out_features, bias=first.bias is not None)
     fused.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
     if first.bias is not None:
         fused.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)

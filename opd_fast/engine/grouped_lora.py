@@ -1,12 +1,12 @@
 """Several teachers in one forward: their LoRAs sit beside each other on one base, and each row has its own.
 
-The base is computed once for all rows; every LoRA layer then adds to the rows of teacher t its product of the rank's
-width (LoRA, arXiv 2106.09685, equation 3):
+The base is computed once for all rows. Every LoRA layer then adds its own low-rank product to the rows of teacher t
+(LoRA, arXiv 2106.09685, equation 3):
 
     y = x W^T + bias        y[rows of t] += s_t (x[rows of t] A_t^T) B_t^T
 
-Where the groups are equal parts of the batch, or a few of them (a guided teacher has two branches), all of them go
-through two batched products; other groups go one after the other.
+Where every group is one of the batch's equal parts, or a few of them (a guided teacher has two branches), two batched
+products serve all groups. Other groups are computed one after the other.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_fast.engine.modulation_cache import Remembered
-from opd_fast.engine.patching import replaced
+from opd_fast.engine.modulation_cache import ModulationCache
+from opd_fast.engine.patching import patched_forward
 from opd_fast.errors import UserError
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning, Guidance, Velocities, combined, in_rows
 from opd_fast.models.lora.adapters import injected
+from opd_fast.models.text import TextEmbeds
 
 Span = tuple[int | None, slice]
 """An adapter's place among those given, None for the bare base, and its rows."""
@@ -79,7 +80,7 @@ class GroupedAdapters:
         groups = _groups(spans, len(self.adapters))
         if groups not in self._plans:
             self._plans[groups] = [(layer.module, layer.forward(groups)) for layer in self._layers]
-        with replaced(self._plans[groups]):
+        with patched_forward(self._plans[groups]):
             yield self.transformer
 
 
@@ -92,7 +93,7 @@ class _Layer:
 
     module: Any
     ranks: tuple[int, ...]
-    """Of each teacher; 0 for one without this layer."""
+    """The rank of each teacher's LoRA; 0 for a teacher without this layer."""
     factors: tuple[Tensor, Tensor] | None
     gathered: dict[tuple[int | None, ...], tuple[Tensor, Tensor]]
     """The factors in the order of a batch's equal parts."""
@@ -245,7 +246,7 @@ def joined(parts: Sequence[tuple[int, slice, Conditioning]]) -> tuple[Call, ...]
 
 
 def describe(calls: Sequence[Call]) -> str:
-    """How the teachers are asked, in a line for the user."""
+    """A line for the user about how the teachers are asked."""
     teachers = sum(len(call.parts) for call in calls)
     if len(calls) == 1:
         return f"teachers: {teachers} in one forward on the shared base"
@@ -263,7 +264,7 @@ def grouped_velocities(
     x: Tensor,
     sigma: Tensor,
     calls: Sequence[Call],
-    tables: Sequence[Remembered] = (),
+    tables: Sequence[ModulationCache] = (),
 ) -> Velocities:
     """Each sample's velocity by its own teacher, both branches, as of `TeacherBank.velocities`; calls by `joined`.
 

@@ -5,6 +5,9 @@ apart, by products of the rank's width:
 
     y = x W'^T + bias        dx = dy W'        dA = s (dy B)^T x        dB = s dy^T (x A^T)
 
+W' has the type of W, or is kept in float8 (`opd_fast.engine.float8`), where the two products with it are float8's and
+the rank's products see x and dy unquantised.
+
 These are the gradients of y = x W^T + s (x A^T) B^T + bias (LoRA, arXiv 2106.09685) up to the rounding of W'.
 """
 
@@ -18,25 +21,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opd_fast.engine.float8 import (
+    Float8Weight,
+    data_gradient,
+    fits,
+    float8_linear,
+    quantize_weight,
+    requantize,
+)
+from opd_fast.engine.patching import patched_forward
+
 
 class _MergedLinear(torch.autograd.Function):
-    """x (..., in), weight = W' (out, in), a (r, in) and b (out, r) float32; the rank's products run in x's dtype."""
+    """`weight`: W' alone, or the parts of a `Float8Weight`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, *weight: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, a, b, *weight)
         ctx.scale = scale
-        return F.linear(x, weight, bias)
+        if len(weight) == 1:
+            return F.linear(x, weight[0], bias)  # type: ignore[arg-type]
+        return float8_linear(x, Float8Weight(*weight), bias, x.dtype)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
-        x, weight, a, b = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        return dx, None, None, *factor_gradients(x, dy, a, b, ctx.scale), None
+        x, a, b, *weight = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight[0] if len(weight) == 1 else data_gradient(dy, Float8Weight(*weight))
+        return dx, None, *_factor_gradients(x, dy, a, b, ctx.scale), None, *[None for _ in weight]
 
 
-def factor_gradients(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _factor_gradients(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """dA = s (dy B)^T x and dB = s dy^T (x A^T) in the factors' types; x (..., in), dy (..., out)."""
     rows, slopes = x.flatten(0, -2), dy.flatten(0, -2)
     da = ((slopes @ b.to(dy.dtype)).T @ rows).to(a.dtype).mul_(scale)
@@ -44,9 +63,16 @@ def factor_gradients(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float) 
     return da, db
 
 
-def merged_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """x W'^T + bias with the gradients of the factors: x (..., in), weight = W' (out, in), a (r, in) and b (out, r)."""
-    y: Tensor = _MergedLinear.apply(x, weight, bias, a, b, scale)
+def merged_linear(
+    x: Tensor, weight: Tensor | Float8Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """x W'^T + bias with the gradients of the factors, in x's dtype.
+
+    x (..., in), weight = W' = W + scale*B*A (out, in), a (r, in) and b (out, r) float32; the rank's products run in x's
+    dtype. With a `Float8Weight`, dx comes from its transposed copy where it has one.
+    """
+    parts = (weight,) if isinstance(weight, Tensor) else weight
+    y: Tensor = _MergedLinear.apply(x, bias, a, b, scale, *parts)
     return y
 
 
@@ -57,44 +83,52 @@ class MergedLayers:
     otherwise, so that teachers' adapters may share the base.
     """
 
-    def __init__(self, transformer: nn.Module, adapter: str) -> None:
+    def __init__(self, transformer: nn.Module, adapter: str, *, float8: bool = False) -> None:
+        """`float8`: W' is float8 with its transposed copy, two bytes a weight, quantised from float32 at each
+        `active()`; layers whose sides do not fit (`float8.fits`) have it in the base's type all the same."""
         from peft.tuners.lora import Linear
 
         self.adapter = adapter
         self.layers: list[Any] = [m for m in transformer.modules() if isinstance(m, Linear) and adapter in m.lora_A]
-        self._weights: list[Tensor] | None = None
+        self._float8 = float8
+        self._weights: list[Tensor | Float8Weight] | None = None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Merge now, compute with the merged weights until the block ends; the adapter must not change in it."""
-        weights = self._merge()
-        originals = [layer.forward for layer in self.layers]
-        for layer, weight, original in zip(self.layers, weights, originals, strict=True):
-            layer.forward = self._forward(layer, weight, original)
-        try:
+        pairs = zip(self.layers, self._merge(), strict=True)
+        with patched_forward([(layer, self._forward(layer, weight, layer.forward)) for layer, weight in pairs]):
             yield
-        finally:
-            for layer in self.layers:
-                del layer.forward  # the class's own shows again
 
     @torch.no_grad()
-    def _merge(self) -> list[Tensor]:
+    def _merge(self) -> list[Tensor | Float8Weight]:
         if self._weights is None:
-            self._weights = [torch.empty_like(layer.get_base_layer().weight) for layer in self.layers]
-        for layer, merged in zip(self.layers, self._weights, strict=True):
+            self._weights = [self._room(layer.get_base_layer().weight) for layer in self.layers]
+        for layer, held in zip(self.layers, self._weights, strict=True):
             a, b = (half[self.adapter].weight for half in (layer.lora_A, layer.lora_B))
             base = layer.get_base_layer().weight
-            # In float32, rounded once to the base's type.
-            merged.copy_(torch.addmm(base.float(), b.float(), a.float(), alpha=layer.scaling[self.adapter]))
+            # In float32, rounded once to the base's type or to float8.
+            merged = torch.addmm(base.float(), b.float(), a.float(), alpha=layer.scaling[self.adapter])
+            if isinstance(held, Tensor):
+                held.copy_(merged)
+            else:
+                requantize(merged, held)
         return self._weights
 
-    def _forward(self, layer: Any, weight: Tensor, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _room(self, weight: Tensor) -> Tensor | Float8Weight:
+        in_float8 = self._float8 and fits(weight)
+        return quantize_weight(weight, transposed=True) if in_float8 else torch.empty_like(weight)
+
+    def _forward(
+        self, layer: Any, weight: Tensor | Float8Weight, original: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
         a, b = (half[self.adapter].weight for half in (layer.lora_A, layer.lora_B))
-        bias, scale, mine = layer.get_base_layer().bias, layer.scaling[self.adapter], [self.adapter]
+        base, scale, switched_on = layer.get_base_layer(), layer.scaling[self.adapter], ([self.adapter], self.adapter)
+        bias, dtype = base.bias, base.weight.dtype
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if layer._disable_adapters or layer._active_adapter not in (mine, self.adapter):
+            if layer._disable_adapters or layer._active_adapter not in switched_on:
                 return original(x, *args, **kwargs)
-            return merged_linear(x.to(weight.dtype), weight, bias, a, b, scale)
+            return merged_linear(x.to(dtype), weight, bias, a, b, scale)
 
         return forward

@@ -1,37 +1,36 @@
-"""What a transformer makes of the noise level and the prompt alone, computed once a round for all of its steps.
+"""A cache of what a transformer computes from noise level and prompt alone: once a round, for all of its steps.
 
 In SD3 (arXiv 2403.03206) and FLUX every block scales, shifts and gates its tokens by linear functions of one vector,
 the sum of the embedded level, pooled prompt and guidance (adaLN-zero, DiT, arXiv 2212.09748, section 3.2): a third of
-SD3.5-Medium's weights. None of it depends on the state. The weights being frozen, a round knows all of these numbers
-when it begins: one product of each layer makes them for every step, and a forward reads its step's row of one table.
+SD3.5-Medium's weights. None of it depends on the state. Because the weights are frozen, a round knows all of these
+numbers when it begins: one product of each layer makes them for every step, and a forward reads its step's row of one
+table. Which modules these are is asked of the family (`DiffusionModel.modulation`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opd_fast.engine.patching import replaced
+from opd_fast.engine.patching import patched_forward
 from opd_fast.models.base import DiffusionModel
-from opd_fast.models.flux import Flux
 from opd_fast.models.guidance import Conditioning
-from opd_fast.models.latents import weight_dtype
 from opd_fast.models.lora.adapters import injected
-from opd_fast.models.sd3 import SD3
+from opd_fast.models.techniques import Modulation
 
 
 @dataclass(eq=False)
 class _Table:
-    """The numbers of N steps for one set of rows, at fixed addresses."""
+    """The cached numbers of N steps for one set of rows, at fixed addresses."""
 
     steps: Tensor | None
-    """(N, U, F): of each step and distinct row the embedding, then every layer's output; None: only text is kept."""
+    """(N, U, F): the embedding and then every layer's output, for each step and distinct row; None: only text is
+    cached."""
     rows: Tensor | None
     """(B,) int64: the distinct row of each row of the batch; None where all are distinct."""
     context: Tensor | None
@@ -45,7 +44,7 @@ class _Slot:
     now: Tensor
 
 
-class Remembered:
+class ModulationCache:
     """The frozen modules of `transformer` that see only the level, the prompt and the guidance, and their outputs.
 
     Make it by `of` when every adapter is in place. A round fills it; within `active()` the modules return the row
@@ -55,88 +54,83 @@ class Remembered:
     forward. It is read on the device, so that a compiled block serves all steps, and so does a captured graph.
     """
 
-    def __init__(self, model: DiffusionModel, transformer: nn.Module, norms: list[Any], *, context: bool) -> None:
-        """`norms`: modules with `silu` and `linear`, empty where the embedding is not to be kept either; `context`:
-        whether the text's embedder is.
-        """
+    def __init__(self, model: DiffusionModel, transformer: nn.Module, modulation: Modulation) -> None:
+        """`modulation`: what is cached of the transformer; without layers, the embedding is not cached either."""
         self.transformer: Any = transformer
         self.step = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self._model, self._norms, self._context = model, norms, context
+        self._model, self._modulation = model, modulation
         self._injected = injected(transformer)
-        self._slots = [_Slot() for _ in norms]
+        self._linears: list[Any] = [linear for _, linear in modulation.layers]
+        self._slots = [_Slot() for _ in self._linears]
         self._tables: dict[tuple[int, ...], _Table] = {}
         self._table: _Table | None = None
         self._on = False
-        self._sizes = [0, *(int(norm.linear.out_features) for norm in norms)]
-        if norms:
-            self._sizes[0] = int(norms[0].linear.in_features)
+        self._sizes = [int(linear.in_features) for linear in self._linears[:1]]
+        self._sizes += [int(linear.out_features) for linear in self._linears]
         self._forwards = self._replacements()
 
     @classmethod
     def of(cls, model: DiffusionModel, transformer: nn.Module) -> Self | None:
-        """What can be remembered of `transformer`; None where that is nothing.
+        """What can be cached of `transformer`; None where that is nothing.
 
         A module with a trainable weight, a LoRA's included, is left out, and with the embedding all that follows from
-        it. None for families other than SD3 and FLUX, and for weights that are sharded or wait on another device.
+        it. None for families without `DiffusionModel.modulation`, and for weights that are sharded or wait on another
+        device.
         """
-        if not isinstance(model, SD3 | Flux):
+        whole = model.modulation(transformer)
+        if whole is None:
             return None
-        parts: Any = transformer
-        norms = []
-        if _fixed(parts.time_text_embed, model.device):
-            for block in model.blocks(transformer):
-                norms += [getattr(block, name, None) for name in ("norm1", "norm1_context", "norm")]
-            norms = [n for n in (*norms, parts.norm_out) if n is not None and _fixed(n.linear, model.device)]
-        context = _fixed(parts.context_embedder, model.device)
-        return cls(model, transformer, norms, context=context) if norms or context else None
+        layers = [pair for pair in whole.layers if _fixed(pair[1], model.device)]
+        if not _fixed(whole.embedder, model.device):
+            layers = []
+        text = whole.text if whole.text is not None and _fixed(whole.text, model.device) else None
+        return cls(model, transformer, replace(whole, layers=layers, text=text)) if layers or text is not None else None
 
     @property
     def layers(self) -> int:
         """How many layers are not computed at each step."""
-        return len(self._norms) + bool(self._norms) + self._context
+        return len(self._linears) + bool(self._linears) + (self._modulation.text is not None)
 
     def __str__(self) -> str:
-        text = " and the text's tokens" if self._context else ""
-        return f"modulation of {len(self._norms)} layers{text}, once a round"
+        text = "" if self._modulation.text is None else " and the text's tokens"
+        return f"modulation of {len(self._linears)} layers{text}, once a round"
 
     def nbytes(self, steps: int, rows: int, tokens: int, *, guided: bool = False) -> int:
         """Bytes of the tables for N steps of a Conditioning: `rows` text rows in all, both branches of a guided one."""
         distinct = rows // 2 + 1 if guided else rows
-        width = int(self.transformer.context_embedder.out_features) if self._context else 0
+        text: Any = self._modulation.text
+        width = 0 if text is None else int(text.out_features)
         return (steps * distinct * sum(self._sizes) + rows * tokens * width) * self._model.dtype.itemsize
 
     @torch.no_grad()
     def fill(self, sigmas: Tensor, condition: Conditioning) -> None:
         """Compute the tables for the levels `sigmas` (N,) float32 and the rows that the coming forwards will have.
 
-        With adapters on these modules the ones switched on now are the ones remembered. Tables of the same numbers of
+        With adapters on these modules the ones switched on now are the ones cached. Tables of the same numbers of
         steps, rows and tokens are filled in place, and none is given up, so that graphs may go on reading them: a
         micro-batch of another size has its own.
         """
         if self._on:
             raise RuntimeError("the modules return what was filled before; fill outside of active()")
-        text, parts = condition.text, self.transformer
+        text, parts = condition.text.to(dtype=self._modulation.dtype), self._modulation
         batch, tokens = text.sequence.shape[:2]
         key = (len(sigmas), batch, tokens, condition.guided)
-        first = parts.pos_embed.proj if isinstance(self._model, SD3) else parts.x_embedder
-        dtype = weight_dtype(first, self._model.dtype)  # of the text, as `velocity` gives it
         steps = context = rows = None
         with torch.autocast(self.step.device.type, self._model.dtype, enabled=self._model.dtype != torch.float32):
-            if self._norms:
-                assert text.pooled is not None
+            if self._linears:
                 # The negative prompt is the same in all rows of its branch.
                 distinct = batch // 2 + 1 if condition.guided else batch
-                embedding = self._embed(sigmas, text.pooled[:distinct].to(dtype), condition.embedded)
+                embedding = parts.embed(sigmas, text.index(slice(distinct)), condition.embedded)
                 steps = self._allocate(key, embedding)
                 pieces = steps.split(self._sizes, dim=-1)
                 pieces[0].copy_(embedding.transpose(0, 1))
-                hidden = F.silu(embedding)
-                for piece, norm in zip(pieces[1:], self._norms, strict=True):
-                    piece.copy_(norm.linear(hidden).transpose(0, 1))  # a layer at a time: what passes by is small
+                # A layer at a time, so that little memory is in use besides the table.
+                for piece, (activation, linear) in zip(pieces[1:], parts.layers, strict=True):
+                    piece.copy_(linear(embedding if activation is None else activation(embedding)).transpose(0, 1))
                 if condition.guided:
                     rows = torch.arange(batch, device=steps.device).clamp_(max=batch // 2)
-            if self._context:
-                context = parts.context_embedder(text.sequence.to(dtype))
+            if parts.text is not None:
+                context = parts.text(text.sequence)
         held = self._tables.setdefault(key, _Table(steps, rows, context, batch))
         if held.context is not None and context is not None and held.context is not context:
             held.context.copy_(context)
@@ -149,24 +143,6 @@ class Remembered:
         distinct, steps, _ = embedding.shape
         return embedding.new_empty(steps, distinct, sum(self._sizes))
 
-    def _embed(self, sigmas: Tensor, pooled: Tensor, guidance: float) -> Tensor:
-        """The embedding (U, N, D) of every level and row; rows come first, as adapters that go by rows need them."""
-        embed, dtype = self.transformer.time_text_embed, pooled.dtype
-
-        def numbers(values: Tensor, embedder: Callable[[Tensor], Tensor]) -> Tensor:
-            waves = embed.time_proj(values).to(dtype)
-            return embedder(waves.expand(len(pooled), *waves.shape))
-
-        if isinstance(self._model, SD3):
-            found = numbers(self._model.timestep(sigmas), embed.timestep_embedder)
-        else:  # FLUX rounds level and guidance to its own dtype, then scales them
-            found = numbers(sigmas.to(dtype) * 1000, embed.timestep_embedder)
-            if self._model.guidance_kind == "embedded":
-                strength = torch.full((1,), guidance, dtype=torch.float32, device=sigmas.device)
-                found = found + numbers(strength.to(dtype) * 1000, embed.guidance_embedder)
-        found = found + embed.text_embedder(pooled[:, None])
-        return found
-
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Within the block the modules return what was filled last; the text that a forward is given is not read.
@@ -176,12 +152,12 @@ class Remembered:
         `fill` and where adapters were added since this was made.
         """
         if self._table is None:
-            raise RuntimeError("nothing is remembered yet; fill first")
+            raise RuntimeError("nothing is cached yet; fill first")
         if injected(self.transformer) != self._injected:
-            raise RuntimeError("adapters were added or removed since Remembered was made; make it afterwards")
+            raise RuntimeError("adapters were added or removed since ModulationCache was made; make it afterwards")
         self._on = True
         try:
-            with replaced(self._forwards):
+            with patched_forward(self._forwards):
                 yield
         finally:
             self._on = False
@@ -189,21 +165,23 @@ class Remembered:
                 vars(slot).clear()
 
     def _replacements(self) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+        parts = self._modulation
         forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
-        if self._norms:
-            forwards.append((self.transformer.time_text_embed, self._recall))
-        for norm, slot in zip(self._norms, self._slots, strict=True):
-            forwards += [(norm.silu, _same), (norm.linear, _reading(slot))]
-        if self._context:
-            forwards.append((self.transformer.context_embedder, self._recall_context))
+        if self._linears:
+            forwards.append((parts.embedder, self._read_embedding))
+        for (activation, linear), slot in zip(parts.layers, self._slots, strict=True):
+            forwards += [] if activation is None else [(activation, _same)]
+            forwards.append((linear, _reading(slot)))
+        if parts.text is not None:
+            forwards.append((parts.text, self._read_context))
         return forwards
 
-    def _recall(self, *inputs: Tensor) -> Tensor:
+    def _read_embedding(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """In place of the embedding, with which every forward begins: the step's row, for the layers that follow."""
-        table = self._of_batch(inputs[-1])
+        table = self._of_batch([*inputs, *named.values()][-1])
         assert table.steps is not None
         if any(vars(module).get("forward") is not forward for module, forward in self._forwards):
-            raise RuntimeError("another block replaced forwards that are remembered; enter active() inside of it")
+            raise RuntimeError("another block replaced forwards that are cached; enter active() inside of it")
         rows = table.rows
         row = table.steps.index_select(0, self.step)[0] if rows is None else table.steps[self.step, rows]
         first, *pieces = row.split(self._sizes, dim=-1)
@@ -213,7 +191,7 @@ class Remembered:
             slot.now = piece
         return first
 
-    def _recall_context(self, tokens: Tensor) -> Tensor:
+    def _read_context(self, tokens: Tensor) -> Tensor:
         table = self._of_batch(tokens)
         assert table.context is not None
         return table.context
@@ -227,13 +205,13 @@ class Remembered:
 
 
 @contextlib.contextmanager
-def recalled(remembered: Remembered | None, step: Tensor | None) -> Iterator[None]:
-    """`active()` at the step (0-dim int64, on the device); nothing where either is missing."""
-    if remembered is None or step is None:
+def at_step(cache: ModulationCache | None, step: Tensor | None) -> Iterator[None]:
+    """`cache.active()` at the step (0-dim int64, on the device); a block without effect where either is None."""
+    if cache is None or step is None:
         yield
         return
-    remembered.step.copy_(step.view(1))
-    with remembered.active():
+    cache.step.copy_(step.view(1))
+    with cache.active():
         yield
 
 
@@ -249,7 +227,7 @@ def _same(hidden: Tensor) -> Tensor:
 
 
 def _fixed(module: nn.Module, device: torch.device) -> bool:
-    """Whether the module's weights stand still, whole and where the model computes."""
+    """Whether the module's weights are frozen, unsharded and on the device where the model computes."""
     from torch.distributed.tensor import DTensor
 
     return all(

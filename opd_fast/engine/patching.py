@@ -1,4 +1,4 @@
-"""Forwards of single modules replaced for a while, whatever stood there before."""
+"""The one place where the forward of a single module is replaced, for a while or for good."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from typing import Any
 from torch import nn
 
 
+def patch_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let the module compute by `forward` from now on."""
+    module.__dict__["forward"] = forward
+
+
 @contextlib.contextmanager
-def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def patched_forward(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Within the block each module computes by the forward beside it; then by what it had, of its own or its class's.
 
     Blocks may be nested: a hook of diffusers or `MergedLayers` that set a forward of its own finds it again.
     """
     before = [(module, vars(module).get("forward")) for module, _ in forwards]
     for module, forward in forwards:
-        module.__dict__["forward"] = forward
+        patch_forward(module, forward)
     try:
         yield
     finally:
@@ -25,4 +30,4 @@ def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterat
             if own is None:
                 del module.__dict__["forward"]
             else:
-                module.__dict__["forward"] = own
+                patch_forward(module, own)

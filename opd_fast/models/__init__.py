@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
@@ -11,16 +12,17 @@ from typing import Literal
 
 import torch
 
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.flux import Flux
 from opd_fast.models.pipeline_folder import read_index, resolve_configs, resolve_pipeline
 from opd_fast.models.qwen_image import QwenImage
 from opd_fast.models.sd3 import SD3
+from opd_fast.models.text import TextEmbeds
 from opd_fast.models.z_image import ZImage
 
 FAMILIES: dict[str, type[DiffusionModel]] = {"sd3": SD3, "flux": Flux, "qwen_image": QwenImage, "z_image": ZImage}
 
-__all__ = ["FAMILIES", "SD3", "DiffusionModel", "TextEmbeds", "find_family", "load_model", "outline_model"]
+__all__ = ["FAMILIES", "SD3", "DiffusionModel", "TextEmbeds", "find_family", "load_model", "meta_model"]
 
 
 def load_model(
@@ -43,12 +45,14 @@ def load_model(
     """
     kind = find_family(family, lambda: resolve_pipeline(path))
     model = kind.load(path, device=device, dtype=dtype, max_sequence_length=max_sequence_length)
+    with contextlib.suppress(ValueError):  # a family from elsewhere may have no pipeline folder
+        model.folder = resolve_pipeline(path)
     model.text_device = None if text_device is None else torch.device(text_device)
     model.guidance_convention = guidance_convention
     return model
 
 
-def outline_model(
+def meta_model(
     path: str | Path,
     family: str = "auto",
     *,
@@ -56,14 +60,15 @@ def outline_model(
     max_sequence_length: int | None = None,
     guidance_convention: Literal["pipeline", "linear"] = "pipeline",
 ) -> DiffusionModel:
-    """The model of ``path`` without weights, from its configuration files; see ``DiffusionModel.outline``.
+    """The model of ``path`` without weights, from its configuration files; see ``DiffusionModel.meta``.
 
     Of a hub model that is not in the hub's cache only those files are fetched; for the models in ``assets/configs``
     the package has them.  Raises ValueError as ``load_model`` does.
     """
     folder = resolve_configs(path)
     kind = find_family(family, lambda: folder)
-    model = kind.outline(folder, dtype=dtype, max_sequence_length=max_sequence_length)
+    model = kind.meta(folder, dtype=dtype, max_sequence_length=max_sequence_length)
+    model.folder = folder
     model.guidance_convention = guidance_convention
     return model
 

@@ -4,92 +4,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from opd_fast.device import send
 from opd_fast.errors import UserError
+from opd_fast.models.techniques import AttentionSite, Modulation, dispatched_attentions, token_layers
+from opd_fast.models.text import TextEmbeds, TextEncoders
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-
-
-@dataclass(frozen=True)
-class TextEmbeds:
-    """Text conditioning, one row per prompt, on one device."""
-
-    sequence: Tensor
-    """(B, L, D), padded to one length."""
-    pooled: Tensor | None = None
-    """(B, P), of the sequence's dtype; None where the family has no pooled vector."""
-    mask: Tensor | None = None
-    """(B, L) bool, True at the prompt's own tokens; None where every token counts."""
-
-    def __len__(self) -> int:
-        return self.sequence.shape[0]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by field."""
-        named = {"sequence": self.sequence, "pooled": self.pooled, "mask": self.mask}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> TextEmbeds:
-        return TextEmbeds(**{name: change(tensor) for name, tensor in self.tensors.items()})
-
-    def index(self, idx: Tensor | Sequence[int] | slice) -> TextEmbeds:
-        """The chosen rows: a view for a slice, a gather for indices (a list, or an int64 tensor on any device)."""
-        if isinstance(idx, slice):
-            return self._map(lambda tensor: tensor[idx])
-        rows = send(torch.as_tensor(idx, dtype=torch.int64), self.sequence.device)
-        return self._map(lambda tensor: tensor.index_select(0, rows))
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeds:
-        """On another device, or the floating-point tensors in another dtype."""
-        return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
-
-    def expand(self, n: int) -> TextEmbeds:
-        """A single row seen as ``n`` rows, without copying."""
-        if len(self) != 1:
-            raise ValueError(f"only a single row can be expanded, this has {len(self)}")
-        return self._map(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
-
-    @staticmethod
-    def cat(parts: Sequence[TextEmbeds]) -> TextEmbeds:
-        names = parts[0].tensors
-        return TextEmbeds(**{name: torch.cat([part.tensors[name] for part in parts]) for name in names})
-
-
-class TextEncoders:
-    """What ``encode`` needs, loaded when it is first asked for: where every embedding is kept on disk, never."""
-
-    def __init__(self, load: Callable[[torch.device], Any]) -> None:
-        """``load(device)``: the family's assembled pipeline, its text encoders on ``device``."""
-        self._load: Callable[[torch.device], Any] | None = load
-        self._loaded: Any = None
-
-    def get(self, device: torch.device) -> Any:
-        """The pipeline; the first call decides the device.  Raises RuntimeError after ``release``."""
-        if self._load is None:
-            raise RuntimeError("the text encoders were released; encode every prompt before release_text_encoders()")
-        if self._loaded is None:
-            self._loaded = self._load(device)
-        return self._loaded
-
-    def release(self) -> None:
-        self._load = self._loaded = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+_TEXT_FOLDERS = ("text_encoder", "tokenizer")
 
 
 class DiffusionModel(ABC):
     """One model family's frozen components.  Subclasses are listed in ``opd_fast.models.FAMILIES``.
 
-    ``load`` makes a whole model.  ``outline`` makes one from configuration files alone, its transformer on the meta
+    ``load`` makes a whole model.  ``meta`` makes one from configuration files alone, its transformer on the meta
     device: it answers everything about shapes, levels and names, and nothing that needs weights.
     """
 
@@ -108,11 +41,13 @@ class DiffusionModel(ABC):
     masks_text: ClassVar[bool] = False  # whether attention has a mask over padded text
 
     path: str  # what the user named
+    folder: Path | None = None  # the pipeline's folder on this machine; None for a model that has none
     transformer: nn.Module  # the base, in eval mode, requires_grad False
     vae: Any  # diffusers' autoencoder, float32
     device: torch.device
     dtype: torch.dtype
     text_tokens: int  # rows of a prompt's sequence
+    _text: TextEncoders | None = None  # where ``encode`` finds them, unless the family keeps them elsewhere
     text_device: torch.device | None = None  # of the text encoders, set before the first encode(); None: as device
 
     @classmethod
@@ -124,7 +59,7 @@ class DiffusionModel(ABC):
 
     @classmethod
     @abstractmethod
-    def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
+    def meta(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a pipeline folder's configuration files, without weights."""
 
     @classmethod  # noqa: B027 - a family may know of no files
@@ -144,17 +79,14 @@ class DiffusionModel(ABC):
         """The folders that the text encoders and tokenizers are loaded from; what is in them decides what ``encode``
         returns.  Empty for a model that keeps them elsewhere: its embeddings are not kept on disk.
         """
-        from opd_fast.models.pipeline_folder import resolve_pipeline
-
-        try:
-            folder = resolve_pipeline(self.path)
-        except ValueError:  # a family from elsewhere may have no pipeline folder
+        if self.folder is None:
             return []
-        return sorted(p for p in folder.iterdir() if p.is_dir() and p.name.startswith(("text_encoder", "tokenizer")))
+        return sorted(p for p in self.folder.iterdir() if p.is_dir() and p.name.startswith(_TEXT_FOLDERS))
 
-    @abstractmethod
     def release_text_encoders(self) -> None:
         """Free the text encoders; ``encode`` raises from then on."""
+        if self._text is not None:
+            self._text.release()
 
     @abstractmethod
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
@@ -240,6 +172,26 @@ class DiffusionModel(ABC):
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """The repeated blocks of ``transformer``, the unit to compile and to shard."""
 
+    # --- what the engine's techniques ask; each has an answer that serves most transformers of diffusers --------------
+
+    def attentions(self, transformer: nn.Module) -> list[AttentionSite]:
+        """The attentions of ``transformer`` whose backend can be set, and the projections of each that can be fused.
+
+        By default those whose processor goes through diffusers' dispatcher, without fusing.
+        """
+        return dispatched_attentions(transformer)
+
+    def modulation(self, transformer: nn.Module) -> Modulation | None:
+        """What in ``transformer`` depends on noise level, prompt and guidance alone; None: nothing is cached."""
+        return None
+
+    def token_layers(self, transformer: nn.Module) -> dict[str, nn.Linear]:
+        """The linear layers, by name, that work on the tokens of the repeated blocks: those that float8 pays for.
+
+        A layer that works on a sample's embedding has too few rows, and every token feels its error.
+        """
+        return token_layers(transformer)
+
     def targets(self, name: str | Sequence[str]) -> list[str]:
         """LoRA target modules by the name of a set, or the given list itself.  Raises ValueError for an unknown set."""
         if not isinstance(name, str):
@@ -251,17 +203,3 @@ class DiffusionModel(ABC):
                 f"{', '.join(self.lora_targets)}, or list module names such as {example}"
             )
         return list(self.lora_targets[name])
-
-    def save_lora(
-        self,
-        directory: str | Path,
-        tensors: dict[str, tuple[Tensor, Tensor]],
-        *,
-        rank: int,
-        alpha: float,
-        targets: Sequence[str],
-    ) -> None:
-        """Write a LoRA of this model for PEFT and for diffusers; see ``opd_fast.models.lora.files.save_lora``."""
-        from opd_fast.models.lora.files import save_lora
-
-        save_lora(directory, tensors, rank=rank, alpha=alpha, targets=targets, base_model=self.path)

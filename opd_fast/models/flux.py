@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.latents import (
     DEFAULT_SIZE,
     PATCH,
@@ -32,6 +32,8 @@ from opd_fast.models.pipeline_folder import (
     resolve_pipeline,
 )
 from opd_fast.models.schedule import check_schedule, flow_sigmas
+from opd_fast.models.techniques import AttentionSite, Modulation, ada_modulation, dispatched_attentions
+from opd_fast.models.text import TextEmbeds, TextEncoders
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 _FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"]
@@ -67,7 +69,7 @@ class Flux(DiffusionModel):
         device: torch.device,
         dtype: torch.dtype,
     ):
-        """``vae``: the autoencoder, or what stands for it in an outline; ``schedule``: the content of
+        """``vae``: the autoencoder, or what stands for it in a meta model; ``schedule``: the content of
         scheduler_config.json."""
         self.path = path
         self.device = device
@@ -75,7 +77,6 @@ class Flux(DiffusionModel):
         self.transformer: nn.Module = transformer
         self.vae: Any = vae
         self.text_tokens = tokens
-        self._text: TextEncoders | None = None
         self._config: Any = transformer.config
         self._schedule = schedule
         self.guidance_kind = "embedded" if self._config.guidance_embeds else "none"
@@ -113,7 +114,7 @@ class Flux(DiffusionModel):
         check_present(folder, _COMPONENTS, weights=True, kinds=_KINDS, dtype=dtype)
 
     @classmethod
-    def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
+    def meta(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         check_components(folder, check_index(folder, cls), _COMPONENTS)
         check_present(folder, _COMPONENTS, weights=False, kinds=_KINDS)
@@ -129,17 +130,12 @@ class Flux(DiffusionModel):
         """
         if not prompts:
             raise ValueError("encode() needs at least one prompt")
-        assert self._text is not None  # an outline has no weights
+        assert self._text is not None  # a meta model has no weights
         device = self.text_device or self.device
         sequence, pooled, _ = self._text.get(device).encode_prompt(
             prompt=list(prompts), device=device, max_sequence_length=self.text_tokens
         )
         return TextEmbeds(sequence, pooled).to(self.device, self.dtype)
-
-    def release_text_encoders(self) -> None:
-        """Free the text encoders (about 9 GiB in bfloat16)."""
-        if self._text is not None:
-            self._text.release()
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""
@@ -197,6 +193,26 @@ class Flux(DiffusionModel):
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]  # type: ignore[misc]
 
+    def attentions(self, transformer: nn.Module) -> list[AttentionSite]:
+        """See ``DiffusionModel.attentions``; FLUX's processor can read fused projections."""
+        return flux_attentions(transformer)
+
+    def modulation(self, transformer: nn.Module) -> Modulation:
+        """See ``DiffusionModel.modulation``."""
+        parts: Any = transformer
+        embedders = parts.time_text_embed
+
+        def numbers(levels: Tensor, dtype: torch.dtype, guidance: float) -> list[tuple[Tensor, nn.Module]]:
+            # The transformer rounds level and guidance to its own dtype, then scales them.
+            found = [(levels.to(dtype) * 1000, embedders.timestep_embedder)]
+            if self.guidance_kind == "embedded":
+                strength = torch.full((1,), guidance, dtype=torch.float32, device=levels.device)
+                found.append((strength.to(dtype) * 1000, embedders.guidance_embedder))
+            return found
+
+        dtype = weight_dtype(parts.x_embedder, self.dtype)
+        return ada_modulation(transformer, self.blocks(transformer), numbers, dtype)
+
     def targets(self, name: str | Sequence[str]) -> list[str]:
         """As the base class has it.  In "all" the single blocks' proj_out go by their full names, since the suffix
         would also name the transformer's last layer.
@@ -205,6 +221,13 @@ class Flux(DiffusionModel):
         if name == "all":
             found += [f"single_transformer_blocks.{i}.proj_out" for i in range(int(self._config.num_single_layers))]
         return found
+
+
+def flux_attentions(transformer: nn.Module) -> list[AttentionSite]:
+    """The attentions of a FLUX transformer, of its double and single blocks."""
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    return dispatched_attentions(transformer, fusing=(FluxAttnProcessor,))
 
 
 def _check(folder: Path, max_sequence_length: int | None) -> tuple[dict[str, Any], int]:

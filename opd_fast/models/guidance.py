@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel
+from opd_fast.models.text import TextEmbeds
 
 
 @dataclass(frozen=True)

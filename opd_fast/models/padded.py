@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.latents import DEFAULT_SIZE, PATCH, decode_in_chunks, latent_size
 from opd_fast.models.pipeline_folder import (
     check_components,
@@ -24,6 +24,7 @@ from opd_fast.models.pipeline_folder import (
     resolve_pipeline,
 )
 from opd_fast.models.schedule import check_schedule, flow_sigmas
+from opd_fast.models.text import TextEmbeds, TextEncoders
 
 _COMPONENTS = ("scheduler", "vae", "transformer", "tokenizer", "text_encoder")
 _DEFAULT_TOKENS = 512  # of both pipelines
@@ -51,7 +52,7 @@ class PaddedTextModel(DiffusionModel):
         device: torch.device,
         dtype: torch.dtype,
     ):
-        """``pipeline``: its transformer and vae, or what stands for them in an outline; ``schedule``: the content of
+        """``pipeline``: its transformer and vae, or what stands for them in a meta model; ``schedule``: the content of
         scheduler_config.json."""
         self.path = path
         self.device = device
@@ -59,7 +60,6 @@ class PaddedTextModel(DiffusionModel):
         self.transformer: nn.Module = pipeline.transformer
         self.vae: Any = pipeline.vae
         self.text_tokens = tokens
-        self._text: TextEncoders | None = None
         self._config: Any = pipeline.transformer.config
         self._schedule = schedule
 
@@ -140,7 +140,7 @@ class PaddedTextModel(DiffusionModel):
         check_present(folder, _COMPONENTS, weights=True, kinds=cls._kinds, dtype=dtype)
 
     @classmethod
-    def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
+    def meta(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         cls._check_index(folder)
         check_present(folder, _COMPONENTS, weights=False, kinds=cls._kinds)
@@ -175,17 +175,12 @@ class PaddedTextModel(DiffusionModel):
         """
         if not prompts:
             raise ValueError("encode() needs at least one prompt")
-        assert self._text is not None  # an outline has no weights
+        assert self._text is not None  # a meta model has no weights
         device = self.text_device or self.device
         sequence, mask = self._embed(self._text.get(device), list(prompts), device)
         room = self.text_tokens - sequence.shape[1]
         text = TextEmbeds(F.pad(sequence, (0, 0, 0, room)), mask=F.pad(mask.bool(), (0, room)))
         return text.to(self.device, self.dtype)
-
-    def release_text_encoders(self) -> None:
-        """Free the text encoder (bfloat16: 15 GiB for Qwen-Image, 7.5 GiB for Z-Image)."""
-        if self._text is not None:
-            self._text.release()
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""

@@ -237,7 +237,7 @@ def _check_weights(where: Path, name: str, dtype: torch.dtype | None) -> None:
 
 
 def read_config(folder: Path, name: str) -> SimpleNamespace:
-    """What stands for component ``name`` in an outline: its configuration file, as ``.config.KEY``."""
+    """What stands for component ``name`` in a meta model: its configuration file, as ``.config.KEY``."""
     for file in _CONFIGS:
         if (folder / name / file).is_file():
             return SimpleNamespace(config=SimpleNamespace(**_read_json(folder / name / file)))

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opd_fast.models.base import TextEmbeds
 from opd_fast.models.latents import PATCH, pack, unpack, weight_dtype
 from opd_fast.models.padded import PaddedTextModel
+from opd_fast.models.text import TextEmbeds
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 _FEED_FORWARD = ["img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"]

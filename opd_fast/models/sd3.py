@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from opd_fast.models.base import DiffusionModel, TextEmbeds, TextEncoders
+from opd_fast.models.base import DiffusionModel
+from opd_fast.models.joint_attention import joint_attentions
 from opd_fast.models.latents import decode_in_chunks, kl_pixels, latent_size, vae_factor, weight_dtype
 from opd_fast.models.pipeline_folder import (
     check_components,
@@ -23,6 +24,8 @@ from opd_fast.models.pipeline_folder import (
     resolve_pipeline,
 )
 from opd_fast.models.schedule import check_options
+from opd_fast.models.techniques import AttentionSite, Modulation, ada_modulation
+from opd_fast.models.text import TextEmbeds, TextEncoders
 from opd_fast.solvers import sd3_sigmas
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -56,7 +59,6 @@ class SD3(DiffusionModel):
         self.max_sequence_length = max_sequence_length
         self.transformer: nn.Module = pipeline.transformer
         self.vae: Any = pipeline.vae
-        self._text: TextEncoders | None = None
         self._config: Any = pipeline.transformer.config
         self.text_tokens = int(pipeline.tokenizer.model_max_length) + max_sequence_length
         self._timesteps = int(getattr(pipeline.scheduler.config, "num_train_timesteps", 1000))
@@ -96,7 +98,7 @@ class SD3(DiffusionModel):
         check_present(folder, names, weights=True, kinds=_KINDS, dtype=dtype)
 
     @classmethod
-    def outline(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
+    def meta(cls, folder: Path, *, dtype: torch.dtype, max_sequence_length: int | None = None) -> Self:
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         names, tokens = _wanted(cls, folder, max_sequence_length)
         check_present(folder, names, weights=False, kinds=_KINDS)
@@ -117,7 +119,7 @@ class SD3(DiffusionModel):
         """
         if not prompts:
             raise ValueError("encode() needs at least one prompt")
-        assert self._text is not None  # an outline has no weights
+        assert self._text is not None  # a meta model has no weights
         device = self.text_device or self.device
         sequence, _, pooled, _ = self._text.get(device).encode_prompt(
             prompt=list(prompts),
@@ -128,11 +130,6 @@ class SD3(DiffusionModel):
             max_sequence_length=self.max_sequence_length,
         )
         return TextEmbeds(sequence, pooled).to(self.device, self.dtype)
-
-    def release_text_encoders(self) -> None:
-        """Free the text encoders (for SD3.5 with T5, about 10 GiB in bfloat16)."""
-        if self._text is not None:
-            self._text.release()
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents; ``resolution`` must be a multiple of VAE factor x patch size."""
@@ -188,6 +185,20 @@ class SD3(DiffusionModel):
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         return list(transformer.transformer_blocks)  # type: ignore[arg-type]
+
+    def attentions(self, transformer: nn.Module) -> list[AttentionSite]:
+        """See ``DiffusionModel.attentions``; SD3's published processor does not go through the dispatcher."""
+        return joint_attentions(transformer)
+
+    def modulation(self, transformer: nn.Module) -> Modulation:
+        """See ``DiffusionModel.modulation``."""
+        parts: Any = transformer
+
+        def numbers(levels: Tensor, dtype: torch.dtype, guidance: float) -> list[tuple[Tensor, nn.Module]]:
+            return [(self.timestep(levels), parts.time_text_embed.timestep_embedder)]
+
+        dtype = weight_dtype(parts.pos_embed.proj, self.dtype)
+        return ada_modulation(transformer, self.blocks(transformer), numbers, dtype)
 
 
 def _wanted(cls: type[SD3], folder: Path, max_sequence_length: int | None) -> tuple[list[str], int]:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from opd_fast.models.base import TextEmbeds
 from opd_fast.models.latents import PATCH, kl_pixels, vae_factor, weight_dtype
 from opd_fast.models.padded import PaddedTextModel
+from opd_fast.models.text import TextEmbeds
 
 _ATTENTION = ["attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"]
 _FEED_FORWARD = ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from opd_fast.models.base import TextEmbeds
+from opd_fast.models.text import TextEmbeds
 
 
 @dataclass(frozen=True)

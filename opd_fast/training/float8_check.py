@@ -1,4 +1,4 @@
-"""What float8 does to a run's losses, measured before its first round: on the same states, with the same noise."""
+"""How float8 changes a run's losses, measured before its first round on the same states with the same noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from opd_fast.config import Config
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.data.text_embeddings import EmbeddingCache
-from opd_fast.engine.float8 import check_gate, supported
+from opd_fast.engine.float8 import check_losses, supported
 from opd_fast.models.base import DiffusionModel
 from opd_fast.objectives import step_weights
 from opd_fast.seeds import noise_keys
@@ -22,13 +22,13 @@ from opd_fast.training.student import Student
 from opd_fast.training.teachers import TeacherBank
 
 SAMPLES = 4
-"""Of each task. A step's loss is a mean over all of them; of one alone float8 may move it by more."""
+"""Samples of each task. A step's loss is a mean over all of them: float8 may move that of a single one by more."""
 _STREAM = 3
-"""Sets the noise apart from any other drawn from the same seed."""
+"""The stream of the noise, which keeps it apart from any other noise of the same seed."""
 
 
 @dataclass(frozen=True)
-class Gate:
+class Float8LossCheck:
     """The losses of unquantised weights, and how to measure them again."""
 
     losses: Tensor
@@ -45,8 +45,8 @@ class Gate:
         table: SolverTable,
         text: EmbeddingCache,
         prompts: Sequence[Sequence[Prompt]],
-    ) -> Gate | None:
-        """Measure before anything is quantised; None for a run that will not be."""
+    ) -> Float8LossCheck | None:
+        """Measure the losses before anything is quantised. Returns None for a run in which nothing will be."""
         if config.engine.precision != "fp8" or supported(model.device) is not None or not len(teachers):
             return None
         count = SAMPLES * len(prompts)
@@ -76,4 +76,4 @@ class Gate:
 
     def after(self) -> str:
         """Measure again: a line for the log. Raises UserError where a step's loss moved by more than is accepted."""
-        return check_gate(self.losses, self.again, limit=self.tolerance)
+        return check_losses(self.losses, self.again, limit=self.tolerance)

@@ -1,8 +1,8 @@
-"""The engine's techniques, put to work on a run's models in the one order that is right, and what of them is at work.
+"""The engine's techniques, applied to a run's models in the one order that is right, and a count of what is at work.
 
-What a technique needs to know stands in its own module. Here: the order. Frozen weights are changed first, then blocks
-are checkpointed, then compiled, and only then may FSDP's hooks go around them; graphs are captured when a round first
-runs.
+What a technique does stands in its own module, and what it needs to know of a transformer is asked of the family. This
+module holds the order: frozen weights are changed first, then blocks are checkpointed, then compiled, and only then may
+FSDP's hooks go around them. Graphs are captured when a round first runs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import nn
 
 from opd_fast.config import EngineConfig
 from opd_fast.distributed.world import World
-from opd_fast.engine import attention
+from opd_fast.engine import attention, attention_choice
 from opd_fast.engine import float8 as fp8
-from opd_fast.engine.activation_checkpointing import recompute_blocks
-from opd_fast.engine.attention import Case
+from opd_fast.engine.activation_checkpointing import checkpoint_blocks
+from opd_fast.engine.attention_choice import Case
 from opd_fast.engine.cuda_graphs import CudaBackend, Graphs
 from opd_fast.engine.fused_qkv import fuse_projections
 from opd_fast.models.base import DiffusionModel
@@ -30,8 +30,8 @@ COMPILATIONS = 64
 
 
 @dataclass
-class Engaged:
-    """What is at work, counted: 0 and empty names stand for techniques that are off or do not fit the model."""
+class ActiveTechniques:
+    """Counts of what is at work; 0 and empty names stand for techniques that are off or do not fit the model."""
 
     merged_teachers: int = 0
     """Teachers with weights of their own, their LoRA merged."""
@@ -42,12 +42,12 @@ class Engaged:
     fused: int = 0
     """Attention modules of the teachers whose projections are one product."""
     modulation: int = 0
-    """Layers of student and teachers that are computed once a round for all its steps."""
+    """Layers of student and teachers that are computed once a round, for all of its steps."""
     backends: tuple[str, ...] = ()
     """The implementations of attention that were set: the student's and, where they have weights, the teachers'."""
     fp8: int = 0
     """Layers of student and teachers in float8."""
-    recomputed: int = 0
+    checkpointed: int = 0
     """Blocks of the student that compute their activations again in the backward."""
     compiled: int = 0
     """Blocks under torch.compile."""
@@ -56,7 +56,7 @@ class Engaged:
 
 
 @dataclass(frozen=True)
-class Forwards:
+class ForwardSizes:
     """The sizes of a round's forwards; rows count the branches of guidance."""
 
     student_rows: int
@@ -64,48 +64,58 @@ class Forwards:
     resolution: int
 
 
-def engage(
+@dataclass(frozen=True)
+class ResolvedSettings:
+    """What the settings that depend on the machine or on an earlier run came to."""
+
+    compiled: bool = False
+    """Whether blocks are compiled (engine.compile)."""
+    graphed: bool = False
+    """Whether steps are captured (engine.graphs)."""
+    checkpointed: int = 0
+    """How many of the student's blocks are checkpointed (engine.recompute)."""
+    backends: Sequence[str] = ()
+    """The implementations of attention that the run had before, which are not measured again."""
+
+
+def apply_techniques(
     settings: EngineConfig,
     model: DiffusionModel,
     student: Student,
     teachers: TeacherBank,
-    forwards: Forwards,
+    forwards: ForwardSizes,
     *,
     anchor: TeacherBank | None = None,
-    compiled: bool = False,
-    graphed: bool = False,
-    recompute: int = 0,
-    backends: Sequence[str] = (),
+    resolved: ResolvedSettings | None = None,
     world: World | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> Engaged:
+) -> ActiveTechniques:
     """Put the techniques of `settings` to work, in place; what does not fit model or machine is left out and said.
 
-    `compiled`, `graphed` and `recompute` are what engine.compile, engine.graphs and engine.recompute came to;
-    `backends`, those that the run had before, spare the measurement of attention; `world` is the one that the student
-    will be distributed in. Raises UserError for a setting of no known name.
+    `resolved`: what the settings that depend on the machine came to, all off by default. `world`: the one that the
+    student will be distributed in. Raises UserError for an unknown name of a setting.
     """
-    world = world or World()
+    world, resolved = world or World(), resolved or ResolvedSettings()
     banks = [bank for bank in (teachers, anchor) if bank is not None]
     own = list({id(t): t for bank in banks for t in bank.own}.values())
-    engaged = Engaged(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
-    engaged.merged_layers = student.merge_in_rounds(settings.merge_student)
+    active = ActiveTechniques(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
+    active.merged_layers = student.merge_in_rounds(settings.merge_student)
     if settings.fuse_projections:
-        engaged.fused = sum(fuse_projections(transformer) for transformer in own)
+        active.fused = sum(fuse_projections(net, model.attentions(net)) for net in own)
     if settings.attention != "native":  # as diffusers has it
-        engaged.backends = _attention(settings.attention, backends, model, student, own, forwards, world, say)
+        active.backends = _attention(settings.attention, resolved.backends, model, student, own, forwards, world, say)
     if settings.precision == "fp8":
-        engaged.fp8 = _float8(model, student, own, world, say)
+        active.fp8 = _float8(model, student, own, world, say)
     if settings.group_teachers and not world.sharded:
-        engaged.grouped_teachers = teachers.group()
+        active.grouped_teachers = teachers.group()
     if settings.cache_modulation and not world.sharded:
-        engaged.modulation = student.remember_modulation() + sum(bank.remember_modulation() for bank in banks)
-    engaged.recomputed = recompute_blocks(model.blocks(student.transformer), recompute)
-    if compiled:
-        engaged.compiled = compile_blocks(model, student, *banks)
-    if graphed:
-        engaged.graphs = _graphs(model, banks, say)
-    return engaged
+        active.modulation = student.remember_modulation() + sum(bank.remember_modulation() for bank in banks)
+    active.checkpointed = checkpoint_blocks(model.blocks(student.transformer), resolved.checkpointed)
+    if resolved.compiled:
+        active.compiled = compile_blocks(model, student, *banks)
+    if resolved.graphed:
+        active.graphs = _graphs(model, banks, say)
+    return active
 
 
 def _attention(
@@ -114,11 +124,11 @@ def _attention(
     model: DiffusionModel,
     student: Student,
     own: Sequence[nn.Module],
-    forwards: Forwards,
+    forwards: ForwardSizes,
     world: World,
     say: Callable[[str], None],
 ) -> tuple[str, ...]:
-    """Choose and set the implementations: of student and base, which a gradient needs, and of the teachers."""
+    """Choose and set the implementation of student and base, which need a gradient, and that of the teachers."""
     tokens = model.image_tokens(forwards.resolution) + model.text_tokens
     chosen = []
     trained = [student.transformer, model.transformer]
@@ -131,7 +141,7 @@ def _attention(
         else:
             try:
                 case = Case.of(
-                    transformers[0],
+                    model.attentions(transformers[0]),
                     device=model.device,
                     dtype=model.dtype,
                     rows=rows,
@@ -146,13 +156,13 @@ def _attention(
             # One rank measures for all: what they compute must not depend on whose clock was disturbed.
             name = world.on_first(partial(_backend, setting, case, told))
         for transformer in {id(t): t for t in transformers}.values():
-            attention.route(transformer, name)
+            attention.route(model.attentions(transformer), name)
         chosen.append(name)
     return tuple(chosen)
 
 
 def _backend(setting: str, case: Case, say: Callable[[str], None]) -> str:
-    return attention.choose(setting, case, say=say).backend
+    return attention_choice.choose(setting, case, say=say).backend
 
 
 def _naming(say: Callable[[str], None], of: str) -> Callable[[str], None]:
@@ -162,17 +172,17 @@ def _naming(say: Callable[[str], None], of: str) -> Callable[[str], None]:
 def _float8(
     model: DiffusionModel, student: Student, own: Sequence[nn.Module], world: World, say: Callable[[str], None]
 ) -> int:
-    """Frozen weights in float8 where the machine computes in it; how many layers."""
+    """Keep frozen weights in float8 where the machine computes in it; returns how many layers are."""
     why = fp8.supported(model.device)
     if why is not None:
         say(f"precision: fp8 {why}; frozen weights stay in {model.dtype}".replace("torch.", ""))
         return 0
-    layers = sum(fp8.quantize_frozen(transformer) for transformer in own)
+    layers = sum(fp8.quantize_frozen(net, model.token_layers(net)) for net in own)
     return layers if world.sharded else layers + student.merge_in_float8()
 
 
 def _graphs(model: DiffusionModel, banks: Sequence[TeacherBank], say: Callable[[str], None]) -> Graphs:
-    """The graphs of a run, or none, with the reason."""
+    """The graphs of a run; where there can be none, `say` gets the reason."""
     why = None
     if model.device.type != "cuda":
         why = "there is no CUDA device"
@@ -185,7 +195,7 @@ def _graphs(model: DiffusionModel, banks: Sequence[TeacherBank], say: Callable[[
 
 
 def compile_blocks(model: DiffusionModel, student: Student, *banks: TeacherBank) -> int:
-    """torch.compile of each repeated block, in place: one compilation serves all blocks of a kind. Their number."""
+    """Compile each repeated block, in place; returns how many there are. Blocks of a kind share one compilation."""
     import torch._dynamo
 
     limit = torch._dynamo.config.recompile_limit

@@ -16,10 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from opd_fast.device import send
+from opd_fast.device import to_device
 from opd_fast.engine.cuda_graphs import Graphs, Static
-from opd_fast.models.base import DiffusionModel, TextEmbeds
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning, velocities
+from opd_fast.models.text import TextEmbeds
 from opd_fast.objectives import Surrogate, score_factors
 from opd_fast.reporting.telemetry import annotate
 from opd_fast.solvers import SolverTable
@@ -74,7 +75,7 @@ def one_pass(
     rollout = _Rollout(
         model, student, teachers, table, (weight[:steps] != 0).tolist(), reduction, surrogate, anchor, graphs
     )
-    rows = send(table.rows(weight), batch.keys.device)
+    rows = to_device(table.rows(weight), batch.keys.device)
     losses = torch.zeros(steps, len(batch), device=batch.keys.device)
     states = []
     with student.at_rest():
@@ -99,7 +100,7 @@ def losses_at(
     None takes the states of the student's rollout. Nothing is trained, and no graph is captured.
     """
     rollout = _Rollout(model, student, teachers, table, (weight != 0).tolist(), "mean", None, None, None)
-    rows = send(table.rows(weight), batch.keys.device)
+    rows = to_device(table.rows(weight), batch.keys.device)
     losses, seen = [], []
     with student.at_rest():
         inputs = rollout._inputs(batch, rows)

@@ -22,8 +22,8 @@ from opd_fast.models.guidance import Conditioning
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable
 from opd_fast.training.evaluation import EvalTask
-from opd_fast.training.float8_check import Gate
-from opd_fast.training.optimize import Engaged, Forwards, engage
+from opd_fast.training.float8_check import Float8LossCheck
+from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, ResolvedSettings, apply_techniques
 from opd_fast.training.preflight import anchor_teacher, evaluation_solver, evaluation_task, frozen_teachers, refusals
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import BASE, TeacherBank
@@ -53,7 +53,7 @@ class Setup:
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
     world: World
-    engaged: Engaged
+    engaged: ActiveTechniques
     """The engine's techniques that are at work."""
     anchor: TeacherBank | None
     """A bank with the one model that the objective holds the student to."""
@@ -95,23 +95,22 @@ def prepare(
         log(f"teacher {teacher.name}: {teacher.origin}")
     anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
-    gate = Gate.before(config, model, student, teachers, table, text, prompts) if not world.sharded else None
-    engaged = engage(
+    loss_check = (
+        Float8LossCheck.before(config, model, student, teachers, table, text, prompts) if not world.sharded else None
+    )
+    engaged = apply_techniques(
         config.engine,
         model,
         student,
         teachers,
         forwards(config, model, world),
         anchor=anchor,
-        compiled=resolved.compile,
-        graphed=resolved.graphs,
-        recompute=checkpointed_blocks(planner),
-        backends=backends,
+        resolved=ResolvedSettings(resolved.compile, resolved.graphs, checkpointed_blocks(planner), backends),
         world=world,
         say=log,
     )
     if engaged.fp8:
-        log(gate.after() if gate is not None else "precision: fp8, its change of the losses not measured")
+        log(loss_check.after() if loss_check is not None else "precision: fp8, its change of the losses not measured")
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
     teachers.together = world.sharded and config.engine.placement == "shared"
     shape = model.latent_shape(model.resolution(config.model.resolution))
@@ -195,13 +194,13 @@ def _encode(
     return text
 
 
-def forwards(config: Config, model: DiffusionModel, world: World) -> Forwards:
+def forwards(config: Config, model: DiffusionModel, world: World) -> ForwardSizes:
     """The sizes of this process's forwards in a round."""
     train = config.train
     tasks = train.tasks_per_round or len(config.trained)
     samples = -(-tasks * train.samples_per_task // world.size)
     at_once = min(train.micro_batch or samples, samples)
-    return Forwards(
+    return ForwardSizes(
         student_rows=at_once * branches(model, config.student.guidance),
         teacher_rows=min(at_once, train.samples_per_task)
         * max(branches(model, teacher.guidance) for teacher in config.teachers),

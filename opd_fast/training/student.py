@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from opd_fast.config import StudentConfig
 from opd_fast.distributed.world import World, full_tensor, local_tensor, reshard
-from opd_fast.engine.float8 import Float8MergedLayers, fits, quantize_frozen
+from opd_fast.engine.float8 import fits, quantize_frozen
 from opd_fast.engine.merged_lora import MergedLayers
-from opd_fast.engine.modulation_cache import Remembered, recalled
+from opd_fast.engine.modulation_cache import ModulationCache, at_step
 from opd_fast.files import open_to_umask
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning, Velocities, velocities
 from opd_fast.models.lora.adapters import use_adapter
+from opd_fast.models.lora.files import save_lora
 from opd_fast.models.lora.load import load_transformer
 from opd_fast.training.student_init import (
     MERGED,
@@ -51,7 +52,7 @@ class Student:
         self.world = World()
         self._hold()
         self._merged = MergedLayers(transformer, ADAPTER) if config.kind == "lora" else None
-        self._remembered: Remembered | None = None
+        self._remembered: ModulationCache | None = None
         # Float32 adapters on a half-precision base compute in the base's type; without autocast PEFT would cast up.
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
@@ -104,13 +105,13 @@ class Student:
         """
         if self._merged is None:
             return 0
-        frozen = quantize_frozen(self.transformer, transposed=True)
-        self._merged = Float8MergedLayers(self.transformer, ADAPTER)
+        frozen = quantize_frozen(self.transformer, self._model.token_layers(self.transformer), transposed=True)
+        self._merged = MergedLayers(self.transformer, ADAPTER, float8=True)
         return frozen + sum(fits(layer.get_base_layer().weight) for layer in self._merged.layers)
 
     def remember_modulation(self) -> int:
         """Let `remember` keep what depends on step and prompt alone; of how many layers."""
-        self._remembered = Remembered.of(self._model, self.transformer)
+        self._remembered = ModulationCache.of(self._model, self.transformer)
         return 0 if self._remembered is None else self._remembered.layers
 
     def remember(self, sigmas: Tensor, condition: Conditioning) -> None:
@@ -146,7 +147,7 @@ class Student:
 
         `step`, a 0-dim int64 tensor on the device: the level's place among those of `remember`, with `condition`.
         """
-        with self._autocast, recalled(self._remembered, step):
+        with self._autocast, at_step(self._remembered, step):
             return velocities(model, self.transformer, x, sigma, condition)
 
     @contextlib.contextmanager
@@ -267,12 +268,13 @@ class Student:
     def _write_lora(self, average: dict[str, Tensor], directory: Path) -> None:
         suffix = f".lora_A.{ADAPTER}.weight"
         modules = [name.removesuffix(suffix) for name in average if name.endswith(suffix)]
-        self._model.save_lora(
+        save_lora(
             directory,
             {m: (average[m + suffix], average[m + suffix.replace("lora_A", "lora_B")]) for m in modules},
             rank=self.config.rank,
             alpha=self.config.alpha,
             targets=modules,
+            base_model=self._model.path,
         )
 
 

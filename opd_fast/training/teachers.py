@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opd_fast.config import TeacherConfig
 from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.engine.grouped_lora import Call, GroupedAdapters, grouped_velocities, joined
-from opd_fast.engine.modulation_cache import Remembered, recalled
+from opd_fast.engine.modulation_cache import ModulationCache, at_step
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning, Velocities, in_rows, velocities
 from opd_fast.models.lora.adapters import add_frozen, use_adapter
@@ -70,7 +70,7 @@ class TeacherBank:
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
         self._grouped: GroupedAdapters | None = None
         self._remembering = False
-        self._remembered: dict[int, Remembered | None] = {}
+        self._remembered: dict[int, ModulationCache | None] = {}
         """Of each teacher, or of each of the calls of `_grouped`."""
 
     @classmethod
@@ -155,11 +155,11 @@ class TeacherBank:
             return 0
         return sum(r.layers for i in range(len(self)) if (r := self._memory(i)) is not None)
 
-    def _memory(self, index: int) -> Remembered | None:
+    def _memory(self, index: int) -> ModulationCache | None:
         """That of a teacher, or of a grouped call."""
         if index not in self._remembered:
             transformer = self.teachers[0 if self._grouped is not None else index].transformer
-            self._remembered[index] = Remembered.of(self.model, transformer)
+            self._remembered[index] = ModulationCache.of(self.model, transformer)
         return self._remembered[index]
 
     def course(self, batch: RoundBatch, sigmas: Tensor | None = None) -> Course:
@@ -227,7 +227,7 @@ class TeacherBank:
         memory = self._memory(index) if self._remembering else None
 
         def forward(x: Tensor, sigma: Tensor, condition: Conditioning, step: Tensor | None) -> Velocities:
-            with self.active(index) as transformer, recalled(memory, step):
+            with self.active(index) as transformer, at_step(memory, step):
                 return velocities(self.model, transformer, x, sigma, condition)
 
         if graphs is None or self.together:  # shards are gathered by hooks, which no graph records

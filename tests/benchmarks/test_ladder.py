@@ -18,7 +18,7 @@ from benchmarks.same_rewards import SWITCHES, verdict
 from opd_fast.config import EngineConfig
 from opd_fast.config.command_line import parse
 from opd_fast.training import optimize as engine
-from opd_fast.training.optimize import Engaged
+from opd_fast.training.optimize import ActiveTechniques
 from opd_fast.training.student import Student
 from tests.benchmarks.test_benchmarks import ENVIRONMENT
 
@@ -133,18 +133,18 @@ def test_rungs_above_one_that_is_off_go_without_it(work: Work) -> None:
 
 
 def test_a_technique_nobody_asked_for_is_told(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.rounds.engage", lambda *args, **kwargs: Engaged(compiled=24))
+    monkeypatch.setattr("benchmarks.rounds.apply_techniques", lambda *args, **kwargs: ActiveTechniques(compiled=24))
     techniques = (Technique("blocks", {"compile": "off"}, lambda engaged: engaged.compiled),)
     assert climb(work, techniques)["one-pass"]["note"] == "at work though not asked for: blocks"
 
 
 def test_a_rung_that_fails_does_not_end_the_climb(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    def engage(settings: EngineConfig, *args: Any, **kwargs: Any) -> Engaged:
+    def apply_techniques(settings: EngineConfig, *args: Any, **kwargs: Any) -> ActiveTechniques:
         if settings.placement == "merged":
             raise OutOfResources("no room\nfor three")
-        return engine.engage(settings, *args, **kwargs)
+        return engine.apply_techniques(settings, *args, **kwargs)
 
-    monkeypatch.setattr("benchmarks.rounds.engage", engage)
+    monkeypatch.setattr("benchmarks.rounds.apply_techniques", apply_techniques)
     rows = climb(work)
     assert rows["teachers-merged"]["note"] == "failed: OutOfResources: no room for three"
     assert set(rows["student-merged"]["engaged"]) == {"student-merged"}

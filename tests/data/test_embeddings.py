@@ -23,7 +23,7 @@ from opd_fast.data.text_embeddings import EmbeddingCache, encoding_progress
 from opd_fast.data.text_store import TextStore, cache_root, text_files, text_key
 from opd_fast.errors import UserError
 from opd_fast.models import DiffusionModel, TextEmbeds, load_model
-from opd_fast.models.base import TextEncoders
+from opd_fast.models.text import TextEncoders
 from opd_fast.training.setup import prepare
 from tests.runs import settings, write_world
 from tests.tiny import save_tiny
@@ -36,7 +36,7 @@ class Letters:
 
     name, path = "letters", "no/such/folder"
     dtype, text_tokens, text_device = torch.float32, 3, None
-    text_folders = DiffusionModel.text_folders
+    folder, text_folders = None, DiffusionModel.text_folders
 
     def __init__(self, device: str, pooled: bool, mask: bool) -> None:
         self.device, self.parts = torch.device(device), (pooled, mask)

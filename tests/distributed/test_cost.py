@@ -16,7 +16,7 @@ from opd_fast.config import StudentConfig
 from opd_fast.config.command_line import parse
 from opd_fast.distributed.flops import SAVED_PER_BLOCK, row_cost
 from opd_fast.distributed.plan import lora_modules, make_plan
-from opd_fast.models import load_model, outline_model
+from opd_fast.models import load_model, meta_model
 from opd_fast.training.loop import make_optimizer
 from opd_fast.training.methods.opd import OPD
 from opd_fast.training.setup import prepare
@@ -39,7 +39,7 @@ def test_a_row(family: str, kind: str, tmp_path: Path) -> None:
     folder = FAMILIES[family](tmp_path / family)
     model = load_model(str(folder), device="cpu", dtype=torch.float32)
     student = Student.build(model, StudentConfig(kind=kind, rank=4))  # type: ignore[arg-type]
-    outline = outline_model(str(folder), dtype=torch.float32)
+    outline = meta_model(str(folder), dtype=torch.float32)
     layers = lora_modules(outline.transformer, outline.targets("attention"))
     cost = row_cost(outline, dict.fromkeys(layers, 4) if kind == "lora" else None, 64)
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_traced_is_estimated(monkeypatch: pytest.MonkeyPatch) -> 
     traced = make_plan(config)
     monkeypatch.setattr("opd_fast.models.sd3.SD3.velocity", lambda self, transformer, x, *_: float(x.sum()))
     with pytest.raises(ValueError, match="sd3 cannot be traced"):
-        row_cost(outline_model("bundled", dtype=torch.float32), None, 32)
+        row_cost(meta_model("bundled", dtype=torch.float32), None, 32)
     rough = make_plan(config)
     assert (traced.traced, rough.traced) == (True, False)
     tokens = rough.image_tokens + rough.text_tokens

@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def counted(built: list[str]) -> Any:
     """SD3's builder of models without weights, which also adds to `built`."""
-    build = SD3.outline.__func__  # type: ignore[attr-defined]
+    build = SD3.meta.__func__  # type: ignore[attr-defined]
 
     def count(cls: type[SD3], *arguments: Any, **options: Any) -> SD3:
         built.append(cls.__name__)
@@ -44,7 +44,7 @@ def test_one_process_builds_it_once(
     run: Path, tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[str] = []
-    monkeypatch.setattr(SD3, "outline", counted(built))
+    monkeypatch.setattr(SD3, "meta", counted(built))
     assert train.main([str(run), "--run-dir", str(tmp_path / "run"), *options]) == 0
     assert built == ["SD3"]
 
@@ -52,7 +52,7 @@ def test_one_process_builds_it_once(
 def test_setup_and_plan_share_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan decides how many blocks are checkpointed on a GPU. It reads the model that was checked."""
     built: list[str] = []
-    monkeypatch.setattr(SD3, "outline", counted(built))
+    monkeypatch.setattr(SD3, "meta", counted(built))
     config = settings(run.parent / "run.yaml", evaluation__every=0)
     planner = Planner(config, 1)
     before = [(p.dtype, p.requires_grad) for p in planner.model.transformer.parameters()]
@@ -77,7 +77,7 @@ def main(run: str, out: Path) -> int:
     import os
 
     built: list[str] = []
-    SD3.outline = counted(built)  # type: ignore[method-assign]
+    SD3.meta = counted(built)  # type: ignore[method-assign]
     code = train.main([run, "--run-dir", str(out / "run")])
     (out / f"{os.environ['RANK']}.json").write_text(json.dumps(built))
     return code

@@ -14,11 +14,14 @@ from diffusers.models import attention_dispatch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from opd_fast.engine import attention
-from opd_fast.engine.attention import BACKENDS, Case, JointAttention, available, cache_file, choose, route, unfit
+from opd_fast.engine import attention_choice as attention
+from opd_fast.engine.attention import BACKENDS, available, route
+from opd_fast.engine.attention_choice import Case, cache_file, choose, unfit
 from opd_fast.engine.fused_qkv import fuse_projections
 from opd_fast.errors import UserError
+from opd_fast.models.joint_attention import JointAttention
 from opd_fast.models.z_image_transformer import ZImageTransformer2DModel
+from tests.techniques import sites
 from tests.tiny import tiny_transformer
 from tests.tiny_flux import tiny_flux_transformer
 from tests.tiny_qwen import tiny_transformer as tiny_qwen
@@ -124,7 +127,7 @@ def operations(work: Callable[[], Any]) -> set[str]:
 def test_sd3_equals_the_published_processor(kind: str, backend: str) -> None:
     network = tiny_transformer(**SD3[kind])
     wanted = run(network, call_sd3)
-    assert route(network, backend) == {"sd3.5": 3, "sd3": 2}[kind]
+    assert route(sites(network), backend) == {"sd3.5": 3, "sd3": 2}[kind]
     assert_same(run(network, call_sd3), wanted)
     assert (FLASH in operations(lambda: run(network, call_sd3))) == (backend in ("native", "flash"))
 
@@ -134,8 +137,8 @@ def test_sd3_equals_the_published_processor(kind: str, backend: str) -> None:
 def test_sd3_with_fused_projections(kind: str, backend: str) -> None:
     network = tiny_transformer(**SD3[kind]).requires_grad_(False)
     wanted = run(network, call_sd3)
-    fuse_projections(network)
-    route(network, backend)
+    fuse_projections(network, sites(network))
+    route(sites(network), backend)
     assert_same(run(network, call_sd3), wanted)
 
 
@@ -145,7 +148,7 @@ def test_sd3_with_adapters(backend: str) -> None:
     targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     network.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False))
     wanted = run(network, call_sd3)
-    route(network, backend)
+    route(sites(network), backend)
     assert_same(run(network, call_sd3), wanted)
 
 
@@ -159,7 +162,7 @@ def test_sd3_in_half_precision() -> None:
         if ".lora_" not in name:
             parameter.data = parameter.data.bfloat16()
     for backend in HERE:
-        route(network, backend)
+        route(sites(network), backend)
         with torch.autocast("cpu", torch.bfloat16):
             found = [t.float() for t in run(network, lambda net, x: call_sd3(net, x.bfloat16()))]
         assert_same(found, wanted, 0.05)
@@ -167,7 +170,7 @@ def test_sd3_in_half_precision() -> None:
 
 def test_sd3_refuses_a_mask() -> None:
     network = tiny_transformer()
-    route(network, "native")
+    route(sites(network), "native")
     with pytest.raises(ValueError, match="has no mask"):
         network.transformer_blocks[0].attn(noise(2, 4, 32), noise(2, 3, 32), attention_mask=torch.ones(2, 7).bool())
 
@@ -178,7 +181,7 @@ def test_families_of_the_dispatcher(family: str, backend: str) -> None:
     build, call, count = FAMILIES[family]
     network = build()
     wanted = run(network, call)
-    assert route(network, backend) == count
+    assert route(sites(network), backend) == count
     assert_same(run(network, call), wanted)
     assert (FLASH in operations(lambda: run(network, call))) == (backend != "math")
 
@@ -188,7 +191,7 @@ def test_one_transformer_routed_leaves_the_others() -> None:
     for build, call in ((tiny_transformer, call_sd3), (tiny_flux_transformer, call_flux)):
         network = build()
         other = copy.deepcopy(network)
-        route(network, "math")
+        route(sites(network), "math")
         assert FLASH not in operations(lambda network=network, call=call: run(network, call))
         assert FLASH in operations(lambda other=other, call=call: run(other, call))
     assert attention_dispatch._AttentionBackendRegistry.get_active_backend() == active
@@ -201,8 +204,8 @@ def test_compiled_blocks_of_sd3(backend: str, fused: bool) -> None:
     network = tiny_transformer().requires_grad_(not fused)
     wanted = run(network, call_sd3)
     if fused:
-        fuse_projections(network)
-    route(network, backend)
+        fuse_projections(network, sites(network))
+    route(sites(network), backend)
     for block in network.transformer_blocks:
         block.compile(backend="aot_eager", fullgraph=True)
     assert_same(run(network, call_sd3), wanted)
@@ -214,7 +217,7 @@ def test_compiled_blocks_of_flux(backend: str) -> None:
     torch.compiler.reset()
     network = tiny_flux_transformer()
     wanted = run(network, call_flux)
-    route(network, backend)
+    route(sites(network), backend)
     for block in [*network.transformer_blocks, *network.single_transformer_blocks]:
         block.compile(backend="aot_eager", fullgraph=True)
     assert_same(run(network, call_flux), wanted)
@@ -228,16 +231,16 @@ def test_route_leaves_processors_of_other_kinds() -> None:
 
     network = tiny_transformer()
     network.transformer_blocks[0].attn.set_processor(Own())
-    assert route(network, "math") == 2
+    assert route(sites(network), "math") == 2
     assert isinstance(network.transformer_blocks[0].attn.processor, Own)
     assert isinstance(network.transformer_blocks[0].attn2.processor, JointAttention)
-    assert route(nn.Linear(2, 2), "math") == 0
+    assert route(sites(nn.Linear(2, 2)), "math") == 0
 
 
 def test_products_are_sd3s() -> None:
     network = tiny_flux_transformer()
-    with pytest.raises(ValueError, match="SD3's attention only, not FluxTransformer2DModel's"):
-        route(network, "products")
+    with pytest.raises(ValueError, match="products is not offered for this model's attention"):
+        route(sites(network), "products")
     assert all(m.processor._attention_backend is None for m in network.modules() if hasattr(m, "processor"))
 
 
@@ -247,19 +250,19 @@ def test_products_are_sd3s() -> None:
 def test_case_of_a_transformer() -> None:
     given: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "rows": 3, "tokens": 21}
     shape = (3, 4, 8, 21)
-    case = Case.of(tiny_transformer(), **given, needs_grad=True)
+    case = Case.of(sites(tiny_transformer()), **given, needs_grad=True)
     assert (case.rows, case.heads, case.head_dim, case.tokens) == shape
     assert (case.products, case.mixed, case.needs_grad, case.mask) == (True, False, True, False)
     routed = tiny_transformer()
-    route(routed, "math")
-    assert Case.of(routed, **given).products
+    route(sites(routed), "math")
+    assert Case.of(sites(routed), **given).products
     for build, mixed in ((tiny_flux_transformer, True), (tiny_qwen, False), (tiny_z_image, False)):
-        case = Case.of(build(), **given)
+        case = Case.of(sites(build()), **given)
         assert (case.rows, case.heads, case.head_dim, case.tokens, case.products) == (3, 2, 16, 21, False)
         assert case.mixed is mixed  # torch's RMSNorm is of autocast's float32 list, diffusers' own is not
-    assert not Case.of(tiny_flux_transformer(), **(given | {"dtype": torch.float32})).mixed
-    with pytest.raises(ValueError, match="Linear has no attention"):
-        Case.of(nn.Linear(2, 2), **given)
+    assert not Case.of(sites(tiny_flux_transformer()), **(given | {"dtype": torch.float32})).mixed
+    with pytest.raises(ValueError, match="the transformer has no attention"):
+        Case.of(sites(nn.Linear(2, 2)), **given)
 
 
 def changed(**changes: Any) -> Case:
@@ -271,7 +274,7 @@ def changed(**changes: Any) -> Case:
     [
         ("products", {"mask": True}, "is not used with a mask"),
         ("flash", {"mask": True}, "is not used with a mask"),
-        ("products", {"products": False}, "SD3's attention only"),
+        ("products", {"products": False}, "not offered for this model's attention"),
         ("products", {"tokens": 4096}, "would keep 256 MiB of scores"),
         ("cudnn", {}, "needs a CUDA device, not cpu"),
         ("efficient", {}, "needs a CUDA device, not cpu"),
@@ -329,13 +332,13 @@ def test_unknown_names() -> None:
     for work in (
         lambda: choose("cudn", CASE),
         lambda: available("cudn", CASE.device, CASE.dtype),
-        lambda: route(network, "cudn"),
-        lambda: JointAttention("cudn"),
+        lambda: route(sites(network), "cudn"),
+        lambda: available("cudn", torch.device("cpu"), torch.float32),
     ):
         with pytest.raises(UserError, match=r"engine\.attention: is 'cudn'; did you mean cudnn\?"):
             work()
     with pytest.raises(UserError, match="is 'auto'"):
-        route(network, "auto")
+        route(sites(network), "auto")
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -404,9 +407,9 @@ def test_wrong_backends_are_dropped_and_named(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda q, k, v: attention._products(q, k, v) * float("nan"), "gives a result that is not finite"),
-        (lambda q, k, v: attention._products(q, 0.5 * k + 0.5 * k.detach(), v), "gives a gradient of k off by 5.0e-01"),
-        (lambda q, k, v: attention._products(q.detach(), k, v), "fails ("),
+        (lambda q, k, v: attention.products(q, k, v) * float("nan"), "gives a result that is not finite"),
+        (lambda q, k, v: attention.products(q, 0.5 * k + 0.5 * k.detach(), v), "gives a gradient of k off by 5.0e-01"),
+        (lambda q, k, v: attention.products(q.detach(), k, v), "fails ("),
     ],
 )
 def test_what_is_wrong_with_a_backend(wrong: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

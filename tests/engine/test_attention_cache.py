@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from opd_fast.engine import attention
-from opd_fast.engine.attention import Case, choose
+from opd_fast.engine import attention_choice as attention
+from opd_fast.engine.attention_choice import Case, choose
 
 CASE = Case(torch.device("cpu"), torch.float32, rows=2, heads=2, head_dim=8, tokens=24, needs_grad=True, products=True)
 

@@ -17,7 +17,13 @@ from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.objectives import step_weights
-from opd_fast.training.optimize import Engaged, Forwards, compile_blocks, engage
+from opd_fast.training.optimize import (
+    ActiveTechniques,
+    ForwardSizes,
+    ResolvedSettings,
+    apply_techniques,
+    compile_blocks,
+)
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import TeacherBank
@@ -48,26 +54,25 @@ OFF = EngineConfig(
     fuse_projections=False,
     cache_modulation=False,
 )
-FORWARDS = Forwards(student_rows=2, teacher_rows=1, resolution=64)
+FORWARDS = ForwardSizes(student_rows=2, teacher_rows=1, resolution=64)
 Team = tuple[DiffusionModel, Student, TeacherBank]
 
 
-def _engage(team: Team, said: list[str] | None = None, **changes: Any) -> Engaged:
+def _apply(team: Team, said: list[str] | None = None, **changes: Any) -> ActiveTechniques:
     settings = dataclasses.replace(OFF, **changes)
     say = (said if said is not None else []).append
-    return engage(
-        settings, *team, FORWARDS, compiled=settings.compile == "on", graphed=settings.graphs == "on", say=say
-    )
+    resolved = ResolvedSettings(settings.compile == "on", settings.graphs == "on")
+    return apply_techniques(settings, *team, FORWARDS, resolved=resolved, say=say)
 
 
-def _at_work(engaged: Engaged) -> dict[str, Any]:
+def _at_work(active: ActiveTechniques) -> dict[str, Any]:
     """What is not zero or empty."""
-    found = {key: value for key, value in vars(engaged).items() if key != "graphs" and value}
-    return found | ({"graphs": True} if engaged.graphs.on else {})
+    found = {key: value for key, value in vars(active).items() if key != "graphs" and value}
+    return found | ({"graphs": True} if active.graphs.on else {})
 
 
 def test_all_off_is_plain(team: Team) -> None:
-    assert _at_work(_engage(team)) == {"merged_teachers": 1}
+    assert _at_work(_apply(team)) == {"merged_teachers": 1}
 
 
 @pytest.mark.parametrize(
@@ -81,18 +86,17 @@ def test_all_off_is_plain(team: Team) -> None:
     ids=lambda value: next(iter(value)),
 )
 def test_each_switch_counts_what_it_did(team: Team, changes: dict[str, Any], counted: dict[str, Any]) -> None:
-    assert _at_work(_engage(team, **changes)) == {"merged_teachers": 1} | counted
+    assert _at_work(_apply(team, **changes)) == {"merged_teachers": 1} | counted
 
 
 def test_measured_attention_is_told_and_kept(team: Team) -> None:
     said: list[str] = []
-    engaged = _engage(team, said, attention="auto")
-    assert set(engaged.backends) <= set(BACKENDS)
-    assert len(engaged.backends) == 2
+    active = _apply(team, said, attention="auto")
+    assert set(active.backends) <= set(BACKENDS)
+    assert len(active.backends) == 2
     assert [line.split(":")[0] for line in said] == ["attention of the student", "attention of the teachers"]
-    again = engage(
-        dataclasses.replace(OFF, attention="auto"), *team, FORWARDS, backends=("math", "native"), say=said.append
-    )
+    settings, resolved = dataclasses.replace(OFF, attention="auto"), ResolvedSettings(backends=("math", "native"))
+    again = apply_techniques(settings, *team, FORWARDS, resolved=resolved, say=said.append)
     assert again.backends == ("math", "native")
     assert len(said) == 2, "measured again"
 
@@ -109,9 +113,9 @@ def test_measured_attention_is_told_and_kept(team: Team) -> None:
 )
 def test_what_the_machine_lacks_is_said_and_left_out(team: Team, changes: dict[str, Any], words: str) -> None:
     said: list[str] = []
-    engaged = _engage(team, said, **changes)
-    assert not engaged.graphs.on
-    assert engaged.fp8 == 0
+    active = _apply(team, said, **changes)
+    assert not active.graphs.on
+    assert active.fp8 == 0
     assert any(words in line for line in said), said
 
 
@@ -143,10 +147,10 @@ def test_every_number_of_rows_is_compiled_for_itself(team: Team, monkeypatch: py
 
 def test_teachers_on_one_base_are_asked_together(tmp_path: Path) -> None:
     model, student, bank = _team(tmp_path, "shared")
-    engaged = _engage((model, student, bank), group_teachers=True, cache_modulation=True)
-    assert engaged.grouped_teachers == 1
-    assert engaged.merged_teachers == 0
-    assert engaged.modulation == 14  # seven, by the student and by the teachers
+    active = _apply((model, student, bank), group_teachers=True, cache_modulation=True)
+    assert active.grouped_teachers == 1
+    assert active.merged_teachers == 0
+    assert active.modulation == 14  # seven, by the student and by the teachers
 
 
 # --- all of them together ---------------------------------------------------------------------------------------------
@@ -169,12 +173,14 @@ def test_the_round_is_the_same_with_all_techniques_on(
     for on in (False, True):
         model, student, bank = copy.deepcopy(world.team("lora", "lora", placement, guidance))
         settings = EngineConfig(compile="off", graphs="off") if on else OFF
-        engaged = engage(settings, model, student, bank, FORWARDS, recompute=int(on))
+        active = apply_techniques(
+            settings, model, student, bank, FORWARDS, resolved=ResolvedSettings(checkpointed=int(on))
+        )
         graphs = Graphs(RecordedBackend()) if on else None
         if on:
-            counts = _at_work(engaged)
+            counts = _at_work(active)
             teaching = {"merged": {"merged_teachers", "fused"}, "shared": {"grouped_teachers"}}[placement]
-            assert counts.keys() == teaching | {"merged_layers", "modulation", "backends", "recomputed"}
+            assert counts.keys() == teaching | {"merged_layers", "modulation", "backends", "checkpointed"}
         rounds = []
         for index in range(3):
             batch = dataclasses.replace(world.batch, keys=world.batch.keys + 10 * index, noise=None)

@@ -18,20 +18,19 @@ from opd_fast.engine import float8 as fp8
 from opd_fast.engine.float8 import (
     OUTLIER,
     Float8Linear,
-    Float8MergedLayers,
-    check_gate,
+    check_losses,
     frozen_layers,
     layer_errors,
-    merged_linear_fp8,
     outliers,
     quantize_frozen,
     quantize_weight,
     requantize,
     supported,
 )
-from opd_fast.engine.merged_lora import merged_linear
+from opd_fast.engine.merged_lora import MergedLayers, merged_linear
 from opd_fast.errors import UserError
-from opd_fast.models import load_model, outline_model
+from opd_fast.models import load_model, meta_model
+from opd_fast.models.techniques import token_layers
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import ADAPTER, Student
 from opd_kernels import quantize_rows
@@ -158,9 +157,9 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("path", PUBLISHED)
 def test_attention_and_feed_forward_of_every_family(path: str) -> None:
-    model = outline_model(path, dtype=torch.bfloat16)
+    model = meta_model(path, dtype=torch.bfloat16)
     transformer = copy.deepcopy(model.transformer).requires_grad_(False)
-    found = frozen_layers(transformer)
+    found = frozen_layers(token_layers(transformer))
     assert len(found) == PUBLISHED[path]
     inside = {id(m) for block in model.blocks(transformer) for m in block.modules()}
     assert all(id(layer) in inside for layer in found.values())
@@ -172,27 +171,28 @@ def test_attention_and_feed_forward_of_every_family(path: str) -> None:
 
 def test_wrapped_trainable_and_skipped_layers_stay(tmp_path: Path) -> None:
     model = load_model(save_tiny(tmp_path), device="cpu", dtype=torch.float32)
-    everything = len(frozen_layers(model.transformer))
+    everything = len(frozen_layers(token_layers(model.transformer)))
     Student.build(model, StudentConfig(rank=4, alpha=8.0))
     transformer: Any = model.transformer
     wrapped = [m for m in transformer.modules() if isinstance(m, LoraLinear)]
     transformer.transformer_blocks[0].ff.net[2].weight.requires_grad_(True)
     skip = ["transformer_blocks.0.ff_context.net.2"]
     assert len(wrapped) == 15
-    assert quantize_frozen(transformer, skip=skip) == everything - 15 - 2
+    assert quantize_frozen(transformer, token_layers(transformer), skip=skip) == everything - 15 - 2
     assert all(type(m.get_base_layer()) is nn.Linear for m in wrapped)
     assert type(transformer.get_submodule(skip[0])) is nn.Linear
     assert type(transformer.transformer_blocks[0].ff.net[2]) is nn.Linear
-    assert quantize_frozen(transformer) == 1  # the one that was skipped; float8 is not quantised again
+    # The one that was skipped; float8 is not quantised again.
+    assert quantize_frozen(transformer, token_layers(transformer)) == 1
     with pytest.raises(ValueError, match=r"not there: transformer_blocks\.9\.ff"):
-        quantize_frozen(transformer, skip=["transformer_blocks.9.ff"])
+        quantize_frozen(transformer, token_layers(transformer), skip=["transformer_blocks.9.ff"])
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_bytes_of_a_weight(transposed: bool) -> None:
     """Half of bfloat16's, or, with the transposed copy, as many; four more a row and column for the scales."""
     transformer = tiny_transformer(attention_head_dim=64).to(torch.bfloat16).requires_grad_(False)
-    layers = frozen_layers(transformer)
+    layers = frozen_layers(token_layers(transformer))
     weights, sides = sum(m.weight.numel() for m in layers.values()), [m.weight.shape for m in layers.values()]
     scales = 4 * sum(out + (inside if transposed else 0) for out, inside in sides)
 
@@ -200,7 +200,7 @@ def test_bytes_of_a_weight(transposed: bool) -> None:
         return sum(t.nbytes for t in [*transformer.parameters(), *transformer.buffers()])
 
     before = held()
-    assert quantize_frozen(transformer, transposed=transposed) == len(layers) > 20
+    assert quantize_frozen(transformer, token_layers(transformer), transposed=transposed) == len(layers) > 20
     assert before - held() == (0 if transposed else weights) - scales
     assert scales < 0.04 * weights
 
@@ -220,7 +220,7 @@ def test_merged_product_and_its_gradients(transposed: bool) -> None:
         y = run(x, a, b)
         return y, list(torch.autograd.grad(y, (x, a, b), dy))
 
-    y, (dx, da, db) = gradients(lambda x, a, b: merged_linear_fp8(x, weight, bias, a, b, 2.0))
+    y, (dx, da, db) = gradients(lambda x, a, b: merged_linear(x, weight, bias, a, b, 2.0))
     truth, (dx_true, da_true, db_true) = gradients(lambda x, a, b: merged_linear(x, merged, bias, a, b, 2.0))
     plain = Float8Linear(linear(), transposed=transposed)
     plain.q, plain.scale, plain.columns, plain.column_scale = weight
@@ -266,10 +266,10 @@ def through(student: Student) -> tuple[Tensor, Tensor]:
     return y.detach(), torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
-def in_float8_for_good(student: Student) -> Float8MergedLayers:
-    layers = Float8MergedLayers(student.transformer, ADAPTER)
+def in_float8_for_good(student: Student) -> MergedLayers:
+    layers = MergedLayers(student.transformer, ADAPTER, float8=True)
     student._merged = layers
-    quantize_frozen(student.transformer, transposed=True)
+    quantize_frozen(student.transformer, token_layers(student.transformer), transposed=True)
     return layers
 
 
@@ -281,7 +281,7 @@ def test_a_student_merged_in_float8(tmp_path: Path) -> None:
     assert 0.005 < relative(found, y) < 0.08
     assert 0.005 < relative(slope, gradient) < 0.15
     # The next round merges the new weights into the same places.
-    weights = layers._quantized
+    weights = layers._weights
     assert weights is not None
     places = [t.data_ptr() for w in weights for t in w if t is not None]
     for parameter in student.parameters():
@@ -338,32 +338,32 @@ class Spread(nn.Module):
 
 def test_layers_with_outliers_are_found() -> None:
     module = Spread()
-    errors = layer_errors(module, lambda: [module(torch.randn(64, 32)) for _ in range(3)])
+    errors = layer_errors(token_layers(module), lambda: [module(torch.randn(64, 32)) for _ in range(3)])
     assert ROUNDING / 2 < errors["blocks.0"] < 1.5 * ROUNDING < OUTLIER
     assert errors["blocks.1"] > 0.5
     above, line = outliers(errors)
     assert above == ["blocks.1"]
     assert "1 of 2 stay as they are, being off by more than 10%: blocks.1 " in line
-    assert quantize_frozen(module, skip=above) == 1
+    assert quantize_frozen(module, token_layers(module), skip=above) == 1
     assert not any(m._forward_hooks for m in module.modules())
 
 
 def test_gate() -> None:
     exact = torch.tensor([[1.0, 3.0], [0.5, 0.5]])
-    line = check_gate(exact, lambda: exact * torch.tensor([[1.002], [0.991]]))
+    line = check_losses(exact, lambda: exact * torch.tensor([[1.002], [0.991]]))
     assert line == "precision: fp8 (step losses move by -0.90% at most, at step 1; their sum by -0.02%)"
-    check_gate(exact.sum(1), exact.sum(1) * 1.0099)
+    check_losses(exact.sum(1), exact.sum(1) * 1.0099)
     with pytest.raises(
         UserError, match=r"engine\.precision: fp8 moves the loss of step 1 by \+1\.10% .* 1% is allowed"
     ):
-        check_gate(lambda: exact, exact * torch.tensor([[1.0], [1.011]]))
+        check_losses(lambda: exact, exact * torch.tensor([[1.0], [1.011]]))
     with pytest.raises(UserError, match="not finite"):
-        check_gate(exact, exact.clone().fill_(float("nan")))
+        check_losses(exact, exact.clone().fill_(float("nan")))
     with pytest.raises(UserError, match="step 0 a loss where there is none"):
-        check_gate(torch.tensor([0.0, 1.0]), torch.tensor([1e-9, 1.0]))
-    check_gate(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))
+        check_losses(torch.tensor([0.0, 1.0]), torch.tensor([1e-9, 1.0]))
+    check_losses(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="alike"):
-        check_gate(exact, exact[:1])
+        check_losses(exact, exact[:1])
 
 
 # --- the bundled model ------------------------------------------------------------------------------------------------
@@ -378,7 +378,9 @@ class Bundled:
         self.batch = self.method.batch(0)
         self.exact = run(self.method, self.batch, self.setup.teachers)
         teacher = self.setup.teachers.teachers[0]
-        self.errors = layer_errors(teacher.transformer, lambda: ask(self.method, self.batch, self.exact.states[:-1]))
+        self.errors = layer_errors(
+            token_layers(teacher.transformer), lambda: ask(self.method, self.batch, self.exact.states[:-1])
+        )
         self.quantized = in_float8(self.setup.teachers)
         self.found = run(self.method, self.batch, self.quantized, self.exact.states)
 
@@ -410,8 +412,8 @@ def test_bundled_velocities_and_losses(world: Bundled) -> None:
     most = float(moved.max())
     assert 0.0005 < most < 0.05
     with pytest.raises(UserError, match=r"engine\.precision: fp8 moves the loss of step"):
-        check_gate(exact.losses, found.losses, limit=0.9 * most)
-    assert "step losses move by" in check_gate(exact.losses, found.losses, limit=1.1 * most)
+        check_losses(exact.losses, found.losses, limit=0.9 * most)
+    assert "step losses move by" in check_losses(exact.losses, found.losses, limit=1.1 * most)
 
 
 def test_bundled_one_pass_says_the_same(world: Bundled) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.models import gradients, relative_error
 from opd_fast.engine.cuda_graphs import Graphs, Static
-from opd_fast.models.base import TextEmbeds
+from opd_fast.models.text import TextEmbeds
 from opd_fast.objectives import Surrogate, step_weights
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.rollout import one_pass

@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from benchmarks.models import SD35M_512, random_model
 from opd_fast.config import StudentConfig
 from opd_fast.engine.grouped_lora import GroupedAdapters, grouped_velocities, joined
-from opd_fast.engine.modulation_cache import Remembered
-from opd_fast.models import outline_model
+from opd_fast.engine.modulation_cache import ModulationCache
+from opd_fast.models import meta_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning, Velocities, velocities
 from opd_fast.models.lora.adapters import use_adapter
@@ -32,8 +32,8 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> DiffusionModel:
     return small(tmp_path, request.param)
 
 
-def remembered(model: DiffusionModel) -> Remembered:
-    found = Remembered.of(model, model.transformer)
+def cache_of(model: DiffusionModel) -> ModulationCache:
+    found = ModulationCache.of(model, model.transformer)
     assert found is not None
     return found
 
@@ -55,7 +55,7 @@ def assert_velocities(found: Velocities, truth: Velocities) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_equals_the_plain_forward_at_every_step(model: DiffusionModel, guidance: float) -> None:
-    asked, tables = condition(model, guidance), remembered(model)
+    asked, tables = condition(model, guidance), cache_of(model)
     tables.fill(SIGMAS, asked)
     before = None
     for j, sigma in enumerate(SIGMAS):
@@ -73,7 +73,7 @@ def test_equals_the_plain_forward_at_every_step(model: DiffusionModel, guidance:
 
 def test_nothing_of_it_is_computed_again(model: DiffusionModel) -> None:
     """Weights changed after the fill change nothing: the layers' products are really gone."""
-    asked, tables = condition(model), remembered(model)
+    asked, tables = condition(model), cache_of(model)
     tables.fill(SIGMAS, asked)
     with torch.no_grad():
         plain = velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked)
@@ -92,7 +92,7 @@ def test_nothing_of_it_is_computed_again(model: DiffusionModel) -> None:
 
 def test_filled_again_in_place(model: DiffusionModel) -> None:
     """Other prompts and levels fill the same memory; rows of another number have their own, and both are kept."""
-    tables = remembered(model)
+    tables = cache_of(model)
     tables.fill(SIGMAS, condition(model, seed=1))
 
     def addresses() -> list[int]:
@@ -115,7 +115,7 @@ def test_filled_again_in_place(model: DiffusionModel) -> None:
 
 def test_embedded_guidance_is_the_filled_one(tmp_path: Path) -> None:
     model = small(tmp_path, "flux")
-    tables = remembered(model)
+    tables = cache_of(model)
     found = []
     for guidance in (1.0, 3.5):
         asked = condition(model, guidance)
@@ -148,7 +148,7 @@ def test_gradients_of_the_student(model: DiffusionModel, targets: Any, merged: b
     student = Student.build(model, StudentConfig(rank=4, alpha=8.0, targets=targets))
     for parameter in student.parameters():
         parameter.data = torch.randn_like(parameter) * 0.2
-    asked, tables = condition(model), remembered(model)
+    asked, tables = condition(model), cache_of(model)
     tables.fill(SIGMAS, asked)
     tables.step.fill_(2)
     plain, wanted = gradients(model, student, asked, 2)
@@ -167,19 +167,19 @@ def test_gradients_of_the_student(model: DiffusionModel, targets: Any, merged: b
 
 
 def test_what_is_left_out(model: DiffusionModel) -> None:
-    everything = str(remembered(model))
+    everything = str(cache_of(model))
     Student.build(model, StudentConfig(rank=4, targets=["norm1.linear"]))
-    fewer = remembered(model)
+    fewer = cache_of(model)
     assert str(fewer) != everything
-    assert not any("lora" in name for norm in fewer._norms for name, _ in norm.named_parameters())
+    assert not any("lora" in name for linear in fewer._linears for name, _ in linear.named_parameters())
 
 
-def test_nothing_to_remember(model: DiffusionModel, tmp_path: Path) -> None:
+def test_nothing_to_cache(model: DiffusionModel, tmp_path: Path) -> None:
     model.transformer.requires_grad_(True)
-    assert Remembered.of(model, model.transformer) is None
-    outline = outline_model("bundled", dtype=torch.float32)
+    assert ModulationCache.of(model, model.transformer) is None
+    outline = meta_model("bundled", dtype=torch.float32)
     outline.device = torch.device("cpu")  # the weights wait elsewhere
-    assert Remembered.of(outline, outline.transformer) is None
+    assert ModulationCache.of(outline, outline.transformer) is None
 
 
 # --- teachers --------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_nothing_to_remember(model: DiffusionModel, tmp_path: Path) -> None:
 
 def test_the_adapter_that_was_switched_on(model: DiffusionModel) -> None:
     add_all(model)
-    asked, tables = condition(model), remembered(model)
+    asked, tables = condition(model), cache_of(model)
     for name in ("third", None):
         with torch.no_grad(), use_adapter(model.transformer, name):
             tables.fill(SIGMAS, asked)
@@ -199,7 +199,7 @@ def test_the_adapter_that_was_switched_on(model: DiffusionModel) -> None:
 def test_with_grouped_adapters(model: DiffusionModel) -> None:
     """Each row's modulation has its teacher's adapter in it."""
     names = add_all(model)
-    grouped, tables = GroupedAdapters(model.transformer, names), remembered(model)
+    grouped, tables = GroupedAdapters(model.transformer, names), cache_of(model)
     (call,) = joined([(t, slice(2 * t, 2 * t + 2), condition(model, 2.0, rows=2, seed=t)) for t in range(3)])
     plain = grouped_velocities(model, grouped, states(6), SIGMAS[1], [call])
     with grouped.active(call.spans):
@@ -218,7 +218,7 @@ def test_one_compilation_serves_all_steps_and_contents(tmp_path: Path) -> None:
     model = small(tmp_path, "sd3")
     model.transformer = tiny_transformer(layers=8).requires_grad_(False)
     student = Student.build(model, StudentConfig(rank=4))
-    tables, counter = remembered(model), CompileCounterWithBackend("aot_eager")
+    tables, counter = cache_of(model), CompileCounterWithBackend("aot_eager")
     for block in model.blocks(model.transformer):
         block.compile(backend=counter)
     plain = []
@@ -246,7 +246,7 @@ def test_one_compilation_serves_all_steps_and_contents(tmp_path: Path) -> None:
 
 def test_bytes_of_the_tables(model: DiffusionModel) -> None:
     for guidance in (1.0, 4.5):
-        tables, asked = remembered(model), condition(model, guidance)
+        tables, asked = cache_of(model), condition(model, guidance)
         tables.fill(SIGMAS, asked)
         held = tables._table
         assert held is not None
@@ -260,14 +260,14 @@ def test_bytes_of_the_tables(model: DiffusionModel) -> None:
 def test_size_of_sd35_medium() -> None:
     """A third of the transformer's weights serve modulation; its tables of a usual round are far smaller."""
     model = random_model(SD35M_512, device="meta", dtype=torch.bfloat16)
-    tables = remembered(model)
-    weights = sum(p.nbytes for norm in tables._norms for p in norm.linear.parameters())
+    tables = cache_of(model)
+    weights = sum(p.nbytes for linear in tables._linears for p in linear.parameters())
     assert weights / sum(p.nbytes for p in model.transformer.parameters()) == pytest.approx(0.31, abs=0.05)
     assert 0 < tables.nbytes(9, 24, SD35M_512.text_tokens) < weights / 5
 
 
 def test_mistakes(model: DiffusionModel) -> None:
-    tables, asked = remembered(model), condition(model, 1.0)
+    tables, asked = cache_of(model), condition(model, 1.0)
     with pytest.raises(RuntimeError, match="fill first"), tables.active():
         pass
     tables.fill(SIGMAS, asked)

@@ -11,9 +11,11 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from opd_fast.engine.attention import JointAttention, route
+from opd_fast.engine.attention import route
 from opd_fast.engine.fused_qkv import fuse_projections
+from opd_fast.models.joint_attention import JointAttention
 from tests.engine.test_attention import FAMILIES, call_flux, call_sd3, noise
+from tests.techniques import sites
 from tests.tiny import tiny_transformer
 from tests.tiny_flux import tiny_flux_transformer
 
@@ -49,7 +51,7 @@ def test_equals_separate(build: Any, call: Any, count: int) -> None:
     network = frozen(build())
     wanted, before = output(network, call), size(network)
     weights = [weakref.ref(p) for name, p in network.named_parameters() if ".to_q." in name or ".add_k_proj." in name]
-    assert fuse_projections(network) == count
+    assert fuse_projections(network, sites(network)) == count
     assert_same(output(network, call), wanted)
     assert size(network) == before
     assert len(weights) >= count
@@ -57,7 +59,7 @@ def test_equals_separate(build: Any, call: Any, count: int) -> None:
     separate = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
     assert not [name for name, _ in network.named_modules() if name.split(".")[-1] in separate]
     assert not any(p.requires_grad for p in network.parameters())
-    assert fuse_projections(network) == 0  # done already
+    assert fuse_projections(network, sites(network)) == 0  # done already
     assert_same(output(network, call), wanted)
 
 
@@ -65,7 +67,7 @@ def test_the_weights_are_the_separate_ones() -> None:
     network = frozen(tiny_transformer())
     block = network.transformer_blocks[0]
     q, k, v = (getattr(block.attn, f"add_{x}_proj") for x in "qkv")
-    fuse_projections(network)
+    fuse_projections(network, sites(network))
     assert torch.equal(block.attn.to_added_qkv.weight, torch.cat([q.weight, k.weight, v.weight]))
     assert torch.equal(block.attn.to_added_qkv.bias, torch.cat([q.bias, k.bias, v.bias]))
     assert block.attn2.to_qkv.weight.shape == (96, 32)
@@ -78,7 +80,7 @@ def test_without_bias_in_other_dtypes(dtype: torch.dtype) -> None:
     network = frozen(nn.ModuleDict({"attn": attn})).to(dtype)
     x = noise(2, 5, 16).to(dtype)
     wanted = attn(x)
-    assert fuse_projections(network) == 1
+    assert fuse_projections(network, sites(network)) == 1
     assert attn.to_qkv.bias is None
     assert attn.to_qkv.weight.dtype == dtype
     torch.testing.assert_close(attn(x), wanted)
@@ -89,7 +91,7 @@ def test_families_that_ask_for_separate_ones(family: str) -> None:
     build, call, _ = FAMILIES[family]
     network = frozen(build())
     wanted, names = output(network, call), list(network.state_dict())
-    assert fuse_projections(network) == 0
+    assert fuse_projections(network, sites(network)) == 0
     assert list(network.state_dict()) == names
     assert torch.equal(output(network, call), wanted)
 
@@ -105,7 +107,7 @@ def test_layers_of_another_kind_are_left_alone() -> None:
     own = Quantized(32, 32)
     own.load_state_dict(attn.add_k_proj.state_dict())
     attn.add_k_proj = own.requires_grad_(False)
-    assert fuse_projections(network) == 2
+    assert fuse_projections(network, sites(network)) == 2
     assert hasattr(attn, "to_q")
     assert_same(output(network), wanted)
 
@@ -113,8 +115,8 @@ def test_layers_of_another_kind_are_left_alone() -> None:
 def test_the_backend_stays() -> None:
     network = frozen(tiny_transformer())
     wanted = output(network)
-    route(network, "math")
-    fuse_projections(network)
+    route(sites(network), "math")
+    fuse_projections(network, sites(network))
     processors = [m.processor for m in network.modules() if hasattr(m, "processor")]
     assert len(processors) == 3
     assert all(isinstance(p, JointAttention) and p.backend == "math" for p in processors)
@@ -128,7 +130,7 @@ def test_compiled_blocks(build: Any, call: Any) -> None:
     torch.compiler.reset()
     network = frozen(build())
     wanted = output(network, call)
-    fuse_projections(network)
+    fuse_projections(network, sites(network))
     for block in [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", ())]:
         block.compile(backend="aot_eager", fullgraph=True)
     assert_same(output(network, call), wanted)
@@ -165,5 +167,5 @@ def test_refusals_change_nothing(build: Any, said: str) -> None:
     network = build()
     names = list(network.state_dict())
     with pytest.raises(ValueError, match=said):
-        fuse_projections(network)
+        fuse_projections(network, sites(network))
     assert list(network.state_dict()) == names

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.models import gradients
-from opd_fast.engine.activation_checkpointing import recompute_blocks
+from opd_fast.engine.activation_checkpointing import checkpoint_blocks
 from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.objectives import step_weights
 from opd_fast.training.rollout import one_pass
@@ -26,7 +26,7 @@ def world(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> World:
 def _round(world: World, kind: str, blocks: int, graphs: Graphs | None = None) -> tuple[dict[str, Tensor], int]:
     """Gradients of a round, and the bytes that autograd kept in it."""
     model, student, bank = copy.deepcopy(world.team(kind, "lora", "merged", GUIDED))
-    assert recompute_blocks(model.blocks(student.transformer), blocks) == blocks
+    assert checkpoint_blocks(model.blocks(student.transformer), blocks) == blocks
     table = world.table("flow_sde", "exact")
     kept = 0
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opd_fast.engine import attention
-from opd_fast.engine.attention import BACKENDS, Case, choose, route, unfit
+from opd_fast.engine import attention_choice as attention
+from opd_fast.engine.attention import BACKENDS, route
+from opd_fast.engine.attention_choice import Case, choose, unfit
 from opd_fast.engine.fused_qkv import fuse_projections
+from tests.techniques import sites
 from tests.tiny import tiny_transformer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -106,8 +108,8 @@ def test_sd3_routed(backend: str, fused: bool, compiled: bool) -> None:
     model = copy.deepcopy(exact).bfloat16()
     wanted = run(exact, *(t.float().detach().requires_grad_(t.requires_grad) for t in operands()[:4]), slope())
     if fused:
-        fuse_projections(model)
-    assert route(model, backend) == 3
+        fuse_projections(model, sites(model))
+    assert route(sites(model), backend) == 3
     if compiled:
         for block in model.transformer_blocks:  # type: ignore[union-attr]
             block.compile(fullgraph=True)
@@ -130,8 +132,8 @@ def test_captured(backend: str) -> None:
     """Forward and backward in one CUDA graph, replayed on other inputs, give what they give outside it."""
     skip_unfit(backend, case(TOKENS[0], needs_grad=True))
     model = network().requires_grad_(False)
-    fuse_projections(model)
-    route(model, backend)
+    fuse_projections(model, sites(model))
+    route(sites(model), backend)
     given = operands()
 
     def work() -> list[Tensor]:
@@ -159,7 +161,7 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
     skip_unfit(backend, case(TOKENS[0]))
     model, given = network().requires_grad_(False), inputs()
     level = torch.full((2,), 500.0, device=CUDA)
-    route(model, backend)
+    route(sites(model), backend)
     attend: Callable[[], Tensor] = lambda: call(model, *given, level)  # noqa: E731
     before = torch.cuda.get_sync_debug_mode()
     with torch.no_grad():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opd_fast.engine.float8 import Float8Linear, merged_linear_fp8, quantize_weight, requantize, supported
+from opd_fast.engine.float8 import Float8Linear, quantize_weight, requantize, supported
+from opd_fast.engine.merged_lora import merged_linear
 from opd_kernels import quantize_rows, quantize_rows_reference
 from tests.gpu.test_step_gpu import no_sync
 from tests.kernels.quantize_formula import assert_quantized, hard_rows
@@ -134,7 +135,7 @@ def test_merged_product_is_the_emulations() -> None:
     for device in ("cuda", "cpu"):
         weight = quantize_weight(merged.to(device), transposed=True)
         leaves = [t.to(device).requires_grad_() for t in (x, a, b)]
-        y = merged_linear_fp8(leaves[0], weight, bias.to(device), *leaves[1:], 2.0)
+        y = merged_linear(leaves[0], weight, bias.to(device), *leaves[1:], 2.0)
         found.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(device))])
     for there, here in zip(*found, strict=True):
         assert relative(there, here) < 1e-2
@@ -161,7 +162,7 @@ def test_a_captured_round_follows_the_weights_and_the_inputs() -> None:
     dy = torch.randn(32, 48, device="cuda", dtype=torch.bfloat16)
 
     def run() -> Tensor:
-        y = merged_linear_fp8(x, weight, None, a, b, 2.0)
+        y = merged_linear(x, weight, None, a, b, 2.0)
         (dx,) = torch.autograd.grad(y, x, dy)
         return torch.cat([y.detach(), dx], 1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opd_fast.engine.grouped_lora import Call, GroupedAdapters, grouped_velocities, joined
-from opd_fast.engine.modulation_cache import Remembered
+from opd_fast.engine.modulation_cache import ModulationCache
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning
@@ -84,7 +84,7 @@ def captured(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 def test_one_graph_for_all_steps_and_rounds(model: DiffusionModel, compiled: bool) -> None:
     """Captured once, the forward follows the step and a refill of the tables."""
     grouped = GroupedAdapters(model.transformer, ["first", "second", "third"])
-    tables = Remembered.of(model, model.transformer)
+    tables = ModulationCache.of(model, model.transformer)
     assert tables is not None
     sigmas, x = SIGMAS.cuda(), states(ROWS).cuda()
     calls = [one_call(model, seed) for seed in (0, 20)]
@@ -110,7 +110,7 @@ def test_one_graph_for_all_steps_and_rounds(model: DiffusionModel, compiled: boo
 def test_nothing_waits_for_the_device(model: DiffusionModel, guidance: float) -> None:
     grouped = GroupedAdapters(model.transformer, ["first", "second", "third"])
     sigmas, x, call = SIGMAS.cuda(), states(ROWS).cuda(), one_call(model, 0)
-    tables = Remembered.of(model, model.transformer)
+    tables = ModulationCache.of(model, model.transformer)
     assert tables is not None
     asked = Conditioning.build(model, text(model, ROWS).to("cuda"), text(model, 1, 9).to("cuda"), guidance)
     j = torch.tensor(2, device="cuda")
@@ -134,7 +134,7 @@ def test_half_precision_under_autocast(tmp_path: Path) -> None:
     add_all(built)
     built.transformer.to("cuda")
     grouped, call = GroupedAdapters(built.transformer, ["first", "second", "third"]), one_call(built, 0)
-    tables = Remembered.of(built, built.transformer)
+    tables = ModulationCache.of(built, built.transformer)
     assert tables is not None
     sigmas, x = SIGMAS.cuda(), states(ROWS).cuda()
     plain = grouped_velocities(built, grouped, x, sigmas[1], [call]).cond

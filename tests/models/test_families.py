@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from opd_fast.models import find_family, load_model, outline_model
+from opd_fast.config import EngineConfig, StudentConfig, TeacherConfig
+from opd_fast.engine.float8 import quantize_frozen
+from opd_fast.models import DiffusionModel, find_family, load_model, meta_model
+from opd_fast.objectives import step_weights
+from opd_fast.solvers import solver_table
 from opd_fast.train import main
+from opd_fast.training.batch import RoundBatch
+from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, ResolvedSettings, apply_techniques
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.student import Student
+from opd_fast.training.teachers import TeacherBank
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 
@@ -36,13 +46,21 @@ def arguments(folder: Path, *more: str) -> list[str]:
     return [*model, "--teachers", teacher, *rest, "--evaluation.every", "0", "--logging.tensorboard", "false", *more]
 
 
-def test_a_family_of_ones_own_trains(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = load_model(str(toy / "model"), "toy_family:Toy", device="cpu", dtype=torch.float32)
-    torch.manual_seed(1)
-    for parameter in model.transformer.parameters():
-        parameter.add_(0.3 * torch.randn_like(parameter) * parameter.std())
-    model.transformer.save_pretrained(toy / "teacher")  # type: ignore[operator]
+def load_toy(folder: Path) -> DiffusionModel:
+    return load_model(str(folder / "model"), "toy_family:Toy", device="cpu", dtype=torch.float32)
 
+
+def write_teacher(folder: Path) -> None:
+    """Another model of the family's kind, beside the first."""
+    transformer = load_toy(folder).transformer
+    torch.manual_seed(1)
+    for parameter in transformer.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter) * parameter.std())
+    transformer.save_pretrained(folder / "teacher")  # type: ignore[operator]
+
+
+def test_a_family_of_ones_own_trains(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_teacher(toy)
     run = toy / "run"
     assert main(arguments(toy, "--run-dir", str(run))) == 0
     import json
@@ -53,16 +71,77 @@ def test_a_family_of_ones_own_trains(toy: Path, capsys: pytest.CaptureFixture[st
     assert (run / "student" / "adapter_model.safetensors").is_file()
 
     assert main(arguments(toy, "--run-dir", str(toy / "other"), "--dry-run")) == 0
-    assert "2 LoRA modules of rank 4" in " ".join(capsys.readouterr().out.split())
+    assert "8 LoRA modules of rank 4" in " ".join(capsys.readouterr().out.split())
     assert not (toy / "other").exists()
+
+
+PLAIN = EngineConfig(
+    attention="native",
+    compile="off",
+    graphs="off",
+    group_teachers=False,
+    merge_student=False,
+    fuse_projections=False,
+    cache_modulation=False,
+)
+
+
+def toy_round(folder: Path, settings: EngineConfig, checkpointed: int) -> tuple[ActiveTechniques, Tensor, list[Tensor]]:
+    """What was at work in a round, its losses and its gradients."""
+    model = load_toy(folder)
+    teacher = TeacherConfig(name="a", weights=str(folder / "teacher"), prompts="", guidance=2.0)
+    bank = TeacherBank.load(model, [teacher])
+    student = Student.build(model, StudentConfig(rank=4, alpha=8.0))
+    generator = torch.Generator().manual_seed(2)
+    for parameter in student.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    sizes = ForwardSizes(student_rows=3, teacher_rows=6, resolution=8)
+    active = apply_techniques(
+        settings, model, student, bank, sizes, resolved=ResolvedSettings(checkpointed=checkpointed)
+    )
+    table = solver_table("flow_sde", model.sigmas(4, 8), 0.7, variance="exact")
+    batch = RoundBatch(
+        text=model.encode(["a red circle", "a blue square", "two dots"]),
+        negative=model.encode([""]),
+        tasks=((0, slice(0, 3)),),
+        keys=torch.arange(3),
+        scale=torch.full((3,), 1 / 3),
+        shape=model.latent_shape(8),
+    )
+    out = one_pass(model, student, bank, batch, table, step_weights(table, "kl"))
+    return active, out.losses, [p.grad for p in student.parameters() if p.grad is not None]
+
+
+def test_a_family_of_ones_own_has_every_technique(toy: Path) -> None:
+    """By one class outside the package: fused projections, cached modulation, a merged student, a backend of choice."""
+    write_teacher(toy)
+    plain, losses, gradients = toy_round(toy, PLAIN, 0)
+    active, found, theirs = toy_round(toy, EngineConfig(attention="products", compile="off", graphs="off"), 1)
+    assert (plain.fused, plain.modulation, plain.merged_layers, plain.checkpointed) == (0, 0, 0, 0)
+    # Of two blocks: an attention each in the teacher; an embedding and two layers in student and teacher.
+    assert (active.fused, active.modulation, active.merged_layers, active.checkpointed) == (2, 6, 8, 1)
+    assert active.backends == ("products", "products")
+    assert float(losses.min()) > 0
+    torch.testing.assert_close(found, losses, rtol=1e-4, atol=0.0)
+    assert len(gradients) == len(theirs) == 16
+    total = torch.cat([g.flatten() for g in gradients])
+    assert (torch.cat([g.flatten() for g in theirs]) - total).norm() <= 1e-5 * total.norm()
+
+
+def test_the_layers_in_float8(toy: Path) -> None:
+    """Those on tokens: the modulation's see a sample's one embedding."""
+    model = load_toy(toy)
+    layers = model.token_layers(model.transformer)
+    assert sorted(layers) == sorted(f"mix.{i}.to_{name}" for i in range(2) for name in ("q", "k", "v", "out"))
+    assert quantize_frozen(model.transformer, layers) == 8
 
 
 def test_outline_agrees(toy: Path) -> None:
     whole = load_model(toy / "model", "toy_family:Toy", device="cpu", dtype=torch.float32)
-    outline = outline_model(toy / "model", "toy_family:Toy", dtype=torch.float32)
-    shapes = [{n: p.shape for n, p in m.transformer.named_parameters()} for m in (whole, outline)]
+    meta = meta_model(toy / "model", "toy_family:Toy", dtype=torch.float32)
+    shapes = [{n: p.shape for n, p in m.transformer.named_parameters()} for m in (whole, meta)]
     assert shapes[0] == shapes[1]
-    assert outline.latent_shape(8) == whole.latent_shape(8)
+    assert meta.latent_shape(8) == whole.latent_shape(8)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub.utils import filter_repo_objects
 
-from opd_fast.models import load_model, outline_model
+from opd_fast.models import load_model, meta_model
 from opd_fast.models.lora.load import load_with_origin
 from opd_fast.models.pipeline_folder import fetch
 from tests import tiny_qwen, tiny_z_image
@@ -35,7 +35,7 @@ CUT: dict[str, dict[str, Any]] = {
     "qwen_image": {"num_layers": 1},
     "z_image": {"n_layers": 1},
 }
-OUTLINE = partial(outline_model, dtype=torch.float32)
+OUTLINE = partial(meta_model, dtype=torch.float32)
 LOAD = partial(load_model, device="cpu", dtype=torch.float32)
 
 

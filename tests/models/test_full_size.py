@@ -10,7 +10,7 @@ import torch
 
 from opd_fast import train
 from opd_fast.distributed.plan import lora_modules
-from opd_fast.models import DiffusionModel, outline_model
+from opd_fast.models import DiffusionModel, meta_model
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def published(request: pytest.FixtureRequest) -> Published:
 
 @pytest.fixture(scope="module")
 def outline(published: Published) -> DiffusionModel:
-    return outline_model(published.repo, dtype=torch.bfloat16)
+    return meta_model(published.repo, dtype=torch.bfloat16)
 
 
 def test_counts_and_shapes(published: Published, outline: DiffusionModel) -> None:
@@ -92,7 +92,7 @@ def test_levels(published: Published, outline: DiffusionModel) -> None:
 
 def test_large_has_no_dual_attention() -> None:
     blocks = {
-        size: outline_model(f"stabilityai/stable-diffusion-3.5-{size}", dtype=torch.bfloat16).transformer
+        size: meta_model(f"stabilityai/stable-diffusion-3.5-{size}", dtype=torch.bfloat16).transformer
         for size in ("medium", "large")
     }
     dual = {size: sum(name.endswith("attn2.to_q") for name, _ in b.named_modules()) for size, b in blocks.items()}

@@ -24,7 +24,7 @@ from opd_fast.config import StudentConfig, TeacherConfig
 from opd_fast.config.command_line import read_config
 from opd_fast.config.paths import package_file
 from opd_fast.distributed.plan import lora_modules
-from opd_fast.models import TextEmbeds, load_model, outline_model
+from opd_fast.models import TextEmbeds, load_model, meta_model
 from opd_fast.models.flux import Flux, pack
 from opd_fast.models.guidance import Conditioning
 from opd_fast.objectives import step_weights
@@ -375,7 +375,7 @@ def test_levels_are_the_schedulers(folder: Path, schnell: Path, steps: int) -> N
     for path in (folder, schnell):
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")
         scheduler.set_timesteps(**schedule(steps))
-        found = outline_model(path, dtype=torch.float32).sigmas(steps, RESOLUTION)
+        found = meta_model(path, dtype=torch.float32).sigmas(steps, RESOLUTION)
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, scheduler.sigmas.double(), rtol=0, atol=2e-7)
 
@@ -384,16 +384,16 @@ def test_outline_agrees_with_load(folder: Path, schnell: Path) -> None:
     for path in (folder, schnell):
         for tokens in (None, 16):
             whole = load(path, tokens=tokens)
-            outline = outline_model(path, dtype=torch.float32, max_sequence_length=tokens)
-            check_outline(whole, outline)
-            assert outline.latent_shape(RESOLUTION) == SHAPE
-            assert outline.image_tokens(RESOLUTION) == IMAGE_TOKENS
-            assert outline.guidance_kind == whole.guidance_kind
-            assert outline.targets("all") == whole.targets("all")
+            meta = meta_model(path, dtype=torch.float32, max_sequence_length=tokens)
+            check_outline(whole, meta)
+            assert meta.latent_shape(RESOLUTION) == SHAPE
+            assert meta.image_tokens(RESOLUTION) == IMAGE_TOKENS
+            assert meta.guidance_kind == whole.guidance_kind
+            assert meta.targets("all") == whole.targets("all")
 
 
 def test_full_size() -> None:
-    dev = outline_model(DEV, dtype=torch.bfloat16)
+    dev = meta_model(DEV, dtype=torch.bfloat16)
     assert sum(p.numel() for p in dev.transformer.parameters()) == 11_901_408_320
     assert len(dev.blocks(dev.transformer)) == 19 + 38
     assert (dev.guidance_kind, dev.text_tokens) == ("embedded", 512)
@@ -442,7 +442,7 @@ def test_pack_is_the_pipelines() -> None:
 def test_other_pipelines(folder: Path, tmp_path: Path, part: str, changes: dict[str, Any], said: str) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "copy"))
     edit(copied / part, **changes)
-    attempts: list[Callable[..., Flux]] = [Flux.outline, partial(Flux.load, device="cpu")]
+    attempts: list[Callable[..., Flux]] = [Flux.meta, partial(Flux.load, device="cpu")]
     for attempt in attempts:
         with pytest.raises(ValueError, match=said) as caught:
             attempt(copied, dtype=torch.float32)
@@ -475,6 +475,6 @@ def test_recipe() -> None:
     assert (config.model.path, config.model.resolution, config.model.dtype) == (DEV, 512, "bfloat16")
     assert {config.student.guidance, *(teacher.guidance for teacher in config.teachers)} == {3.5}
     assert (config.student.rank, config.student.alpha, config.engine.placement) == (32, 64, "shared")
-    dev = outline_model(config.model.path, dtype=torch.bfloat16, max_sequence_length=config.model.max_sequence_length)
+    dev = meta_model(config.model.path, dtype=torch.bfloat16, max_sequence_length=config.model.max_sequence_length)
     assert dev.latent_shape(config.model.resolution) == (16, 64, 64)
     assert len(lora_modules(dev.transformer, dev.targets(config.student.targets))) == 266

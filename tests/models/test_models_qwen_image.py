@@ -14,7 +14,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor, nn
 
 from benchmarks.reference import Batch
-from opd_fast.models import QwenImage, load_model, outline_model
+from opd_fast.models import QwenImage, load_model, meta_model
 from opd_fast.models.schedule import flow_sigmas
 from tests.family_checks import (
     COMPILERS,
@@ -228,7 +228,7 @@ def test_released_encoders_say_so(folder: Path) -> None:
 
 
 def test_outline_agrees(model: QwenImage, folder: Path) -> None:
-    check_outline(model, outline_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
+    check_outline(model, meta_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
 
 
 @pytest.mark.parametrize("resolution", [64, 512, 1328])

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from benchmarks.reference import Batch
-from opd_fast.models import SD3, TextEmbeds, load_model, outline_model
+from opd_fast.models import SD3, TextEmbeds, load_model, meta_model
 from tests.family_checks import (
     PROMPTS,
     RESOLUTION,
@@ -146,7 +146,7 @@ def test_a_round_of_replays_is_the_round(model: SD3, tmp_path: Path) -> None:
 
 
 def test_outline_agrees(model: SD3, folder: Path) -> None:
-    check_outline(model, outline_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
+    check_outline(model, meta_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
 
 
 def test_lora_of_another_width(model: SD3, tmp_path: Path) -> None:

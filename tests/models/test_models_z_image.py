@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from benchmarks.reference import Batch
-from opd_fast.models import ZImage, load_model, outline_model
+from opd_fast.models import ZImage, load_model, meta_model
 from tests.family_checks import (
     COMPILERS,
     PROMPTS,
@@ -232,7 +232,7 @@ def test_released_encoders_say_so(folder: Path) -> None:
 
 
 def test_outline_agrees(model: ZImage, folder: Path) -> None:
-    check_outline(model, outline_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
+    check_outline(model, meta_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
 
 
 @pytest.mark.parametrize("steps", [1, 4, 9])

@@ -15,7 +15,7 @@ from opd_fast.config.command_line import parse
 from opd_fast.config.paths import package_file
 from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
-from opd_fast.models import load_model, outline_model
+from opd_fast.models import load_model, meta_model
 from opd_fast.models.base import ASSETS
 from opd_fast.training.setup import prepare
 from tests.runs import settings
@@ -39,7 +39,7 @@ TEACHER = {"name": "a", "weights": "org/a", "prompts": "p.txt"}
     ],
 )
 def test_published_models_have_their_own(name: str, pixels: int, latent: tuple[int, int, int]) -> None:
-    outline = outline_model(name, dtype=torch.float32)
+    outline = meta_model(name, dtype=torch.float32)
     assert outline.resolution(None) == pixels
     assert outline.latent_shape(outline.resolution(None)) == latent
     assert outline.resolution(64) == 64
@@ -82,7 +82,7 @@ def test_evaluations_take_it_too(
     def load(*arguments: object, **options: object) -> None:
         raise ValueError("loaded")
 
-    outline = outline_model(str(folder), dtype=torch.float32)
+    outline = meta_model(str(folder), dtype=torch.float32)
     own = outline.resolution(None)
     monkeypatch.setattr(type(outline), "latent_shape", lambda model, resolution: seen.append(resolution))
     monkeypatch.setattr("opd_fast.models.load_model", load)
@@ -93,7 +93,7 @@ def test_evaluations_take_it_too(
 
 
 def test_a_family_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    outline = outline_model("bundled", dtype=torch.float32)
+    outline = meta_model("bundled", dtype=torch.float32)
     monkeypatch.setattr(type(outline), "own_resolution", lambda model: None)
     with pytest.raises(UserError, match=r"model\.resolution: a sd3 model does not state its own; give it in pixels"):
         outline.resolution(None)

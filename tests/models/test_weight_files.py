@@ -16,7 +16,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from opd_fast.models import load_model, outline_model
+from opd_fast.models import load_model, meta_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.load import check_weights, load_with_origin
 from opd_fast.models.pipeline_folder import check_index, resolve_pipeline
@@ -204,7 +204,7 @@ def test_quantised_weights_are_named(folder: Path, base: DiffusionModel, setting
         before = file.read_text()
         edit(file, quantization_config=settings)
         attempts: list[Callable[[], Any]] = [lambda: LOAD(folder, dtype=torch.float32)]
-        attempts.append(lambda: outline_model(folder, dtype=torch.float32))
+        attempts.append(lambda: meta_model(folder, dtype=torch.float32))
         if name == "transformer":
             attempts.append(lambda: check_weights(base, str(folder), what="weights"))
         for attempt in attempts:
@@ -219,7 +219,7 @@ def test_a_quantised_text_encoder_is_left_to_its_library(folder: Path, monkeypat
     edit(folder / "text_encoder" / "config.json", quantization_config=NF4)
     found = {"bitsandbytes": object()}
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: found.get(name))
-    outline_model(folder, dtype=torch.float32)
+    meta_model(folder, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_components_and_classes(folder: Path, plain: Path) -> None:
     whole = json.loads(index.read_text())
 
     def attempt() -> Any:
-        return outline_model(folder, dtype=torch.float32)
+        return meta_model(folder, dtype=torch.float32)
 
     edit(index, text_encoder=[None, None])
     refused(attempt, "lists no 'text_encoder'", "saved without it")
@@ -279,9 +279,7 @@ def test_components_and_classes(folder: Path, plain: Path) -> None:
         refused(attempt, f"component '{name}'", kind)
         shutil.copy(plain / name / "config.json", folder / name)
     attempt()
-    refused(
-        lambda: outline_model(folder / "transformer", dtype=torch.float32), "one component alone", "the folder above"
-    )
+    refused(lambda: meta_model(folder / "transformer", dtype=torch.float32), "one component alone", "the folder above")
 
 
 def test_headers_tell_what_loading_would(folder: Path) -> None:

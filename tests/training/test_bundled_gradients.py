@@ -18,8 +18,8 @@ from torch import Tensor
 
 from opd_fast.config.command_line import parse
 from opd_fast.data.prompt_files import Prompt
-from opd_fast.models.base import TextEmbeds
 from opd_fast.models.guidance import Conditioning, Velocities
+from opd_fast.models.text import TextEmbeds
 from opd_fast.objectives import Surrogate, step_queries
 from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch

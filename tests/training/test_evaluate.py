@@ -21,6 +21,7 @@ from opd_fast.data.prompt_files import Prompt, load_prompts
 from opd_fast.data.text_embeddings import EmbeddingCache
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
+from opd_fast.models.lora.files import save_lora
 from opd_fast.rewards import get_reward
 from opd_fast.solvers import solver_table
 from opd_fast.training.evaluation import EvalTask, Evaluation, ImageSampler, evaluate, task_keys
@@ -312,7 +313,7 @@ def test_command_line_with_a_lora(world: World, tmp_path: Path) -> None:
         for name, m in world.model.transformer.named_modules()
         if name.endswith("attn.to_q")
     }
-    world.model.save_lora(tmp_path / "lora", modules, rank=2, alpha=4.0, targets=targets)
+    save_lora(tmp_path / "lora", modules, rank=2, alpha=4.0, targets=targets)
     (tmp_path / "p.txt").write_text(PROMPTS[0].text + "\n")
     argv = ["--model", str(world.folder), "--prompts", str(tmp_path / "p.txt"), "--rewards", "colour", "--grid", "0"]
     argv += ["--steps", "2", "--resolution", "32"]

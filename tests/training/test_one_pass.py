@@ -29,8 +29,8 @@ from benchmarks.models import (
 )
 from benchmarks.reference import AdapterPolicy, Policy, Reference, WeightsPolicy, adapters_on
 from opd_fast.config import StudentConfig, TeacherConfig
-from opd_fast.models.base import TextEmbeds
 from opd_fast.models.sd3 import SD3
+from opd_fast.models.text import TextEmbeds
 from opd_fast.objectives import step_weights
 from opd_fast.solvers import SOLVERS, solver_table
 from opd_fast.training.batch import RoundBatch

@@ -319,7 +319,7 @@ def test_a_resumed_run_has_the_attention_it_had(
     def measure(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("opd_fast.engine.attention.choose", measure)
+    monkeypatch.setattr("opd_fast.engine.attention_choice.choose", measure)
     _start(settings(world, train__rounds=3, evaluation__every=0), tmp_path / "run", resume=True)
     assert [row["round"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 

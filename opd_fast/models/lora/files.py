@@ -91,7 +91,7 @@ def find_lora(path: str | Path) -> Path | None:
 def read_lora(path: str | Path, model: DiffusionModel | None = None) -> LoraWeights:
     """Read a LoRA; a folder with PEFT's and diffusers' layouts is read as PEFT's.
 
-    ``model`` is the one that it will change, or its outline: files in layouts other than these two are read by its
+    ``model`` is the one that it will change, or its meta model: files in layouts other than these two are read by its
     modules' names and its family's converter, and without it not at all.
     Raises ValueError, in one line with the file and the remedy, for a missing or damaged file, for what is no plain
     LoRA of the transformer (DoRA, biases, text-encoder weights, half a pair), and for NaN or infinite weights.

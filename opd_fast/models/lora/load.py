@@ -113,7 +113,7 @@ def load_with_origin(
 
 
 def check_weights(model: DiffusionModel, weights: str, *, what: str, partial: bool = False) -> None:
-    """What `load_with_origin` would refuse about names and shapes, without loading: `model` may be an outline.
+    """What `load_with_origin` would refuse about names and shapes, without loading: `model` may be a meta model.
 
     A LoRA's own tensors are read, of a whole transformer its configuration and its files' headers.
     """
@@ -171,10 +171,10 @@ def _check_whole(model: DiffusionModel, place: Path, weights: str, what: str) ->
     check_quantization(config, f"{what}: the transformer in {place}", frozen=False)
     try:
         with torch.device("meta"):
-            outline = kind.from_config(config)
+            meta = kind.from_config(config)
     except Exception as error:  # whatever a configuration of nonsense leads to
         raise ValueError(f"{what}: {file} is damaged ({one_line(error)}); fetch the transformer again") from None
-    theirs = shapes_of(outline)
+    theirs = shapes_of(meta)
     if base != theirs:
         key = next(k for k in sorted({**base, **theirs}) if base.get(k) != theirs.get(k))
         raise ValueError(

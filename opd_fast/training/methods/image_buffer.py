@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
-from opd_fast.models.base import TextEmbeds
+from opd_fast.models.text import TextEmbeds
 from opd_fast.rewards.runner import RewardRunner
 from opd_fast.seeds import noise_keys
 from opd_fast.training.setup import Setup, prompts_per_turn

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd_fast.device import send
+from opd_fast.device import to_device
 from opd_fast.objectives import Surrogate, query_law, step_queries, step_weights
 from opd_fast.seeds import noise_keys
 from opd_fast.training.batch import RoundBatch
@@ -78,8 +78,8 @@ class OPD:
             tasks=tuple(
                 (task, slice(bisect_left(mine, span.start), bisect_left(mine, span.stop))) for task, span in tasks
             ),
-            keys=send(keys[mine], setup.model.device),
-            scale=send(scale, setup.model.device),
+            keys=to_device(keys[mine], setup.model.device),
+            scale=to_device(scale, setup.model.device),
             shape=setup.shape,
         )
 
