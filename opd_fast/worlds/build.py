@@ -100,17 +100,12 @@ def make_pools(recipe: Recipe, out: Path, *, ideal_scenes: float) -> dict[str, P
     return pools
 
 
-def build_generator(out: Path) -> tuple[TextToVelocity, Any]:
-    tokenizer = make_tokenizer(out / "pipeline" / "tokenizer")
-    tokenizer.save_pretrained(out / "pipeline" / "tokenizer_2")
-    return TextToVelocity([make_text_encoder(tokenizer) for _ in range(2)], make_transformer()), tokenizer
-
-
 def train_generator(recipe: Recipe, out: Path, work: Path, *, stage: str) -> None:
     """Train `generalist` from scratch on true captions, or `base` from the generalist on partly swapped ones."""
     torch.manual_seed(recipe.seed + 2)
-    model, tokenizer = build_generator(out)
-    model.train()
+    tokenizer = make_tokenizer(out / "pipeline" / "tokenizer")
+    tokenizer.save_pretrained(out / "pipeline" / "tokenizer_2")
+    model = TextToVelocity([make_text_encoder(tokenizer) for _ in range(2)], make_transformer()).train()
     from_scratch = stage == "generalist"
     if not from_scratch:
         model.load_state_dict(torch.load(work / "generalist.pt", weights_only=True))
