@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from opd_fast.config.paths import Split, prompt_file
+from opd_fast.seeds import Stream
 
 Number = TypeVar("Number", int, float)
 COLUMNS = ("prompt", "prompts", "caption", "text")
@@ -347,10 +348,6 @@ def _shuffle(count: int, seed: int, stream: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, stream, epoch]).permutation(count)
 
 
-_SCHEDULE_STREAM = 2**32 - 1
-"""Sets the schedule's draws apart from the tasks' shuffles, whose streams count from 0."""
-
-
 class TaskSchedule:
     """Which tasks a round takes.
 
@@ -381,7 +378,7 @@ class TaskSchedule:
                 f"no schedule of {len(self._among)} tasks with {self.per_round} places a round; give 1 or more"
             )
         self._kind = kind
-        self._key = (seed % 2**64, _SCHEDULE_STREAM)
+        self._key = (seed % 2**64, Stream.TASK_SCHEDULE)
         weights = [shares[task] if kind == "weighted" else 1.0 for task in self._among]
         self._places = [self.per_round * weight / math.fsum(weights) for weight in weights]
         self.expected = self._spread(self._places)

@@ -17,9 +17,10 @@ from opd_fast.config.validate import validate
 from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
 from opd_fast.reporting.telemetry import read_metrics
+from opd_fast.seeds import Stream
 from opd_fast.training.loop import METHODS, train
 from opd_fast.training.methods.grpo import GRPO
-from opd_fast.training.methods.nft import NFT, NOISE_STREAM
+from opd_fast.training.methods.nft import NFT
 from opd_fast.training.problems import problems
 from opd_fast.training.setup import prepare
 from opd_kernels import philox_normal
@@ -354,7 +355,7 @@ def test_gradient_of_an_nft_update(world: Path) -> None:
     shares = torch.full((len(rows),), 1 / len(rows))
     method.learn(0, rows, shares, torch.amp.GradScaler("cpu", enabled=False))
     found = gradient(method)
-    keys, levels = method.keys(0, NOISE_STREAM), method.noise_levels(0)
+    keys, levels = method.keys(0, Stream.NFT_NOISE), method.noise_levels(0)
     olds = []
     with torch.no_grad(), setup.student.holding(method.old) as transformer:
         for j in range(table.steps):

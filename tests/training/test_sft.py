@@ -18,10 +18,9 @@ from opd_fast.config.validate import validate
 from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
 from opd_fast.reporting.telemetry import read_metrics
-from opd_fast.seeds import noise_keys
+from opd_fast.seeds import SftDraw, Stream, noise_keys
 from opd_fast.training.loop import METHODS, make_optimizer, train
-from opd_fast.training.methods.image_buffer import ROLLOUT_STREAM
-from opd_fast.training.methods.sft import LEVEL, NOISE, NOISE_STREAM, SFT, flow_matching_loss, squared_gap
+from opd_fast.training.methods.sft import SFT, flow_matching_loss, squared_gap
 from opd_fast.training.problems import problems
 from opd_fast.training.rollout import sample
 from opd_fast.training.setup import prepare
@@ -129,7 +128,7 @@ def drawn(method: SFT, task: int, prompts: list[str], epoch: int = 0) -> Tensor:
     setup, found = method.setup, []
     transformer = setup.teachers.teachers[task].transformer
     g = setup.model.strength(setup.teachers.teachers[task].guidance)
-    keys = noise_keys(setup.config.train.seed, ROLLOUT_STREAM, epoch, task, samples=len(prompts))
+    keys = noise_keys(setup.config.train.seed, Stream.ROLLOUT, epoch, task, samples=len(prompts))
     sigmas = setup.table.sigmas.float()
     for i, prompt in enumerate(prompts):
         x = philox_normal(keys[i : i + 1], setup.shape, INITIAL_NOISE)
@@ -150,11 +149,11 @@ def written(method: SFT, x0: dict[int, Tensor], base_weight: float) -> dict[str,
     weights = {task: setup.config.teachers[task].weight for task in x0}
     whole = sum(weights[task] * len(images) for task, images in x0.items())
     for task, prompts in method.tasks(0):
-        keys = noise_keys(setup.config.train.seed, NOISE_STREAM, 0, task, samples=len(prompts))
+        keys = noise_keys(setup.config.train.seed, Stream.SFT_NOISE, 0, task, samples=len(prompts))
         for i, prompt in enumerate(prompts):
             image, key = x0[task][i : i + 1], keys[i : i + 1]
-            eps = philox_normal(key, setup.shape, NOISE)
-            t = torch.sigmoid(philox_normal(key, (1,), LEVEL))[0, 0]
+            eps = philox_normal(key, setup.shape, SftDraw.NOISE)
+            t = torch.sigmoid(philox_normal(key, (1,), SftDraw.LEVEL))[0, 0]
             x, text = (1 - t) * image + t * eps, setup.text.rows([prompt.text])
             v = setup.model.velocity(setup.student.transformer, x, t, text)
             with torch.no_grad(), setup.student.base() as base:
@@ -225,7 +224,7 @@ def test_every_image_is_learnt_from_once(world: Path) -> None:
 
 
 def test_levels_are_logit_normal() -> None:
-    t = philox_normal(noise_keys(0, NOISE_STREAM, samples=20000), (1, 1, 1), LEVEL).sigmoid().double()
+    t = philox_normal(noise_keys(0, Stream.SFT_NOISE, samples=20000), (1, 1, 1), SftDraw.LEVEL).sigmoid().double()
     logit = (t / (1 - t)).log().flatten()
     assert float(logit.mean()) == pytest.approx(0, abs=0.02)
     assert float(logit.std()) == pytest.approx(1, abs=0.02)
@@ -237,7 +236,7 @@ def test_the_best_of_a_group_is_learnt_from(world: Path) -> None:
     found, setup = method._draw(0), method.setup
     first = 0
     for task, prompts in method.tasks(0):
-        keys = noise_keys(setup.config.train.seed, ROLLOUT_STREAM, 0, task, samples=9)
+        keys = noise_keys(setup.config.train.seed, Stream.ROLLOUT, 0, task, samples=9)
         teacher = setup.teachers.teachers[task]
         for i, prompt in enumerate(prompts):
             with setup.teachers.active(task) as transformer:

@@ -13,14 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opd_fast.seeds import noise_keys
+from opd_fast.seeds import Stream, noise_keys
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.training.methods.reward_learning import Reinforcement
 from opd_fast.training.setup import Setup
 from opd_kernels import fused_step, log_prob, philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 
-WINDOW_STREAM = 4
 CLIP = {False: 1e-4, True: 2e-6}
 """Of the ratio, without and with Guard."""
 
@@ -106,7 +105,7 @@ class GRPO(Reinforcement):
         if window is None:
             return range(steps - 1)
         places = (steps // 2 if self.rl.window_range is None else self.rl.window_range) - window + 1
-        start = int(noise_keys(self.setup.config.train.seed, WINDOW_STREAM, epoch, samples=1)) % places
+        start = int(noise_keys(self.setup.config.train.seed, Stream.WINDOW, epoch, samples=1)) % places
         return range(start, start + window)
 
     def rows(self, epoch: int) -> Tensor:

@@ -16,12 +16,9 @@ from torch import Tensor
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.base import TextEmbeds
 from opd_fast.rewards.runner import Jury
-from opd_fast.seeds import noise_keys
+from opd_fast.seeds import Stream, noise_keys
 from opd_fast.training.setup import Setup, prompts_per_turn
 from opd_fast.training.teachers import TeacherBank
-
-ROLLOUT_STREAM, ORDER_STREAM = 1, 3
-"""Set apart what is drawn from one seed."""
 
 
 class SharedImages(ABC):
@@ -94,7 +91,7 @@ class SharedImages(ABC):
         epoch, part = divmod(index, self.updates)
         if part == 0:
             self._drawn = self._draw(epoch)
-        order = torch.randperm(self.images, generator=generator(config.train.seed, ORDER_STREAM, epoch)).to(device)
+        order = torch.randperm(self.images, generator=generator(config.train.seed, Stream.ORDER, epoch)).to(device)
         rows = self.worthy(order)[part :: self.updates]
         owners = torch.tensor(self.owners(epoch))
         weights = torch.tensor([teacher.weight for teacher in config.teachers])[owners].to(device)
@@ -173,7 +170,7 @@ class SharedImages(ABC):
         """Where images of this process lie among `mine`."""
         return rows // self.setup.world.size
 
-    def keys(self, epoch: int, stream: int = ROLLOUT_STREAM) -> Tensor:
+    def keys(self, epoch: int, stream: Stream = Stream.ROLLOUT) -> Tensor:
         """(images,) int64 noise keys."""
         seed = self.setup.config.train.seed
         parts = [noise_keys(seed, stream, epoch, task, samples=len(p)) for task, p in self.tasks(epoch)]

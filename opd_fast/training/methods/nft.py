@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opd_fast.seeds import Stream
 from opd_fast.training.methods.image_buffer import generator
 from opd_fast.training.methods.reward_learning import Reinforcement
 from opd_fast.training.rollout import sample
 from opd_fast.training.setup import Setup
 from opd_kernels import philox_normal
 
-NOISE_STREAM, STEP_STREAM = 5, 6
 SCALE = 5.0
 """Factor of the policy's loss in the released code: the advantage's clip."""
 
@@ -126,7 +126,9 @@ class NFT(Reinforcement):
     def noise_levels(self, epoch: int) -> Tensor:
         """(B, N) bool: the steps of the grid whose noise levels an image of rollout `epoch` is trained at."""
         steps = self.setup.table.steps
-        order = torch.rand(self.images, steps, generator=generator(self.setup.config.train.seed, STEP_STREAM, epoch))
+        order = torch.rand(
+            self.images, steps, generator=generator(self.setup.config.train.seed, Stream.NFT_LEVELS, epoch)
+        )
         return order.argsort(1) < int(steps * self.rl.timestep_fraction)
 
     def trained_steps(self, epoch: int) -> range:
@@ -139,7 +141,7 @@ class NFT(Reinforcement):
         levels = self.noise_levels(epoch)
         count = int(levels[0].sum())
         sigmas = setup.table.sigmas[:-1].float().to(rows.device)
-        keys = self.keys(epoch, NOISE_STREAM)
+        keys = self.keys(epoch, Stream.NFT_NOISE)
         points: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
         """(step, rows, shares, old policy's velocity or None where it is the student's own)"""
 

@@ -16,15 +16,10 @@ from torch import Tensor
 
 from opd_fast.device import send
 from opd_fast.objectives import Surrogate, query_law, step_queries, step_weights
-from opd_fast.seeds import noise_keys
+from opd_fast.seeds import Stream, noise_keys
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.setup import Setup
-
-ROLLOUT_STREAM = 1
-"""Sets the rollouts' noise apart from any other noise drawn from the same seed."""
-QUERY_STREAM = 2
-"""Likewise for the choice of queried steps."""
 
 
 class OPD:
@@ -66,7 +61,7 @@ class OPD:
         ]
         tasks = self.tasks(index)
         counts = [(task, rows.stop - rows.start) for task, rows in tasks]
-        keys = torch.cat([noise_keys(seed, ROLLOUT_STREAM, index, task, samples=count) for task, count in counts])
+        keys = torch.cat([noise_keys(seed, Stream.ROLLOUT, index, task, samples=count) for task, count in counts])
         scale = torch.tensor([self.scales[task] for task, count in counts for _ in range(count)])
         world = setup.world
         mine, own = world.rows(len(texts))
@@ -88,7 +83,7 @@ class OPD:
         o = self.setup.config.objective
         if o.queries is None:
             return self.weight
-        key = int(noise_keys(self.setup.config.train.seed, QUERY_STREAM, index, samples=1))
+        key = int(noise_keys(self.setup.config.train.seed, Stream.QUERY, index, samples=1))
         drawn = step_queries(self.law, o.queries, (key >> 11) % 2**53 / 2**53, o.query_weights)
         return self.weight * torch.nn.functional.pad(drawn, (0, len(self.weight) - len(drawn)))
 

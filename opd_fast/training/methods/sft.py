@@ -21,16 +21,11 @@ from torch import Tensor
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.guidance import Conditioning, velocities
 from opd_fast.rewards.runner import judged
-from opd_fast.seeds import noise_keys
-from opd_fast.training.methods.image_buffer import ROLLOUT_STREAM, SharedImages
+from opd_fast.seeds import SftDraw, Stream, noise_keys
+from opd_fast.training.methods.image_buffer import SharedImages
 from opd_fast.training.rollout import sample
 from opd_fast.training.setup import Setup
 from opd_kernels import philox_normal
-
-NOISE_STREAM = 7
-"""Sets what an image is noised with apart from any other noise drawn from the same seed."""
-NOISE, LEVEL = 0, 1
-"""Draws of a key of that stream: eps and t."""
 
 
 def squared_gap(a: Tensor, b: Tensor) -> Tensor:
@@ -92,7 +87,7 @@ class SFT(SharedImages):
         setup, several = self.setup, self.sft.images_per_prompt
         train, model = setup.config.train, setup.model
         every = [prompts[i] for i in here.tolist() for _ in range(several)]
-        keys = noise_keys(train.seed, ROLLOUT_STREAM, epoch, task, samples=len(prompts) * several)
+        keys = noise_keys(train.seed, Stream.ROLLOUT, epoch, task, samples=len(prompts) * several)
         keys = keys.view(-1, several)[here].flatten().to(model.device)
         at_once = train.micro_batch or train.samples_per_task
         latents = []
@@ -127,12 +122,12 @@ class SFT(SharedImages):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         setup, weight = self.setup, self.sft.base_weight
         model, device = setup.model, setup.model.device
-        keys = self.keys(epoch, NOISE_STREAM)
+        keys = self.keys(epoch, Stream.SFT_NOISE)
         losses, gap = torch.zeros(1, self.images, device=device), torch.zeros((), device=device)
         with setup.student.at_rest():
             for mine, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
-                x0, noise = self._drawn["x0"][self.places(mine)], philox_normal(keys[mine], setup.shape, NOISE)
-                t = philox_normal(keys[mine], (1, 1, 1), LEVEL).sigmoid()
+                x0, noise = self._drawn["x0"][self.places(mine)], philox_normal(keys[mine], setup.shape, SftDraw.NOISE)
+                t = philox_normal(keys[mine], (1, 1, 1), SftDraw.LEVEL).sigmoid()
                 x, level = torch.lerp(x0, noise, t), t.flatten()
                 text = self.text(epoch, mine)
                 condition = Conditioning.build(model, text, None, self.guidance)
