@@ -22,7 +22,8 @@ from opd_fast.data.prompt_files import Prompt
 from opd_fast.distributed.world import launched, open_world, whole
 from opd_fast.reporting.telemetry import Silence
 from opd_fast.training.checkpoint import Checkpoints
-from opd_fast.training.loop import METHODS, Run
+from opd_fast.training.loop import Run
+from opd_fast.training.methods.base import make_method
 from opd_fast.training.setup import prepare
 from tests.runs import PROMPTS, reinforced, settings
 
@@ -122,7 +123,7 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
         if world.first:
             directory.mkdir(parents=True, exist_ok=True)
         if not resume:
-            METHODS[config.train.method](setup).accumulate(0, torch.amp.GradScaler("cpu", enabled=False))
+            make_method(setup).accumulate(0, torch.amp.GradScaler("cpu", enabled=False))
             named = setup.student.named_parameters()
             found = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
             if world.first:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_fast.config import Config, TeacherConfig
+from opd_fast.config.methods.spec import RoundSize, method_spec
 from opd_fast.config.paths import held_out
 from opd_fast.config.serialize import config_hash, to_yaml
 from opd_fast.data.prompt_files import load_prompts
@@ -170,7 +171,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     from opd_fast.objectives import step_weights
     from opd_fast.solvers import solver_table
 
-    resolved = resolve(config)
+    method, resolved = method_spec(config), resolve(config)
     devices = devices or int(os.environ.get("WORLD_SIZE", "1"))
     gpu_memory = gpu_memory or _own_memory(resolved.device)
     settings = config.model
@@ -197,15 +198,13 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     # A teacher that is not on this machine counts as large as the student's LoRA, or as 1 % of full weights.
     o = config.objective
     anchors = [] if o.anchor is None or o.anchor == "base" else [o.anchor]
-    frozen = [teacher.weights for teacher in config.teachers if not config.reinforces] + anchors
+    frozen_entries = config.teachers if method.has_teachers else []
+    frozen = [teacher.weights for teacher in frozen_entries] + anchors
     adapters = sum(_adapter_values(weights) or adapter or parameters // 100 for weights in frozen)
     row, traced = _row_cost(model, config, layers if lora else None)
-    trained_steps = _trained_steps(config)
-    updates = {"opd": 1, "sft": config.sft.updates}.get(config.train.method, config.rl.updates)
-    own_branches = branches(model, config.student.guidance if config.train.method != "sft" else None)
+    trained_steps, updates = method.trained_steps(config), method.updates(config)
+    own_branches = branches(model, method.student_guidance(config))
     latent = model.latent_shape(resolution)
-    # States, next states and means of the trained steps, or the last latent alone; float32.
-    kept = 4 * math.prod(latent) * (3 * trained_steps if config.train.method == "grpo" else 1)
     load = Load(
         kind=config.student.kind,
         parameters=parameters,
@@ -226,9 +225,9 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         tasks=schedule.per_round,
         blocks=len(blocks),
         boundary=_boundary(model, resolution) * own_branches,
-        drawn=0 if config.train.method == "opd" else samples,
-        kept=kept,
-        old_policy=config.train.method == "nft",
+        drawn=0 if method.distils else samples,
+        kept=4 * math.prod(latent) * method.kept_latents(config),  # float32
+        old_policy=method.old_policy,
         recomputed=min(config.engine.recompute or 0, len(blocks)),
     )
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
@@ -239,14 +238,11 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         load = replace(load, recomputed=again)
         reason = f"{_strategy(config, load, devices, ranks_per_node, gpu_memory)[2]}, as {again} blocks recompute"
     evaluations, evaluation_rows = _evaluation(config, model)
-    teacher_rows = {t.name: per_task * branches(model, t.guidance) for t in config.teachers if not config.reinforces}
+    teacher_rows = {t.name: per_task * branches(model, t.guidance) for t in frozen_entries}
     turns = {t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)}
     asked = _asked_steps(config, trained_steps)
-    rows = (
-        _rows_of_distillation(config, samples * own_branches, trained_steps, asked, teacher_rows, turns)
-        if config.train.method == "opd"
-        else _rows_of_learning(config, samples * own_branches, trained_steps, updates, teacher_rows, turns)
-    )
+    taught = sum(rows * turns[name] for name, rows in teacher_rows.items())
+    round_rows = method.forward_rows(config, RoundSize(samples * own_branches, taught, trained_steps, asked))
     return Plan(
         resolved=resolved,
         devices=devices,
@@ -258,13 +254,13 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
         forwards_per_step=load.forwards_per_step(devices),
         trained_steps=trained_steps,
         asked_steps=asked,
-        round_rows=rows,
+        round_rows=round_rows,
         resolution=resolution,
         latent=latent,
         image_tokens=model.image_tokens(resolution),
         text_tokens=model.text_tokens,
         table=table,
-        weight=step_weights(table, config.objective.kind).tolist() if config.train.method == "opd" else [],
+        weight=step_weights(table, config.objective.kind).tolist() if method.distils else [],
         parameters=parameters,
         trainable=load.trainable,
         blocks=len(blocks),
@@ -282,17 +278,6 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     )
 
 
-def _trained_steps(config: Config) -> int:
-    """Solver steps, or noise levels, at which a sample is learnt from."""
-    s, rl = config.sampler, config.rl
-    return {
-        "opd": s.steps if s.train_last else s.steps - 1,
-        "grpo": s.steps - 1 if rl.window is None else rl.window,
-        "nft": int(s.steps * rl.timestep_fraction),
-        "sft": 1,
-    }[config.train.method]
-
-
 def _asked_steps(config: Config, trained_steps: int) -> float:
     from opd_fast.objectives import query_law
 
@@ -302,40 +287,6 @@ def _asked_steps(config: Config, trained_steps: int) -> float:
     # A step is drawn at all with this probability, systematic sampling's.
     law = query_law(trained_steps, o.query_law, o.query_alpha, o.query_beta)
     return float((law * o.queries).clamp(max=1).sum())
-
-
-def _rows_of_distillation(
-    config: Config, rows: int, steps: int, asked: float, teacher_rows: dict[str, int], turns: dict[str, float]
-) -> dict[str, int]:
-    """Of a round, from the student's `rows` of a step. Queries end a rollout at the last queried step, which is not
-    taken off the student's forwards."""
-    o = config.objective
-    rollouts = 2 if o.kind == "ppo" and o.reward_gradient == "return_to_go" else 1  # one without gradient before
-    teachers = sum(rows * turns[name] for name, rows in teacher_rows.items())
-    found = {
-        "student forward": rows * steps * rollouts,
-        "student backward": round(rows * asked),
-        "teacher forward": round(teachers * asked * rollouts),
-    }
-    return found | ({"anchor forward": round(rows * asked)} if o.anchor is not None else {})
-
-
-def _rows_of_learning(
-    config: Config, rows: int, steps: int, updates: int, teacher_rows: dict[str, int], turns: dict[str, float]
-) -> dict[str, int]:
-    """Of a round, from the `rows` of a step of a whole rollout, which serves `updates` rounds; GRPO from no more:
-    images of groups without variance are left out."""
-    method, drawn = config.train.method, config.sampler.steps / updates
-    if method == "sft":
-        teachers = sum(rows * turns[name] for name, rows in teacher_rows.items()) * config.sft.images_per_prompt
-        found = {"teacher rollout": round(teachers * drawn)}
-    else:
-        found = {"rollout": round(rows * drawn)}
-    learnt = round(rows * steps / updates)
-    found |= {"student forward": learnt, "student backward": learnt}
-    if method == "nft":
-        found["old policy forward"] = learnt
-    return found | ({"base forward": learnt} if config.base_weight > 0 else {})
 
 
 def _strategy(
@@ -351,7 +302,7 @@ def _strategy(
     if wanted == "single" and devices > 1:
         raise UserError("parallel.strategy", f"single on {devices} devices", "give auto, ddp, fsdp2 or hsdp")
     chosen, reason = choose_strategy(load, devices, gpu_memory * GIB, shard_size)
-    if config.train.method != "opd" and chosen not in ("single", "ddp"):
+    if not method_spec(config).shards and chosen not in ("single", "ddp"):
         need = sum(memory(load, "ddp", devices, shard_size).values()) / GIB
         return "ddp", shard_size, f"{config.train.method} shards no weights, but {need:.1f} GiB do not fit"
     if wanted == "auto":
@@ -428,8 +379,12 @@ def check_guidance(config: Config, model: DiffusionModel) -> None:
         if model.guidance_kind == "none" and value not in (0, 1):
             raise UserError(key, f"{value:g} with a {model.name} model that has no guidance", "give 1")
         strength = model.strength(value)
-        if key == "student.guidance" and config.train.method == "nft" and strength != 1:
-            raise UserError(key, f"{value:g} under nft, which has none", f"give {model.unguided:g}, or leave it out")
+        if key == "student.guidance" and not method_spec(config).guided and strength != 1:
+            raise UserError(
+                key,
+                f"{value:g} under {config.train.method}, which has none",
+                f"give {model.unguided:g}, or leave it out",
+            )
 
 
 def branches(model: DiffusionModel, guidance: float | None) -> int:
@@ -467,7 +422,7 @@ def _evaluation(config: Config, model: DiffusionModel) -> tuple[int, int]:
     started = config.student.start is not None  # else it is the base at first
     student = started + len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end
     guidance = config.student.guidance if e.guidance is None else e.guidance
-    models = student + 1 + (0 if config.reinforces else len(config.teachers))
+    models = student + 1 + (len(config.teachers) if method_spec(config).has_teachers else 0)
     return student, models * images * e.steps * branches(model, guidance)
 
 
@@ -545,7 +500,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     evaluation = "off"
     if plan.evaluations:
         evaluation = f"{plan.evaluations} times; {plan.evaluation_rows:,} forward rows with base and teachers"
-    distils = config.train.method == "opd"
+    distils = method_spec(config).distils
     rounds = f"{config.train.rounds} of {plan.samples} samples: {tasks}"
     if not distils:
         each = "" if plan.updates == 1 else f", which serves {plan.updates} rounds"

@@ -30,10 +30,7 @@ from opd_fast.reporting.telemetry import Silence, Telemetry, annotate, read_metr
 from opd_fast.training.checkpoint import Checkpoints, replace_folder
 from opd_fast.training.evaluation import Evaluation, evaluate
 from opd_fast.training.identity import compare, identify, judged_otherwise
-from opd_fast.training.methods.grpo import GRPO
-from opd_fast.training.methods.nft import NFT
-from opd_fast.training.methods.opd import OPD
-from opd_fast.training.methods.sft import SFT
+from opd_fast.training.methods.base import make_method
 from opd_fast.training.preflight import ANCHOR
 from opd_fast.training.problems import check_paths
 from opd_fast.training.resuming import check_rounds, ended, finished
@@ -41,7 +38,6 @@ from opd_fast.training.setup import Setup, prepare
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import BASE
 
-METHODS: dict[str, Any] = {"opd": OPD, "grpo": GRPO, "nft": NFT, "sft": SFT}
 GRID_COLUMNS = 8
 
 
@@ -126,7 +122,7 @@ class Run:
         self.setup, self.config, self.run_dir, self.checkpoints = setup, setup.config, run_dir, checkpoints
         self.sources = self.world.on_first(partial(identify, self.config))
         """What identifies the files and prompts that the numbers follow from."""
-        self.method = METHODS[self.config.train.method](setup)
+        self.method = make_method(setup)
         self.optimizer = make_optimizer(setup.student, self.config)
         # Half precision has no room for small gradients: scale them up, and leave out a round that overflows.
         self.scaler = torch.amp.GradScaler(setup.model.device.type, enabled=setup.model.dtype == torch.float16)

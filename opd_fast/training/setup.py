@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from opd_fast.config import Config
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.data.prompt_files import Prompt, PromptSource, TaskSchedule, load_prompts
 from opd_fast.data.text_embeddings import EmbeddingCache, TextStore, encoding_progress
 from opd_fast.distributed.plan import branches, make_plan, resolve
@@ -105,7 +106,7 @@ def prepare(
     met = [
         p[i].text
         for p, source, turns in zip(prompts, sources, schedule.turns(train.rounds), strict=True)
-        for i in source.seen(turns, prompts_per_turn(config))
+        for i in source.seen(turns, method_spec(config).prompts_per_turn(config))
     ]
     met += [p.text for task in tasks for p in task.prompts]
     store = TextStore.open(config.model.text_cache, model)
@@ -199,8 +200,3 @@ def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:
     if settings is None:
         return None
     return TeacherBank.load(model, [settings], config.engine.placement, offload=config.parallel.offload_teachers)
-
-
-def prompts_per_turn(config: Config) -> int:
-    """Distinct prompts among a task's samples: as many, or one for each group in reinforcement learning."""
-    return config.train.samples_per_task // (config.rl.images_per_prompt if config.reinforces else 1)

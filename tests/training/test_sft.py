@@ -13,13 +13,14 @@ from torch import Tensor
 
 from opd_fast.config import Config
 from opd_fast.config.command_line import parse
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.serialize import to_yaml
 from opd_fast.config.validate import validate
 from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
 from opd_fast.reporting.telemetry import read_metrics
 from opd_fast.seeds import SftDraw, Stream, noise_keys
-from opd_fast.training.loop import METHODS, make_optimizer, train
+from opd_fast.training.loop import make_optimizer, train
 from opd_fast.training.methods.sft import SFT, flow_matching_loss, squared_gap
 from opd_fast.training.problems import problems
 from opd_fast.training.rollout import sample
@@ -289,14 +290,14 @@ def test_resume_equals_not_stopping(world: Path, tmp_path: Path) -> None:
 def test_a_round_that_is_not_finite_is_left_out(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = METHODS["sft"].accumulate
+    original = SFT.accumulate
 
     def poisoned(self: Any, index: int, scaler: Any) -> Tensor:
         losses: Tensor = original(self, index, scaler)
         losses[0, 4] = float("nan")  # the second of the second task's images
         return losses
 
-    monkeypatch.setattr(METHODS["sft"], "accumulate", poisoned)
+    monkeypatch.setattr(SFT, "accumulate", poisoned)
     start(finetuned(world, evaluation__every=0, train__rounds=1), tmp_path / "run")
     assert "round 0: the loss of task 'plain' is not finite; left out" in capsys.readouterr().err
 
@@ -380,7 +381,7 @@ def test_its_settings_are_read_under_it_alone(world: Path) -> None:
 
 def test_teachers_are_looked_for_and_its_plan_counts_its_rows(world: Path) -> None:
     config = finetuned(world)
-    assert not config.reinforces
+    assert method_spec(config).has_teachers
     assert list(problems(config)) == []
     plan = make_plan(config)
     images, drawn = plan.samples, sum(plan.teacher_rows.values())  # one teacher is guided

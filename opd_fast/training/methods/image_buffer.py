@@ -13,11 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.base import TextEmbeds
 from opd_fast.rewards.runner import Jury
 from opd_fast.seeds import Stream, noise_keys
-from opd_fast.training.setup import Setup, prompts_per_turn
+from opd_fast.training.setup import Setup
 from opd_fast.training.teachers import TeacherBank
 
 
@@ -141,8 +142,9 @@ class SharedImages(ABC):
     def tasks(self, epoch: int) -> list[tuple[int, list[Prompt]]]:
         """(task, the prompts of its images) of draw `epoch`, the images of a prompt beside each other."""
         setup, found = self.setup, []
+        count = method_spec(setup.config).prompts_per_turn(setup.config)
         for task, turns in setup.schedule.round(epoch):
-            indices = [i for turn in turns for i in setup.sources[task].batch(turn, prompts_per_turn(setup.config))]
+            indices = [i for turn in turns for i in setup.sources[task].batch(turn, count)]
             found.append((task, [setup.prompts[task][i] for i in indices for _ in range(self.repeats)]))
         return found
 

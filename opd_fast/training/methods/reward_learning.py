@@ -13,6 +13,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.models.guidance import Conditioning, Velocities
 from opd_fast.rewards import prompt_groups
 from opd_fast.rewards.runner import judged
@@ -29,7 +30,7 @@ class Reinforcement(SharedImages):
 
     def __init__(self, setup: Setup) -> None:
         self.rl = setup.config.rl
-        self.kl = setup.config.base_weight
+        self.kl = method_spec(setup.config).base_weight(setup.config)
         repeats, guidance = self.rl.images_per_prompt, setup.config.student.guidance
         super().__init__(setup, updates=self.rl.updates, repeats=repeats, guidance=guidance)
 
