@@ -139,7 +139,7 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
             setup.config.train.rounds = rounds
             run.go(Silence())
             if world.first:
-                (directory / "rows.json").write_text(json.dumps(run.rows))
+                (directory / "rows.json").write_text(json.dumps(run.judging.rows))
 
 
 def gone_on_rank_1(images: Tensor, prompts: list[Prompt]) -> Tensor:
@@ -158,7 +158,7 @@ def judge(config: Config, directory: Path) -> None:
         setup = prepare(config, lambda text: None, world)
         with setup.student.base() as transformer:
             run = Run(setup, directory, Checkpoints(directory / "checkpoints", 1, world), time.monotonic())
-            found = run._judge(transformer, 1.0)
+            found = run.judging.judge(transformer, 1.0)
         directory.mkdir(parents=True, exist_ok=True)
         said = {"rewards": found.rewards, "failures": found.failures}
         (directory / f"{world.rank}.json").write_text(json.dumps(said))

@@ -40,7 +40,7 @@ def train_stages(
     """
     world, run_dir = world or World(), Path(run_dir).expanduser()
     done: list[dict[str, Any]] = []
-    told: set[tuple[str, str]] = set()
+    printed: set[tuple[str, str]] = set()
     folders = [run_dir / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
         config = stage.config if number == 0 else starting_from(stage.config, folders[number - 1] / "student")
@@ -49,7 +49,7 @@ def train_stages(
             if world.first:
                 print(f"stage {number + 1} of {len(stages)}: {stage.name}", flush=True)
             again = world.on_first(partial(_begin, folder, config))
-            results = train(config, folder, resume=again, profile=profile, world=world, within=run_dir, told=told)
+            results = train(config, folder, resume=again, profile=profile, world=world, within=run_dir, printed=printed)
         if results["rounds"] < config.train.rounds:
             return results
         done.append(results)

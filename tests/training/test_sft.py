@@ -20,8 +20,9 @@ from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
 from opd_fast.reporting.telemetry import read_metrics
 from opd_fast.seeds import SftDraw, Stream, noise_keys
-from opd_fast.training.loop import make_optimizer, train
+from opd_fast.training.loop import train
 from opd_fast.training.methods.sft import SFT, flow_matching_loss, squared_gap
+from opd_fast.training.optimizer import make_optimizer
 from opd_fast.training.problems import problems
 from opd_fast.training.rollout import sample
 from opd_fast.training.setup import prepare

@@ -18,8 +18,9 @@ from opd_fast.config import Config
 from opd_fast.config.serialize import to_yaml
 from opd_fast.reporting.telemetry import Telemetry, read_metrics
 from opd_fast.training.checkpoint import Checkpoints
-from opd_fast.training.loop import learning_rate, train
+from opd_fast.training.loop import train
 from opd_fast.training.methods.opd import OPD
+from opd_fast.training.optimizer import learning_rate
 from tests.runs import settings, write_world
 
 
