@@ -104,8 +104,8 @@ class GRPO(Reinforcement):
         steps, window = self.setup.table.steps, self.rl.window
         if window is None:
             return range(steps - 1)
-        places = (steps // 2 if self.rl.window_range is None else self.rl.window_range) - window + 1
-        start = int(noise_keys(self.setup.config.train.seed, Stream.WINDOW, epoch, samples=1)) % places
+        starts = (steps // 2 if self.rl.window_range is None else self.rl.window_range) - window + 1
+        start = int(noise_keys(self.setup.config.train.seed, Stream.WINDOW, epoch, samples=1)) % starts
         return range(start, start + window)
 
     def rows(self, epoch: int) -> Tensor:
@@ -125,16 +125,16 @@ class GRPO(Reinforcement):
         kept = {name: [self.no_images(len(trained))] for name in ("x", "sample", "mean")}
         latents = [self.no_images()]
         with torch.no_grad(), setup.student.at_rest():
-            for part in self.micro_batches(self.mine):
-                condition, mine = self.condition(epoch, part), keys[part.to(keys.device)]
+            for part in self.micro_batches(self.rank_indices):
+                condition, part_keys = self.condition(epoch, part), keys[part.to(keys.device)]
                 guidance = torch.full((len(part),), condition.branch_guidance, device=keys.device)
-                x = philox_normal(mine, setup.shape, INITIAL_NOISE)
+                x = philox_normal(part_keys, setup.shape, INITIAL_NOISE)
                 path: dict[str, list[Tensor]] = {name: [] for name in kept}
                 for j in range(setup.table.steps):
                     v = setup.student.velocities(setup.model, x, rows[j, -1], condition)
                     branches, ones = (v.cond, v.uncond), torch.ones_like(guidance)
                     step = fused_step(
-                        *(x, *branches, *branches, guidance, guidance, rows, j, ones), keys=mine, return_means=True
+                        *(x, *branches, *branches, guidance, guidance, rows, j, ones), keys=part_keys, return_means=True
                     )
                     if j in trained and step.mean_s is not None:
                         for name, tensor in zip(kept, (x, step.x_next, step.mean_s), strict=True):
@@ -157,7 +157,7 @@ class GRPO(Reinforcement):
                 guidance = torch.full((len(part),), condition.branch_guidance, device=rows.device)
                 advantage = drawn["advantage"][part]
                 for i, j in enumerate(steps):
-                    x, sample, mean = (drawn[name][self.places(part), i] for name in ("x", "sample", "mean"))
+                    x, sample, mean = (drawn[name][self.positions(part), i] for name in ("x", "sample", "mean"))
                     sigma = self.drawing[j, -1]
                     v = setup.student.velocities(setup.model, x, sigma, condition)
                     out = log_prob(x, sample, v.cond, v.uncond, guidance, self.drawing, j, mean_old=mean)

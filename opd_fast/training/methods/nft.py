@@ -114,11 +114,11 @@ class NFT(Reinforcement):
             decay = old_policy_decay(self.rl.decay, epoch * self.rl.updates)
             move_old_policy(self.old, [p.detach() for p in setup.student.parameters()], decay)
         with setup.student.holding(self.old) as transformer:
-            for part in self.micro_batches(self.mine):
-                mine = keys[part.to(keys.device)]
+            for part in self.micro_batches(self.rank_indices):
+                part_keys = keys[part.to(keys.device)]
                 text = self.text(epoch, part)
                 latents.append(
-                    sample(setup.model, transformer, text, None, None, setup.table, shape=setup.shape, keys=mine)
+                    sample(setup.model, transformer, text, None, None, setup.table, shape=setup.shape, keys=part_keys)
                 )
         x0 = torch.cat(latents)
         return x0, {"x0": x0}
@@ -146,7 +146,7 @@ class NFT(Reinforcement):
         """(step, rows, shares, old policy's velocity or None where it is the student's own)"""
 
         def noised(j: int, part: Tensor) -> Tensor:
-            return torch.lerp(drawn["x0"][self.places(part)], philox_normal(keys[part], setup.shape, j), sigmas[j])
+            return torch.lerp(drawn["x0"][self.positions(part)], philox_normal(keys[part], setup.shape, j), sigmas[j])
 
         def velocity(j: int, part: Tensor) -> Tensor:
             return setup.student.velocities(setup.model, noised(j, part), sigmas[j], self.condition(epoch, part)).cond
@@ -168,9 +168,8 @@ class NFT(Reinforcement):
                 v = velocity(j, part)
                 old = v.detach() if before is None else before
                 r = optimality(drawn["advantage"][part], self.rl.advantage_clip)
-                loss = nft_loss(
-                    v, old, base, x, sigmas[j], drawn["x0"][self.places(part)], r, beta=self.rl.beta, kl_weight=self.kl
-                )
+                x0 = drawn["x0"][self.positions(part)]
+                loss = nft_loss(v, old, base, x, sigmas[j], x0, r, beta=self.rl.beta, kl_weight=self.kl)
                 weighed = (share * loss).float() / count
                 scaler.scale(weighed.sum()).backward()
                 losses[j, part] = weighed.detach()

@@ -36,7 +36,7 @@ class OPD:
         trained = setup.table.steps if config.sampler.train_last else setup.table.steps - 1
         self.law = query_law(trained, o.query_law, o.query_alpha, o.query_beta)
         expected = setup.schedule.expected
-        total = sum(teacher.weight * places for teacher, places in zip(config.teachers, expected, strict=True))
+        total = sum(teacher.weight * turns for teacher, turns in zip(config.teachers, expected, strict=True))
         total *= trained if config.objective.steps == "mean" else 1
         self.scales = [teacher.weight / total / per_task for teacher in config.teachers]
         """Of a sample of each task in the round's loss."""
@@ -45,10 +45,10 @@ class OPD:
     def tasks(self, index: int) -> tuple[tuple[int, slice], ...]:
         """The tasks of round `index` and the rows of the batch that each has."""
         per_task, start = self.setup.config.train.samples_per_task, 0
-        found = []
+        tasks = []
         for task, turns in self.setup.schedule.round(index):
-            found.append((task, slice(start, start := start + per_task * len(turns))))
-        return tuple(found)
+            tasks.append((task, slice(start, start := start + per_task * len(turns))))
+        return tuple(tasks)
 
     def batch(self, index: int) -> RoundBatch:
         """This process's samples of round `index`; what they are follows from (seed, round, task, sample) alone."""
@@ -64,16 +64,16 @@ class OPD:
         keys = torch.cat([noise_keys(seed, Stream.ROLLOUT, index, task, samples=count) for task, count in counts])
         scale = torch.tensor([self.scales[task] for task, count in counts for _ in range(count)])
         world = setup.world
-        mine, own = world.rows(len(texts))
-        scale = scale[mine] * world.size  # reductions average over the ranks
-        scale[own:] = 0.0
+        indices, rank_samples = world.rows(len(texts))
+        scale = scale[indices] * world.size  # reductions average over the ranks
+        scale[rank_samples:] = 0.0  # of the samples that only fill this process up
         return RoundBatch(
-            text=setup.text.rows([texts[i] for i in mine]),
+            text=setup.text.rows([texts[i] for i in indices]),
             negative=setup.text.negative,
             tasks=tuple(
-                (task, slice(bisect_left(mine, span.start), bisect_left(mine, span.stop))) for task, span in tasks
+                (task, slice(bisect_left(indices, span.start), bisect_left(indices, span.stop))) for task, span in tasks
             ),
-            keys=send(keys[mine], setup.model.device),
+            keys=send(keys[indices], setup.model.device),
             scale=send(scale, setup.model.device),
             shape=setup.shape,
         )

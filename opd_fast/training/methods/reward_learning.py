@@ -18,15 +18,15 @@ from opd_fast.models.guidance import Conditioning, Velocities
 from opd_fast.rewards import prompt_groups
 from opd_fast.rewards.runner import judged
 from opd_fast.training.methods.advantages import advantages
-from opd_fast.training.methods.image_buffer import SharedImages
+from opd_fast.training.methods.image_buffer import ImageBuffer
 from opd_fast.training.setup import Setup
 from opd_fast.training.teachers import Course
 
 
-class Reinforcement(SharedImages):
+class Reinforcement(ImageBuffer):
     """A method of the training loop that learns from rewards: it draws images and learns from a part of them."""
 
-    everywhere = ("reward", "advantage", "task")
+    replicated = ("reward", "advantage", "task")
 
     def __init__(self, setup: Setup) -> None:
         self.rl = setup.config.rl
@@ -36,13 +36,13 @@ class Reinforcement(SharedImages):
 
     @abstractmethod
     def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The final latents (own images, C, H, W) of rollout `epoch`, and what learning needs of it."""
+        """The final latents (n, C, H, W) of this process in rollout `epoch`, and what learning needs beside them."""
 
     @abstractmethod
     def chosen(self, drawn: dict[str, Tensor]) -> Tensor:
         """(B,) bool: images worth learning from."""
 
-    def worthy(self, order: Tensor) -> Tensor:
+    def select(self, order: Tensor) -> Tensor:
         return order[self.chosen(self._drawn)[order]]
 
     def rewards(self) -> Tensor:
@@ -57,16 +57,16 @@ class Reinforcement(SharedImages):
 
     def fault(self, index: int, losses: Tensor) -> str | None:
         """Where a round's losses first cease to be finite, in words; None where all are."""
-        if (found := self.not_finite(index, losses)) is None:
+        if (place := self.not_finite(index, losses)) is None:
             return None
-        row, task = found
+        row, task = place
         return f"the loss of task {task!r} is not finite at step {self.trained_steps(index // self.updates)[row]}"
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
         return super().metrics(index, losses) | {"images": float(self._learnt)}
 
     def condition(self, epoch: int, rows: Tensor) -> Conditioning:
-        """What the transformer is told of some images, under the student's guidance."""
+        """What the transformer is given beside the states of some images, under the student's guidance."""
         setup = self.setup
         return Conditioning.build(setup.model, self.text(epoch, rows), setup.text.negative, setup.student.guidance)
 
@@ -82,28 +82,28 @@ class Reinforcement(SharedImages):
             images = self.setup.model.decode(latents) if len(latents) else latents  # the VAE takes no empty batch
         rewards = self._judged(epoch, images)
         groups = [prompt_groups(prompts) for _, prompts in self.tasks(epoch)]
-        found = {"reward": rewards, "task": torch.tensor(self.owners(epoch))}
-        found["advantage"] = self._advantages(list(rewards.split([len(own) for own in groups])), groups)
-        return {name: tensor.to(latents.device) for name, tensor in found.items()} | needed
+        drawn = {"reward": rewards, "task": torch.tensor(self.owners(epoch))}
+        drawn["advantage"] = self._advantages(list(rewards.split([len(group) for group in groups])), groups)
+        return {name: tensor.to(latents.device) for name, tensor in drawn.items()} | needed
 
     def _judged(self, epoch: int, images: Tensor) -> Tensor:
         """(images,) float32 on the CPU, of all processes; each judges what it drew."""
-        mine, teachers = torch.empty(len(self.mine)), self.setup.config.teachers
-        for task, prompts, here, places in self.own_parts(epoch):
-            asked = [prompts[i] for i in places.tolist()]
-            mine[here] = judged(self.jury, teachers[task], images[here.to(images.device)], asked)
+        rewards, teachers = torch.empty(len(self.rank_indices)), self.setup.config.teachers
+        for task, prompts, in_task, positions in self.rank_parts(epoch):
+            of_images = [prompts[i] for i in positions.tolist()]
+            rewards[in_task] = judged(self.jury, teachers[task], images[in_task.to(images.device)], of_images)
         device = self.setup.model.device  # where NCCL can gather
-        return self.setup.world.collect(mine.to(device), self.images).cpu()
+        return self.setup.world.collect(rewards.to(device), self.images).cpu()
 
     def _advantages(self, rewards: list[Tensor], groups: list[Tensor]) -> Tensor:
-        """(B,) of all tasks; each task has statistics of its own, or they are thrown together."""
+        """(B,) of all tasks, by the statistics of each task or of all together."""
         if self.rl.statistics == "all":
-            counts = [int(own.max()) + 1 for own in groups]
+            counts = [int(group.max()) + 1 for group in groups]
             before = [sum(counts[:i]) for i in range(len(counts))]
-            groups = [torch.cat([own + start for own, start in zip(groups, before, strict=True)])]
+            groups = [torch.cat([group + start for group, start in zip(groups, before, strict=True)])]
             rewards = [torch.cat(rewards)]
         parts = [
-            advantages(mine, own, std=self.rl.std, clip=self.rl.advantage_clip)
-            for mine, own in zip(rewards, groups, strict=True)
+            advantages(of_task, group, std=self.rl.std, clip=self.rl.advantage_clip)
+            for of_task, group in zip(rewards, groups, strict=True)
         ]
         return torch.cat(parts)
