@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from benchmarks import reinforcement, time_to_quality
-from opd_fast import evaluate as module
 from opd_fast.config import Config
 from opd_fast.config.command_line import read_config
 from opd_fast.config.serialize import from_dict, to_yaml
@@ -20,6 +19,7 @@ from opd_fast.reporting.results import gain_recovered
 from opd_fast.reporting.reward_keys import key_words, reward_key, reward_keys
 from opd_fast.reporting.telemetry import Telemetry, read_metrics
 from opd_fast.train import main
+from opd_fast.training import evaluation as module
 from opd_fast.training.checkpoint import Checkpoints
 from opd_fast.training.evaluation import Evaluation
 from opd_fast.training.loop import train

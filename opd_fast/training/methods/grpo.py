@@ -21,7 +21,7 @@ from opd_kernels import fused_step, log_prob, philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 
 CLIP = {False: 1e-4, True: 2e-6}
-"""Of the ratio, without and with Guard."""
+"""The range of the ratio around 1, without and with Guard."""
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tens
 
 
 def published_log_ratio(log_ratio: Tensor, std: float) -> Tensor:
-    """The log-ratio of -mean((x - mu)^2), (B,), from that of the normal law, log_ratio.
+    """Returns the log-ratio of -mean((x - mu)^2), (B,), from `log_ratio`, that of the normal law.
 
     The released code's log-probability under CPS has neither the constants, which no ratio keeps, nor 1 / (2 std^2).
     """
@@ -41,10 +41,10 @@ def published_log_ratio(log_ratio: Tensor, std: float) -> Tensor:
 
 
 def guard_log_ratio(log_ratio: Tensor, drift: Tensor, std: float) -> Tensor:
-    """GRPO-Guard's normalised log-ratio, (B,).
+    """Returns GRPO-Guard's normalised log-ratio, (B,).
 
-    std * (log_ratio + drift) = mean(eps * (mu - mu_old)), eps being the noise that was drawn: its mean is 0 and its
-    size does not depend on the step's noise, so that one clip range suits all steps. The bias `drift` is each sample's.
+    std * (log_ratio + drift) = mean(eps * (mu - mu_old)), where eps is the noise that was drawn. Its mean is 0 and its
+    size does not depend on the step's noise, so that one clip range suits all steps. Each sample has its own `drift`.
     """
     return std * (log_ratio + drift)
 
@@ -52,7 +52,8 @@ def guard_log_ratio(log_ratio: Tensor, drift: Tensor, std: float) -> Tensor:
 def ratio_change(
     log_ratio: Tensor, drift: Tensor, std: float, *, guard: bool, log_prob: Literal["exact", "published"] = "exact"
 ) -> Tensor:
-    """The log-ratio that is clipped, (B,), of a step drawn with `std`: Guard's, the released code's, or log_ratio."""
+    """Returns the log-ratio that is clipped, (B,), of a step drawn with `std`: Guard's, the released code's or
+    `log_ratio` itself."""
     if guard:
         return guard_log_ratio(log_ratio, drift, std)
     return published_log_ratio(log_ratio, std) if log_prob == "published" else log_ratio
@@ -100,7 +101,7 @@ class GRPO(Reinforcement):
         self.clip = CLIP[self.rl.guard] if self.rl.clip is None else self.rl.clip
 
     def trained_steps(self, epoch: int) -> range:
-        """The steps of rollout `epoch` that draw noise and are trained."""
+        """Returns the steps of rollout `epoch` that draw noise and are trained."""
         steps, window = self.setup.table.steps, self.rl.window
         if window is None:
             return range(steps - 1)
@@ -109,7 +110,7 @@ class GRPO(Reinforcement):
         return range(start, start + window)
 
     def rows(self, epoch: int) -> Tensor:
-        """(N, 6) the rollout's solver rows. Without a window the last step draws too, untrained, as published."""
+        """Returns the rollout's solver rows (N, 6). Without a window the last draws too, as published, untrained."""
         if self.rl.window is None:
             return self.drawing
         rows, steps = self.still.clone(), self.trained_steps(epoch)

@@ -27,7 +27,7 @@ class ImageBuffer(ABC):
     Args:
         updates: rounds that learn from one draw.
         repeats: images of one prompt.
-        guidance: of the base, where it is asked.
+        guidance: that of the base, where its velocities are needed.
     """
 
     replicated: tuple[str, ...] = ()
@@ -37,10 +37,10 @@ class ImageBuffer(ABC):
         self.setup, self.updates, self.repeats = setup, updates, repeats
         config = setup.config
         self.images = config.train.samples_per_task * setup.schedule.per_round
-        """Of a draw, on all devices."""
+        """Images of a draw, on all devices."""
         indices, count = setup.world.rows(self.images)
         self.rank_indices = torch.tensor(indices[:count], dtype=torch.int64)
-        """Which of them this process draws and learns from."""
+        """Which of the images this process draws and learns from."""
         self.samples = self.images / updates
         """Images that a round learns from, on average."""
         self.jury = Jury("raise", config.evaluation.reward_timeout)
@@ -49,7 +49,7 @@ class ImageBuffer(ABC):
         """The images in hand: a tensor's first dimension counts those of this process, in the order of `rank_indices`,
         or all images where its name is in `replicated`."""
         self._counts: dict[str, Tensor] = {}
-        """What the last round has for its metrics beside the loss, each 0-dim."""
+        """What the last round adds to its metrics beside the loss, each 0-dim."""
         self._learnt = 0
         """Images that the last round learnt from, on all devices."""
 
@@ -76,7 +76,7 @@ class ImageBuffer(ABC):
         """(images,) of all processes' images in hand; None where nothing was judged."""
 
     def select(self, order: Tensor) -> Tensor:
-        """Those of the images `order` (images,) that are learnt from."""
+        """Returns those of the images `order` (images,) that are learnt from."""
         return order
 
     # --- the loop's side ---------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class ImageBuffer(ABC):
         return world.mean(losses)
 
     def not_finite(self, index: int, losses: Tensor) -> tuple[int, str] | None:
-        """(row of `losses`, task's name) where a round's losses first cease to be finite; None where all are."""
+        """Returns (row of `losses`, task's name) where losses first cease to be finite; None where all are finite."""
         bad = torch.nonzero(~torch.isfinite(losses))
         if not len(bad):
             return None
@@ -165,7 +165,7 @@ class ImageBuffer(ABC):
             first += len(prompts)
 
     def owners(self, epoch: int) -> list[int]:
-        """The task of each image of draw `epoch`."""
+        """Returns the task of each image of draw `epoch`."""
         return [task for task, prompts in self.tasks(epoch) for _ in prompts]
 
     def positions(self, rows: Tensor) -> Tensor:
@@ -173,13 +173,13 @@ class ImageBuffer(ABC):
         return rows // self.setup.world.size
 
     def keys(self, epoch: int, stream: Stream = Stream.ROLLOUT) -> Tensor:
-        """(images,) int64 noise keys."""
+        """Returns (images,) int64 noise keys."""
         seed = self.setup.config.train.seed
         parts = [noise_keys(seed, stream, epoch, task, samples=len(p)) for task, p in self.tasks(epoch)]
         return torch.cat(parts).to(self.setup.model.device)
 
     def text(self, epoch: int, rows: Tensor) -> TextEmbeds:
-        """The prompts of some images, embedded."""
+        """Returns the embedded prompts of some images."""
         prompts = [prompt.text for _, prompts in self.tasks(epoch) for prompt in prompts]
         return self.setup.text.rows([prompts[i] for i in rows.tolist()])
 
@@ -189,5 +189,5 @@ class ImageBuffer(ABC):
 
 
 def generator(*path: int) -> torch.Generator:
-    """A generator that follows from a path such as seed, stream, draw."""
+    """Returns a generator that follows from a path such as seed, stream, draw."""
     return torch.Generator().manual_seed(int(noise_keys(*path, samples=1)) % 2**63)

@@ -28,12 +28,12 @@ SCALE = 5.0
 
 
 def optimality(advantage: Tensor, clip: float = 5.0) -> Tensor:
-    """r in 0..1 of an advantage (`grpo.advantages`): 1/2 at the mean of the group, the ends at -clip and clip."""
+    """Returns r in 0..1 of an advantage: 1/2 at the mean of the group, 0 at -clip and 1 at clip."""
     return (advantage.clamp(-clip, clip) / (2 * clip) + 0.5).clamp(0, 1)
 
 
 def _matching(x: Tensor, v: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    """(B,) mean((x0_hat - x0)^2 / w), self-normalised by w = max(mean |x0_hat - x0|, 1e-5) without gradient."""
+    """Returns mean((x0_hat - x0)^2 / w), (B,), where w = max(mean |x0_hat - x0|, 1e-5) has no gradient."""
     error = (x - t * v - x0).flatten(1)
     return (error.square() / error.detach().abs().mean(1, keepdim=True).clamp(min=1e-5)).mean(1)
 
@@ -76,7 +76,7 @@ def nft_loss(
 
 
 def old_policy_decay(schedule: Literal["early", "late"], updates: int) -> float:
-    """d of `old <- d old + (1 - d) new` after `updates` optimizer steps in all.
+    """Returns d of `old <- d old + (1 - d) new` after `updates` optimizer steps in all.
 
     early (the released code's type 1, for GenEval and the preference rewards): min(0.001 k, 0.5). late (type 2, for
     OCR): 0 before update 75, so that the old policy is the new one, then min(0.0075 (k - 75), 0.999).
@@ -99,7 +99,7 @@ def move_old_policy(old: list[Tensor], new: list[Tensor], decay: float) -> None:
 
 
 class NFT(Reinforcement):
-    """The method `nft` of the training loop. The old policy draws, without guidance; published with solver dpm2."""
+    """The method `nft` of the training loop. The old policy draws without guidance; published runs use solver dpm2."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -124,7 +124,7 @@ class NFT(Reinforcement):
         return x0, {"x0": x0}
 
     def noise_levels(self, epoch: int) -> Tensor:
-        """(B, N) bool: the steps of the grid whose noise levels an image of rollout `epoch` is trained at."""
+        """Returns (B, N) bool: at the noise levels of which steps each image of rollout `epoch` is trained."""
         steps = self.setup.table.steps
         order = torch.rand(
             self.images, steps, generator=generator(self.setup.config.train.seed, Stream.NFT_LEVELS, epoch)

@@ -39,11 +39,11 @@ class OPD:
         total = sum(teacher.weight * turns for teacher, turns in zip(config.teachers, expected, strict=True))
         total *= trained if config.objective.steps == "mean" else 1
         self.scales = [teacher.weight / total / per_task for teacher in config.teachers]
-        """Of a sample of each task in the round's loss."""
+        """The factor on a sample of each task in the round's loss."""
         self.samples = per_task * setup.schedule.per_round
 
     def tasks(self, index: int) -> tuple[tuple[int, slice], ...]:
-        """The tasks of round `index` and the rows of the batch that each has."""
+        """Returns the tasks of round `index` and the rows of the whole batch that each has."""
         per_task, start = self.setup.config.train.samples_per_task, 0
         tasks = []
         for task, turns in self.setup.schedule.round(index):
@@ -51,7 +51,7 @@ class OPD:
         return tuple(tasks)
 
     def batch(self, index: int) -> RoundBatch:
-        """This process's samples of round `index`; what they are follows from (seed, round, task, sample) alone."""
+        """Returns this process's samples of round `index`, which follow from (seed, round, task, sample) alone."""
         setup, seed, per_task = self.setup, self.setup.config.train.seed, self.setup.config.train.samples_per_task
         texts = [
             setup.prompts[task][i].text
@@ -79,7 +79,7 @@ class OPD:
         )
 
     def weights(self, index: int) -> Tensor:
-        """The step weights of round `index`, (N,) float64: with queried steps, those drawn for it are not 0."""
+        """Returns the step weights of round `index`, (N,) float64; with queried steps, 0 at those not drawn."""
         o = self.setup.config.objective
         if o.queries is None:
             return self.weight
@@ -120,7 +120,7 @@ class OPD:
         """Take over what `state` gave."""
 
     def fault(self, index: int, losses: Tensor) -> str | None:
-        """Where a round's losses first cease to be finite, in words; None where all are."""
+        """Returns in words where a round's losses first cease to be finite; None where all are finite."""
         bad = torch.nonzero(~torch.isfinite(losses))
         if not len(bad):
             return None
@@ -130,7 +130,7 @@ class OPD:
         return f"the loss of task {teacher!r} is not finite at step {step}"
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
-        """The round's loss, whole, by step and by task; losses (steps, samples) on the CPU."""
+        """Returns the round's loss, whole, by step and by task, from losses (steps, samples) on the CPU."""
         names = [teacher.name for teacher in self.setup.config.teachers]
         metrics = {"loss": float(losses.sum())}
         # Steps differ in weight by orders of magnitude, so that a sum alone would show only the heaviest.

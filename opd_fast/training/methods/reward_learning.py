@@ -1,9 +1,9 @@
 """What GRPO and DiffusionNFT share: images in groups of one prompt, their rewards, and parts of them for each update.
 
 A rollout draws `train.samples_per_task` images for each task in its turn, `rl.images_per_prompt` of every prompt. The
-task's reward judges them, and an advantage is a reward's distance from its group's mean, over a standard deviation of
-the task's own, since tasks have rewards of different sizes (`rl.statistics: all` takes one for all, as many do). The
-rollout serves `rl.updates` rounds, a random part of it each.
+task's reward judges them, and an advantage is a reward's distance from its group's mean, divided by the standard
+deviation of the task's rewards, because tasks have rewards of different sizes (`rl.statistics: all` takes one for all,
+as many do). The rollout serves `rl.updates` rounds, each of which learns from a random part of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Reinforcement(ImageBuffer):
 
     @abstractmethod
     def chosen(self, drawn: dict[str, Tensor]) -> Tensor:
-        """(B,) bool: images worth learning from."""
+        """Returns (B,) bool: the images to learn from."""
 
     def select(self, order: Tensor) -> Tensor:
         return order[self.chosen(self._drawn)[order]]
@@ -51,12 +51,12 @@ class Reinforcement(ImageBuffer):
     def accumulate(self, index: int, scaler: torch.amp.GradScaler) -> Tensor:
         losses = super().accumulate(index, scaler)
         for parameter in self.setup.student.parameters():
-            if parameter.grad is None:  # nothing to learn from: a step of zero, which a gradient scaler can judge
+            if parameter.grad is None:  # no image to learn from; a gradient scaler needs a gradient, if only of zeros
                 parameter.grad = torch.zeros_like(parameter)
         return losses
 
     def fault(self, index: int, losses: Tensor) -> str | None:
-        """Where a round's losses first cease to be finite, in words; None where all are."""
+        """Returns in words where a round's losses first cease to be finite; None where all are finite."""
         if (place := self.not_finite(index, losses)) is None:
             return None
         row, task = place
@@ -71,7 +71,7 @@ class Reinforcement(ImageBuffer):
         return Conditioning.build(setup.model, self.text(epoch, rows), setup.text.negative, setup.student.guidance)
 
     def base_velocities(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
-        """The base's, without gradient."""
+        """Returns the base's velocities, without gradient."""
         guidance = torch.full((len(x),), condition.branch_guidance, device=x.device)
         course = Course(((0, slice(0, len(x)), condition),), guidance)
         return self._base.velocities(x, sigma, course)
@@ -87,7 +87,7 @@ class Reinforcement(ImageBuffer):
         return {name: tensor.to(latents.device) for name, tensor in drawn.items()} | needed
 
     def _judged(self, epoch: int, images: Tensor) -> Tensor:
-        """(images,) float32 on the CPU, of all processes; each judges what it drew."""
+        """Returns the rewards of all images (images,) float32 on the CPU; each process judges what it drew."""
         rewards, teachers = torch.empty(len(self.rank_indices)), self.setup.config.teachers
         for task, prompts, in_task, positions in self.rank_parts(epoch):
             of_images = [prompts[i] for i in positions.tolist()]

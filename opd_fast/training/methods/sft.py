@@ -9,8 +9,8 @@ flow, arXiv 2209.03003, equation 1). The loss of an image is
 with the density of t of SD3 (arXiv 2403.03206, section 3.1), not shifted as the sampler's levels are. Of several images
 of one prompt the released script keeps the one of the highest reward.
 
-It is the conditional branch that is trained; classifier-free guidance is the sampler's. Guidance that is an input of
-the transformer (FLUX.1-dev) is the student's.
+The conditional branch alone is trained, because classifier-free guidance belongs to the sampler. Where guidance is an
+input of the transformer (FLUX.1-dev), it is the student's.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class SFT(ImageBuffer):
         return self.setup.world.collect(self._drawn["reward"], self.images)
 
     def fault(self, index: int, losses: Tensor) -> str | None:
-        """Of which task a round's loss is not finite, in words; None where all are."""
+        """Returns in words which task's loss is not finite; None where all are finite."""
         place = self.not_finite(index, losses)
         return None if place is None else f"the loss of task {place[1]!r} is not finite"
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
-        """The loss of the round just accumulated, whole and by task; the rewards of the images in hand, where they were
-        chosen by them; `base_gap`, mean((v - v_base)^2), where it is in the loss."""
+        """Returns the loss of the round just accumulated, whole and by task; the mean rewards of the images in hand,
+        where rewards chose them; and `base_gap`, mean((v - v_base)^2), where it is in the loss."""
         owners, metrics = torch.tensor(self.owners(index // self.updates)), super().metrics(index, losses)
         for task in owners.unique().tolist():
             metrics[f"loss/task_{self.setup.config.teachers[task].name}"] = float(losses[0, owners == task].sum())
