@@ -121,13 +121,16 @@ def test_a_method_of_ones_own_trains_is_planned_refused_and_resumed(small_world:
     (tmp_path / "my_rewards.py").write_text("def left(images, prompts):\n    return images[..., :16].mean((1, 2, 3))\n")
     (tmp_path / "driver.py").write_text(DRIVER)
     lines = small_world.read_text().splitlines()
-    text = "\n".join(line for line in lines if not line.startswith(("  - {", "teachers:", "train:", "checkpoint:")))
+    text = "\n".join(
+        line for line in lines if not line.startswith(("  - {", "teachers:", "train:", "checkpoint:", "evaluation:"))
+    )
     prompts = small_world.parent / "plain.txt"
     yaml = tmp_path / "mine.yaml"
     yaml.write_text(
         f"{text}\nteachers:\n"
         f"  - {{name: a, weights: base, prompts: {prompts}, eval_prompts: {prompts}, reward: 'my_rewards:left'}}\n"
         "train: {rounds: 2, samples_per_task: 4}\nrl: {images_per_prompt: 2, updates: 2}\ncheckpoint: {every: 1}\n"
+        "evaluation: {every: 3, prompts: 3, steps: 1}\n"
     )
     path = os.pathsep.join([str(tmp_path), str(Path(opd_fast.__path__[0]).parent / "kernels")])
     done = subprocess.run(
