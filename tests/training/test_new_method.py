@@ -126,6 +126,7 @@ def test_a_method_of_ones_own_trains_is_planned_refused_and_resumed(small_world:
     )
     prompts = small_world.parent / "plain.txt"
     yaml = tmp_path / "mine.yaml"
+    # Evaluations take all prompts, so that either run encodes the same text at once and gets the same bits.
     yaml.write_text(
         f"{text}\nteachers:\n"
         f"  - {{name: a, weights: base, prompts: {prompts}, eval_prompts: {prompts}, reward: 'my_rewards:left'}}\n"
