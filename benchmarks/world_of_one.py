@@ -30,8 +30,8 @@ from opd_fast.config.command_line import parse
 from opd_fast.distributed.world import World, open_world
 from opd_fast.errors import main_guard
 from opd_fast.reporting.telemetry import quiet_libraries
-from opd_fast.training.loop import make_optimizer
 from opd_fast.training.methods.opd import OPD
+from opd_fast.training.optimizer import make_optimizer
 from opd_fast.training.setup import prepare
 
 LIMIT = 1.01

@@ -1,5 +1,4 @@
-"""What a step's loss is, for every objective of on-policy distillation: a weight, a rule for the gradient, a choice of
-steps.
+"""The loss of a step, for every objective of on-policy distillation: its weight, its gradient, and the steps it is at.
 
 Student and teacher share the solver's row, so mu_S - mu_T = b (v_S - v_T), and most objectives are a weight on the
 squared velocity gap, w_j * (v_S - v_T)^2 (arXiv 2605.15055):
@@ -10,8 +9,8 @@ squared velocity gap, w_j * (v_S - v_T)^2 (arXiv 2605.15055):
 * velocity: w = 1 (DanceOPD).
 
 `ppo` makes the same KL the dense reward of a policy gradient instead of differentiating it alone: `Surrogate`.
-`step_queries` trains a few steps of a rollout in place of all (DanceOPD). DanceOPD's absorption of guidance into the
-student needs nothing of its own: teachers[].guidance above 1, student.guidance 1.
+`step_queries` trains a few steps of a rollout in place of all (DanceOPD). DanceOPD also absorbs guidance into the
+student, for which two settings are enough: teachers[].guidance above 1 and student.guidance 1.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ RewardGradient = Literal["live", "detached", "return_to_go"]
 
 
 def step_weights(table: SolverTable, kind: Literal["kl", "l2", "velocity", "ppo"]) -> Tensor:
-    """The weight w_j of each step, (N,) float64 on the CPU. Raises ValueError for an unknown objective."""
+    """Returns the weight w_j of each step, (N,) float64 on the CPU. Raises ValueError for an unknown objective."""
     if kind in ("kl", "ppo"):
         return table.weight
     if kind == "l2":
@@ -57,7 +56,7 @@ class Surrogate:
     state, since R_j does not depend on eps_j. `reward_gradient` says which terms there are:
 
     * live: both. R is not detached (DiffusionOPD's PPO baseline; Flow-OPD's code, with published variance, clamp 5).
-    * detached: the score term alone. Its mean is zero; a control, it teaches nothing.
+    * detached: the score term alone. Its mean is zero, so that it teaches nothing; it serves as a control.
     * return_to_go: the pathwise term, and the score times what follows, sum over k > j of R_k. Under reduction sum that
       is the whole gradient of E[sum_j R_j] in the law of the rollout, part of which the other objectives leave out;
       under mean its score term is weighed 1/D, as the published mean log-probability weighs it.
@@ -66,7 +65,7 @@ class Surrogate:
     reward_gradient: RewardGradient = "live"
     kl_scale: float = 1.0
     clamp: float | None = None
-    """Largest reward; beyond it the pathwise term is gone. Flow-OPD: 5."""
+    """Largest reward; a step beyond it has no pathwise term. Flow-OPD: 5."""
     log_prob: Literal["exact", "published"] = "exact"
     """published: log-probability -mean((x - mu)^2) of the released code under CPS, without 1 / (2 std^2)."""
 
@@ -76,11 +75,11 @@ class Surrogate:
         return self.reward_gradient == "return_to_go"
 
     def reward(self, kl: Tensor) -> Tensor:
-        """R of a step's KL, of any shape."""
+        """Returns R of a step's KL, of any shape."""
         return (self.kl_scale * kl).clamp(max=self.clamp) if self.clamp is not None else self.kl_scale * kl
 
     def returns(self, kl: Tensor) -> Tensor:
-        """Sum over k > j of R_k; kl and the result (steps, B)."""
+        """Returns the sum over k > j of R_k; kl and the result are (steps, B)."""
         reward = self.reward(kl)
         return reward.flip(0).cumsum(0).flip(0) - reward
 
@@ -95,7 +94,7 @@ class Surrogate:
         score: Tensor,
         guidance: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """The surrogate's gradient at the velocity branches from the closed form's.
+        """Returns the surrogate's gradient at the velocity branches, from the closed form's.
 
         Args:
             grad_cond, grad_uncond: (B, C, H, W), the gradient of scale_i * KL_i.
@@ -126,9 +125,9 @@ class Surrogate:
 
 
 def score_factors(table: SolverTable, log_prob: Literal["exact", "published"] = "exact") -> Tensor:
-    """dlogp/dv of each step for unit noise, before the reduction, (N,) float64; 0 where there is no noise.
+    """Returns dlogp/dv of each step for unit noise, before the reduction, (N,) float64; 0 where there is no noise.
 
-    b / std under the normal law; 2 b std where the published log-probability of CPS drops 1 / (2 std^2).
+    It is b / std under the normal law, and 2 b std where the published log-probability of CPS drops 1 / (2 std^2).
     """
     if log_prob == "published":
         return 2 * table.b * table.std
@@ -139,10 +138,10 @@ def score_factors(table: SolverTable, log_prob: Literal["exact", "published"] = 
 
 
 def query_law(steps: int, law: Literal["uniform", "beta"], alpha: float, beta: float) -> Tensor:
-    """Probability of each of `steps` trained steps to be queried, (steps,) float64, sum 1.
+    """Returns the probability of each of `steps` trained steps to be queried, (steps,) float64, sum 1.
 
-    beta: the step floor(steps * z), z ~ Beta(alpha, beta); the steps run from noise to image, so that alpha > beta asks
-    more often near the image (DanceOPD: Beta(5, 2)).
+    Under the law beta, the step is floor(steps * z) with z ~ Beta(alpha, beta). The steps run from noise to image, so
+    that alpha > beta queries more often near the image (DanceOPD: Beta(5, 2)).
     """
     if law == "uniform":
         return torch.full((steps,), 1 / steps, dtype=torch.float64)
@@ -152,7 +151,7 @@ def query_law(steps: int, law: Literal["uniform", "beta"], alpha: float, beta: f
 
 
 def step_queries(law: Tensor, queries: int, u: float, weights: Literal["unbiased", "law"]) -> Tensor:
-    """Factors on the step weights of one round with `queries` queried steps, (steps,) float64, most of them 0.
+    """Returns factors on the step weights of a round with `queries` queried steps, (steps,) float64, most of them 0.
 
     Step j is drawn c_j times by systematic sampling: c_j counts the points (u + i) / queries, i < queries, in its share
     of the cumulated law. With u uniform in [0, 1), E[c_j] = queries * law_j; a step is drawn twice only where

@@ -22,7 +22,8 @@ from opd_fast.data.prompt_files import Prompt
 from opd_fast.distributed.world import full_tensor, launched, open_world
 from opd_fast.reporting.telemetry import NullTelemetry
 from opd_fast.training.checkpoint import Checkpoints
-from opd_fast.training.loop import METHODS, Run
+from opd_fast.training.loop import Run
+from opd_fast.training.methods.base import make_method
 from opd_fast.training.setup import prepare
 from tests.runs import PROMPTS, reinforced, settings
 
@@ -122,7 +123,7 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
         if world.is_main:
             directory.mkdir(parents=True, exist_ok=True)
         if not resume:
-            METHODS[config.train.method](setup).accumulate(0, torch.amp.GradScaler("cpu", enabled=False))
+            make_method(setup).accumulate(0, torch.amp.GradScaler("cpu", enabled=False))
             named = setup.student.named_parameters()
             found = {name: full_tensor(p.grad).clone() for name, p in named if p.grad is not None}
             if world.is_main:
@@ -138,7 +139,7 @@ def case(config: Config, directory: Path, *, rounds: int = 0, resume: bool = Fal
             setup.config.train.rounds = rounds
             run.go(NullTelemetry())
             if world.is_main:
-                (directory / "rows.json").write_text(json.dumps(run.rows))
+                (directory / "rows.json").write_text(json.dumps(run.judging.rows))
 
 
 def gone_on_rank_1(images: Tensor, prompts: list[Prompt]) -> Tensor:
@@ -157,7 +158,7 @@ def judge(config: Config, directory: Path) -> None:
         setup = prepare(config, lambda text: None, world)
         with setup.student.base() as transformer:
             run = Run(setup, directory, Checkpoints(directory / "checkpoints", 1, world), time.monotonic())
-            found = run._judge(transformer, 1.0)
+            found = run.judging.judge(transformer, 1.0)
         directory.mkdir(parents=True, exist_ok=True)
         said = {"rewards": found.rewards, "failures": found.failures}
         (directory / f"{world.rank}.json").write_text(json.dumps(said))

@@ -11,10 +11,17 @@ reported in well under a second.
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from opd_fast.config.methods import METHODS
 
 Solver = Literal["ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm1", "dpm2"]
 DETERMINISTIC: tuple[str, ...] = ("ode", "dpm1", "dpm2")
+
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(METHODS)]
 
 
 def option(help: str, default: Any = MISSING) -> Any:
@@ -174,7 +181,7 @@ class ObjectiveConfig:
 class TrainConfig:
     """The optimizer and the length of the run. One round is one optimizer step."""
 
-    method: Literal["opd", "grpo", "nft", "sft"] = option(
+    method: Method = option(
         "opd: on-policy distillation; grpo (Flow-GRPO, GRPO-Guard), nft (DiffusionNFT): reinforcement learning, which "
         "makes teachers: each entry of teachers is a task with its reward, its weights being base; sft: flow matching "
         "on images that the teachers draw, a start for opd",
@@ -382,19 +389,6 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-
-    @property
-    def reinforces(self) -> bool:
-        """Whether the run learns from rewards instead of teachers."""
-        return self.train.method in ("grpo", "nft")
-
-    @property
-    def base_weight(self) -> float:
-        """Factor on what holds a student that learns from rewards or images to the base; 0: nothing does."""
-        if self.train.method == "sft":
-            return self.sft.base_weight
-        published = {"grpo": 0.04, "nft": 1e-4}.get(self.train.method, 0.0)
-        return published if self.rl.kl is None else self.rl.kl
 
     @property
     def trained(self) -> list[int]:

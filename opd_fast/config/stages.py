@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_fast.config import Config, EvaluationConfig, TeacherConfig
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.serialize import config_hash, dump, to_dict
 from opd_fast.errors import UserError
 
@@ -101,7 +102,7 @@ def _check_one_table(stages: Sequence[Stage]) -> None:
             if _held_out(task) != _held_out(tasks.setdefault(task.name, task)):
                 why = f"are not those of {task.name!r} in an earlier stage, and their rewards stand in one column"
                 raise UserError(f"stages[{i}].teachers[{j}].eval_prompts", why, "give one of the two another name")
-            other = task if config.reinforces else teachers.setdefault(task.name, task)
+            other = teachers.setdefault(task.name, task) if method_spec(config).has_teachers else task
             for key in ("weights", "guidance"):
                 value, before = getattr(task, key), getattr(other, key)
                 if value != before:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import fields
 
-from opd_fast.config import DETERMINISTIC, Config, ObjectiveConfig, RLConfig, SFTConfig
+from opd_fast.config import DETERMINISTIC, Config, ObjectiveConfig
+from opd_fast.config.methods.spec import method_spec, refuse_unread_settings
 from opd_fast.config.paths import package_file
-from opd_fast.config.serialize import flatten, leaves, teacher_leaves
+from opd_fast.config.serialize import flatten
 from opd_fast.errors import UserError, did_you_mean
 
 # The largest whole numbers, where 2**31 - 1 is too many or too few.
@@ -31,8 +31,8 @@ def validate(config: Config) -> None:
     _check_objective(config)
     _check_teachers(config)
     _check_bundled(config)
-    _check_reinforcement(config)
-    _check_finetuning(config)
+    refuse_unread_settings(config)
+    method_spec(config).check(config)
     _check_engine(config)
 
 
@@ -143,113 +143,6 @@ def _check_objective(config: Config) -> None:
         raise UserError("objective.queries", f"{o.queries} of {trained} trained steps", f"give 1 to {trained}, or null")
     if o.queries is not None and o.kind == "ppo":
         raise UserError("objective.queries", "are not for ppo, whose rewards are those of all steps", "use kl or null")
-
-
-def _check_reinforcement(config: Config) -> None:
-    rl, method, s = config.rl, config.train.method, config.sampler
-    if not config.reinforces:
-        _refuse_unread(config, [f"rl.{f.name}" for f in fields(RLConfig)], f"train.method {method}")
-        return
-    unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
-    unread += ["parallel.offload_teachers"]
-    unread += [f"teachers[{i}].{name}" for i in range(len(config.teachers)) for name in ("guidance", "partial")]
-    unread += ["rl.beta", "rl.decay", "rl.timestep_fraction"] if method == "grpo" else []
-    unread += ["rl.guard", "rl.clip", "rl.log_prob", "rl.window"] if method == "nft" else []
-    _refuse_unread(config, unread, f"train.method {method}")
-    _refuse_unread(config, ["rl.window_range"] if rl.window is None else [], "rl.window null")
-    _refuse_unread(config, ["rl.statistics"] if rl.std == "group" else [], "rl.std group")
-    # The other solvers' published log-probability is the exact one.
-    _refuse_unread(config, ["rl.log_prob"] if s.solver != "cps" else [], f"sampler.solver {s.solver}")
-    _check_replicated(config)
-    positive = [("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)]
-    for key, value in positive:
-        if value is not None and value <= 0:
-            raise UserError(key, f"{value} is not above 0", "give a positive number")
-    if rl.kl is not None and rl.kl < 0:
-        raise UserError("rl.kl", f"{rl.kl} is below 0", "give 0 or more")
-    if rl.updates < 1:
-        raise UserError("rl.updates", f"{rl.updates} is below 1", "give 1 or more")
-    if rl.images_per_prompt < 2:
-        raise UserError("rl.images_per_prompt", f"{rl.images_per_prompt} is no group", "give 2 or more")
-    if config.train.samples_per_task % rl.images_per_prompt:
-        raise UserError(
-            "train.samples_per_task",
-            f"{config.train.samples_per_task} is no multiple of rl.images_per_prompt = {rl.images_per_prompt}",
-            f"give {rl.images_per_prompt * max(1, config.train.samples_per_task // rl.images_per_prompt)}",
-        )
-    _check_updates(config, "rl.updates", rl.updates)
-    for i, task in enumerate(config.teachers):
-        if task.weights != "base":
-            raise UserError(f"teachers[{i}].weights", f"{task.weights} teaches nothing under {method}", "write base")
-        if task.reward is None:
-            raise UserError(f"teachers[{i}].reward", f"is missing, which {method} learns from", "name a reward")
-    if config.student.start == "merged":
-        raise UserError("student.start", f"merged is the mean of teachers, of which {method} has none", "name weights")
-    if method == "nft":
-        if (config.student.guidance or 0) > 1:  # up to 1 the model's pipeline decides: plan.check_guidance
-            raise UserError("student.guidance", f"{config.student.guidance} under nft, which has none", "leave it out")
-        if not 1 <= s.steps * rl.timestep_fraction <= s.steps:
-            raise UserError(
-                "rl.timestep_fraction",
-                f"{rl.timestep_fraction} of {s.steps} steps trains no step, or more than there are",
-                f"give {1 / s.steps:.3g} to 1",
-            )
-        return
-    if s.solver in DETERMINISTIC:
-        raise UserError("sampler.solver", f"{s.solver} draws nothing that grpo could judge", "use flow_sde")
-    if rl.guard and s.solver != "flow_sde":
-        raise UserError("rl.guard", f"is made for flow_sde, not {s.solver}", "use flow_sde, or set it false")
-    if rl.window is not None:
-        most = s.steps // 2 if rl.window_range is None else rl.window_range
-        if not 1 <= most < s.steps:
-            raise UserError("rl.window_range", f"{most} of {s.steps} steps", f"give 1 to {s.steps - 1}")
-        if not 1 <= rl.window <= most:
-            raise UserError("rl.window", f"{rl.window} of the first {most} steps", f"give 1 to {most}")
-
-
-def _refuse_unread(config: Config, keys: list[str], under: str) -> None:
-    """Raise for the first of the settings that is not at its default, since nothing reads it."""
-    flat, known, of_teacher = flatten(config), leaves(), teacher_leaves()
-    for key in keys:
-        _, default, _ = known[key] if key in known else of_teacher[key.rpartition(".")[2]]
-        if flat[key] != default:
-            raise UserError(key, f"is not read under {under}", "leave it out")
-
-
-def _check_replicated(config: Config) -> None:
-    """Raise for a strategy that shards weights."""
-    strategy, method = config.parallel.strategy, config.train.method
-    if strategy not in ("auto", "single", "ddp"):
-        raise UserError("parallel.strategy", f"{strategy} under {method}, which shards no weights", "give auto or ddp")
-
-
-def _check_updates(config: Config, key: str, updates: int) -> None:
-    """Raise for more rounds on the images of a draw than there are images."""
-    t = config.train
-    images = t.samples_per_task * (t.tasks_per_round or len(config.trained))
-    if updates > images:
-        raise UserError(key, f"{updates} of {images} images, which leaves a round without any", f"give 1 to {images}")
-
-
-def _check_finetuning(config: Config) -> None:
-    sft, t = config.sft, config.train
-    unread = [f"sft.{f.name}" for f in fields(SFTConfig)]
-    if t.method == "sft":
-        unread = [f"objective.{f.name}" for f in fields(ObjectiveConfig)] + ["sampler.train_last"]
-    _refuse_unread(config, unread, f"train.method {t.method}")
-    if t.method != "sft":
-        return
-    _check_replicated(config)
-    for key, count in (("sft.updates", sft.updates), ("sft.images_per_prompt", sft.images_per_prompt)):
-        if count < 1:
-            raise UserError(key, f"{count} is below 1", "give 1 or more")
-    if sft.base_weight < 0:
-        raise UserError("sft.base_weight", f"{sft.base_weight} is below 0", "give 0 or more")
-    _check_updates(config, "sft.updates", sft.updates)
-    for i in config.trained:
-        if config.teachers[i].reward is None and sft.images_per_prompt > 1:
-            why = f"is missing, which chooses among sft.images_per_prompt = {sft.images_per_prompt}"
-            raise UserError(f"teachers[{i}].reward", why, "name a reward, or draw one image of each prompt")
 
 
 def _check_teachers(config: Config) -> None:

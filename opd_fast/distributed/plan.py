@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from opd_fast.config import Config, TeacherConfig
+from opd_fast.config.methods.spec import RoundSize, method_spec
 from opd_fast.config.paths import held_out, looks_like_hub_id
 from opd_fast.data.prompt_files import load_prompts
 from opd_fast.data.schedule import TaskSchedule
@@ -168,23 +169,20 @@ def _plan(config: Config, model: DiffusionModel, resolved: Resolved, devices: in
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
     workload, strategy, shard_size, reason = _fit(config, workload, devices, ranks_per_node, gpu_memory)
     evaluations, evaluation_rows = _evaluation(config, model)
-    own = train.samples_per_task
-    teacher_rows = {t.name: own * branches(model, t.guidance) for t in config.teachers if not config.reinforces}
+    frozen = config.teachers if method_spec(config).has_teachers else []
+    teacher_rows = {t.name: train.samples_per_task * branches(model, t.guidance) for t in frozen}
     turns = {t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)}
-    asked = _asked_steps(config, workload.steps)
-    samples, updates = own * schedule.per_round, _updates(config)
-    rows = samples * _student_branches(config, model)
-    round_rows = (
-        _rows_of_distillation(config, rows, workload.steps, asked, teacher_rows, turns)
-        if train.method == "opd"
-        else _rows_of_learning(config, rows, workload.steps, updates, teacher_rows, turns)
-    )
+    taught = sum(rows * turns[name] for name, rows in teacher_rows.items())
+    samples, asked = train.samples_per_task * schedule.per_round, _asked_steps(config, workload.steps)
+    method, own_branches = method_spec(config), branches(model, method_spec(config).student_guidance(config))
+    rows = samples * own_branches
+    round_rows = method.forward_rows(config, RoundSize(rows, taught, workload.steps, asked))
     return Plan(
         resolved=resolved,
         devices=devices,
         samples=samples,
-        updates=updates,
-        student_rows=workload.samples * _student_branches(config, model),
+        updates=method.updates(config),
+        student_rows=workload.samples * own_branches,
         teacher_rows=teacher_rows,
         turns=turns,
         asked_steps=asked,
@@ -194,7 +192,7 @@ def _plan(config: Config, model: DiffusionModel, resolved: Resolved, devices: in
         image_tokens=model.image_tokens(resolution),
         text_tokens=model.text_tokens,
         table=table,
-        weight=step_weights(table, config.objective.kind).tolist() if train.method == "opd" else [],
+        weight=step_weights(table, config.objective.kind).tolist() if method.distils else [],
         lora_modules=None if layers is None else len(layers),
         row=row,
         traced=traced,
@@ -217,11 +215,11 @@ def _workload(
     adapter = sum(config.student.rank * (i + o) for i, o in (layers or {}).values())
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks(model.transformer)]
     # A teacher that is not on this machine counts as large as the student's LoRA, or as 1 % of full weights.
-    anchor = config.objective.anchor
-    frozen = [teacher.weights for teacher in config.teachers if not config.reinforces]
+    anchor, method = config.objective.anchor, method_spec(config)
+    frozen = [teacher.weights for teacher in config.teachers if method.has_teachers]
     frozen += [] if anchor is None or anchor == "base" else [anchor]
-    samples, steps, method = config.train.samples_per_task * tasks, _trained_steps(config), config.train.method
-    resolution, rows = model.resolution(config.model.resolution), _student_branches(config, model)
+    samples, steps = config.train.samples_per_task * tasks, method.trained_steps(config)
+    resolution, rows = model.resolution(config.model.resolution), branches(model, method.student_guidance(config))
     return Workload(
         kind=config.student.kind,
         parameters=parameters,
@@ -235,40 +233,18 @@ def _workload(
         placement=config.engine.placement,
         offload=config.parallel.offload_teachers,
         reshard=config.parallel.reshard,
-        samples=-(-samples // _updates(config)),
+        samples=-(-samples // method.updates(config)),
         micro_batch=config.train.micro_batch,
         activation=row.saved * rows,
         steps=steps,
         tasks=tasks,
         blocks=len(blocks),
         boundary=block_input(model, resolution) * rows,
-        drawn=0 if method == "opd" else samples,
-        # States, next states and means of the trained steps, or the last latent alone; float32.
-        kept=4 * math.prod(model.latent_shape(resolution)) * (3 * steps if method == "grpo" else 1),
-        old_policy=method == "nft",
+        drawn=0 if method.distils else samples,
+        kept=4 * math.prod(model.latent_shape(resolution)) * method.kept_latents(config),  # float32
+        old_policy=method.old_policy,
         checkpointed=min(config.engine.recompute or 0, len(blocks)),
     )
-
-
-def _student_branches(config: Config, model: DiffusionModel) -> int:
-    """Rows that a sample takes in a forward that the student learns from."""
-    return branches(model, config.student.guidance if config.train.method != "sft" else None)
-
-
-def _updates(config: Config) -> int:
-    """Rounds that a rollout serves."""
-    return {"opd": 1, "sft": config.sft.updates}.get(config.train.method, config.rl.updates)
-
-
-def _trained_steps(config: Config) -> int:
-    """Solver steps, or noise levels, at which a sample is learnt from."""
-    s, rl = config.sampler, config.rl
-    return {
-        "opd": s.steps if s.train_last else s.steps - 1,
-        "grpo": s.steps - 1 if rl.window is None else rl.window,
-        "nft": int(s.steps * rl.timestep_fraction),
-        "sft": 1,
-    }[config.train.method]
 
 
 def _asked_steps(config: Config, trained_steps: int) -> float:
@@ -278,44 +254,6 @@ def _asked_steps(config: Config, trained_steps: int) -> float:
     # A step is drawn at all with this probability, systematic sampling's.
     law = query_law(trained_steps, o.query_law, o.query_alpha, o.query_beta)
     return float((law * o.queries).clamp(max=1).sum())
-
-
-def _rows_of_distillation(
-    config: Config, rows: int, steps: int, asked: float, teacher_rows: dict[str, int], turns: dict[str, float]
-) -> dict[str, int]:
-    """The rows of a round, by purpose, where the student has `rows` of them in a step.
-
-    Queries end a rollout at the last queried step; the student's forwards are counted as if they did not.
-    """
-    o = config.objective
-    rollouts = 2 if o.kind == "ppo" and o.reward_gradient == "return_to_go" else 1  # one without gradient before
-    teachers = sum(rows * turns[name] for name, rows in teacher_rows.items())
-    found = {
-        "student forward": rows * steps * rollouts,
-        "student backward": round(rows * asked),
-        "teacher forward": round(teachers * asked * rollouts),
-    }
-    return found | ({"anchor forward": round(rows * asked)} if o.anchor is not None else {})
-
-
-def _rows_of_learning(
-    config: Config, rows: int, steps: int, updates: int, teacher_rows: dict[str, int], turns: dict[str, float]
-) -> dict[str, int]:
-    """The rows of a round, by purpose, where a step of a rollout has `rows` and the rollout serves `updates` rounds.
-
-    GRPO may have fewer, because it leaves out the images of groups without variance.
-    """
-    method, drawn = config.train.method, config.sampler.steps / updates
-    if method == "sft":
-        teachers = sum(rows * turns[name] for name, rows in teacher_rows.items()) * config.sft.images_per_prompt
-        found = {"teacher rollout": round(teachers * drawn)}
-    else:
-        found = {"rollout": round(rows * drawn)}
-    learnt = round(rows * steps / updates)
-    found |= {"student forward": learnt, "student backward": learnt}
-    if method == "nft":
-        found["old policy forward"] = learnt
-    return found | ({"base forward": learnt} if config.base_weight > 0 else {})
 
 
 def _fit(
@@ -345,7 +283,7 @@ def _strategy(
     if wanted == "single" and devices > 1:
         raise UserError("parallel.strategy", f"single on {devices} devices", "give auto, ddp, fsdp2 or hsdp")
     chosen, reason = choose_strategy(workload, devices, gpu_memory * GIB, shard_size)
-    if config.train.method != "opd" and chosen not in ("single", "ddp"):
+    if not method_spec(config).shards and chosen not in ("single", "ddp"):
         need = sum(memory(workload, "ddp", devices, shard_size).values()) / GIB
         return "ddp", shard_size, f"{config.train.method} shards no weights, but {need:.1f} GiB do not fit"
     if wanted == "auto":
@@ -385,8 +323,12 @@ def check_guidance(config: Config, model: DiffusionModel) -> None:
         if model.guidance_kind == "none" and value not in (0, 1):
             raise UserError(key, f"{value:g} with a {model.name} model that has no guidance", "give 1")
         strength = model.strength(value)
-        if key == "student.guidance" and config.train.method == "nft" and strength != 1:
-            raise UserError(key, f"{value:g} under nft, which has none", f"give {model.unguided:g}, or leave it out")
+        if key == "student.guidance" and not method_spec(config).guided and strength != 1:
+            raise UserError(
+                key,
+                f"{value:g} under {config.train.method}, which has none",
+                f"give {model.unguided:g}, or leave it out",
+            )
 
 
 def branches(model: DiffusionModel, guidance: float | None) -> int:
@@ -420,7 +362,7 @@ def _evaluation(config: Config, model: DiffusionModel) -> tuple[int, int]:
     started = config.student.start is not None  # else it is the base at first
     student = started + len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end
     guidance = config.student.guidance if e.guidance is None else e.guidance
-    models = student + 1 + (0 if config.reinforces else len(config.teachers))
+    models = student + 1 + (len(config.teachers) if method_spec(config).has_teachers else 0)
     return student, models * images * e.steps * branches(model, guidance)
 
 

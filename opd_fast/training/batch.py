@@ -19,11 +19,12 @@ class RoundBatch:
     negative: TextEmbeds | None
     """One row; needed when any guidance differs from 1."""
     tasks: tuple[tuple[int, slice], ...]
-    """(teacher's index, the rows of the batch it teaches); none, where all of the task's samples are elsewhere."""
+    """(teacher's index, the rows of the batch that it teaches). The slice is empty where all of the task's samples are
+    on other processes."""
     keys: Tensor
     """(B,) int64 noise keys."""
     scale: Tensor
-    """(B,) float32: the round's loss is the sum over samples and steps of scale * w_j * mean((v_S - v_T)^2)."""
+    """(B,) float32. The round's loss is the sum over samples and steps of scale * w_j * mean((v_S - v_T)^2)."""
     shape: tuple[int, int, int]
     """Latent (C, H, W)."""
     x: Tensor | None = None
@@ -35,11 +36,11 @@ class RoundBatch:
         return len(self.keys)
 
     def split(self, size: int | None) -> Iterator[tuple[slice, RoundBatch]]:
-        """Micro-batches of at most `size` samples, with the rows each holds; None leaves the batch whole."""
+        """Yields micro-batches of at most `size` samples, each with its rows; None leaves the batch whole."""
         size = size or len(self)
         for start in range(0, len(self), size):
             rows = slice(start, min(start + size, len(self)))
-            cut = [
+            parts = [
                 (teacher, slice(max(task.start, rows.start) - start, min(task.stop, rows.stop) - start))
                 for teacher, task in self.tasks
             ]
@@ -48,7 +49,7 @@ class RoundBatch:
                 replace(
                     self,
                     text=self.text.index(rows),
-                    tasks=tuple((teacher, slice(task.start, max(task.start, task.stop))) for teacher, task in cut),
+                    tasks=tuple((teacher, slice(task.start, max(task.start, task.stop))) for teacher, task in parts),
                     keys=self.keys[rows],
                     scale=self.scale[rows],
                     x=None if self.x is None else self.x[rows],

@@ -14,7 +14,7 @@ from opd_fast.data.text_embeddings import EmbeddingCache
 from opd_fast.engine.float8 import check_losses, supported
 from opd_fast.models.base import DiffusionModel
 from opd_fast.objectives import step_weights
-from opd_fast.seeds import noise_keys
+from opd_fast.seeds import Stream, noise_keys
 from opd_fast.solvers import SolverTable
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.rollout import losses_at
@@ -23,8 +23,6 @@ from opd_fast.training.teachers import TeacherBank
 
 SAMPLES = 4
 """Samples of each task. A step's loss is a mean over all of them: float8 may move that of a single one by more."""
-_STREAM = 3
-"""The stream of the noise, which keeps it apart from any other noise of the same seed."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Float8LossCheck:
             text=text.rows(chosen),
             negative=text.negative,
             tasks=tuple((i, slice(i * SAMPLES, (i + 1) * SAMPLES)) for i in range(len(prompts))),
-            keys=noise_keys(config.train.seed, _STREAM, samples=count).to(model.device),
+            keys=noise_keys(config.train.seed, Stream.FLOAT8_CHECK, samples=count).to(model.device),
             scale=torch.full((count,), 1 / count, device=model.device),
             shape=model.latent_shape(model.resolution(config.model.resolution)),
         )

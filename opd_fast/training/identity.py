@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_fast.config import Config, TeacherConfig
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.paths import package_file
 from opd_fast.config.serialize import from_dict, refuse_unsafe_changes, sections
 from opd_fast.errors import UserError
@@ -118,7 +119,7 @@ def identify(config: Config) -> Sources:
 def _task(teacher: TeacherConfig, config: Config) -> Sources:
     held_out = teacher.eval_prompts or (teacher.prompts if teacher.prompts.startswith("bundled/") else None)
     return {
-        "weights": {} if config.reinforces else _weights(teacher.weights),
+        "weights": _weights(teacher.weights) if method_spec(config).has_teachers else {},
         "prompts": _prompts(teacher.prompts, "train"),
         "eval_prompts": _prompts(held_out, "test") if held_out is not None and teacher.reward is not None else {},
         "reward": {} if teacher.reward is None else _reward(teacher.reward),
@@ -310,7 +311,7 @@ def _change(key: str, before: dict[str, str], now: dict[str, str], *, decodes: b
 def _decodes(config: Config) -> bool:
     """Whether the run decodes images, so that its numbers follow from the VAE."""
     judged = any(teacher.reward is not None for teacher in config.teachers)
-    return judged and (config.reinforces or config.train.method == "sft" or config.evaluation.every > 0)
+    return judged and (method_spec(config).looks_at_images or config.evaluation.every > 0)
 
 
 def _named(key: str, config: Config) -> str:

@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opd_fast.config import Config
 from opd_fast.config.run_dir import make_run_dir, write_settings
-from opd_fast.config.serialize import to_dict
 from opd_fast.config.validate import validate
 from opd_fast.distributed.plan import Planner
 from opd_fast.distributed.world import World, full_tensor
 from opd_fast.errors import UserError
-from opd_fast.reporting.html import write_report
-from opd_fast.reporting.image_grid import image_grid
 from opd_fast.reporting.profiler import RoundProfiler
-from opd_fast.reporting.results import gain_recovered, new_results, write_results
-from opd_fast.reporting.reward_keys import reward_keys
-from opd_fast.reporting.table import print_table
-from opd_fast.reporting.telemetry import NullTelemetry, Telemetry, annotate, read_metrics
-from opd_fast.training.checkpoint import Checkpoints, replace_folder
-from opd_fast.training.evaluation import Evaluation, ImageSampler, evaluate
-from opd_fast.training.identity import compare, identify, judged_otherwise
-from opd_fast.training.methods.grpo import GRPO
-from opd_fast.training.methods.nft import NFT
-from opd_fast.training.methods.opd import OPD
-from opd_fast.training.methods.sft import SFT
-from opd_fast.training.preflight import ANCHOR
+from opd_fast.reporting.telemetry import NullTelemetry, Telemetry, annotate
+from opd_fast.training.checkpoint import Checkpoints
+from opd_fast.training.identity import compare, identify
+from opd_fast.training.interruption import interruption
+from opd_fast.training.optimizer import learning_rate
 from opd_fast.training.problems import check_paths
 from opd_fast.training.resuming import check_rounds, ended, finished
-from opd_fast.training.setup import Setup, prepare
-from opd_fast.training.student import Student
-from opd_fast.training.teachers import BASE
-
-METHODS: dict[str, Any] = {"opd": OPD, "grpo": GRPO, "nft": NFT, "sft": SFT}
-GRID_COLUMNS = 8
+from opd_fast.training.run_state import RunState
+from opd_fast.training.setup import prepare
 
 
 def train(
@@ -58,16 +40,25 @@ def train(
     world: World | None = None,
     planner: Planner | None = None,
     within: Path | None = None,
-    told: set[tuple[str, str]] | None = None,
+    printed: set[tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """Run `config` to its end in `run_dir`, or on from its newest checkpoint; returns the content of results.json.
+    """Run `config` to its end in `run_dir`, or on from its newest checkpoint.
 
-    `run_dir` is made where it does not exist. `profile` records some rounds of rank 0
-    (`opd_fast.reporting.profiler`); `planner` is that of `config`, where the caller has one; `within` is the run that
-    this one is a stage of, and `told` what its other stages have printed of rewards that failed (`evaluate`). Every
-    process of `world` calls it alike. Ctrl-C or
-    SIGTERM ends it after the round in hand, everything learnt saved. A run that is finished is told at once and not
-    loaded again. Raises ValueError for what cannot run, before anything is loaded where that can be seen then.
+    Every process of `world` calls it alike. Ctrl-C or SIGTERM ends it after the round in hand, with everything learnt
+    saved. A resumed run that is finished is reported at once and not loaded again.
+
+    Args:
+        run_dir: is made where it does not exist.
+        profile: record some rounds of rank 0 (`opd_fast.reporting.profiler`).
+        planner: that of `config`, where the caller has one.
+        within: the run that this one is a stage of.
+        printed: (reward, reason) of the failing rewards that its other stages have printed (`Judging`).
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        ValueError: what cannot run, before anything is loaded where that can be seen then.
     """
     started = time.monotonic()
     world = world or World()
@@ -76,10 +67,10 @@ def train(
     check_paths(config)
     if resume and (results := world.on_first(partial(finished, run_dir, config))) is not None:
         if world.is_main:
-            _say(ended(run_dir, results))
+            _print(ended(run_dir, results))
         return results
     world.on_first(partial(make_run_dir, run_dir, resume=resume))
-    say = _say if world.is_main else _silent
+    log = _print if world.is_main else _ignore
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, world)
     saved = checkpoints.find() if resume and world.on_first(lambda: checkpoints.latest() is not None) else None
     staged, notes = within is not None, list[str]()
@@ -87,15 +78,15 @@ def train(
         check_rounds(run_dir, config, saved[1]["round"])
         notes = compare(*saved, config, world.on_first(partial(identify, config)), staged=staged)
         for line in notes:
-            say(line)
+            log(line)
     world.on_first(partial(write_settings, run_dir, config))
     backends = () if saved is None else saved[1].get("attention", ())
-    setup = prepare(config, say, world, backends, planner)
-    run = Run(setup, run_dir, checkpoints, started, told)
+    setup = prepare(config, log, world, backends, planner)
+    run = Run(setup, run_dir, checkpoints, started, printed)
     if saved is not None:
         for line in compare(*saved, config, run.sources, staged=staged):  # what loading fetched from the hub among them
             if line not in notes:
-                say(line)
+                log(line)
         run.load(*saved)
     elif resume and world.is_main:
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
@@ -112,86 +103,34 @@ def train(
     return run.finish(within or run_dir)
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _silent(text: str) -> None:
-    pass
-
-
-class Run:
-    """The state of a run between rounds."""
-
-    def __init__(
-        self,
-        setup: Setup,
-        run_dir: Path,
-        checkpoints: Checkpoints,
-        started: float,
-        told: set[tuple[str, str]] | None = None,
-    ) -> None:
-        self.setup, self.config, self.run_dir, self.checkpoints = setup, setup.config, run_dir, checkpoints
-        self.sources = self.world.on_first(partial(identify, self.config))
-        """What identifies the files and prompts that the numbers follow from."""
-        self.method = METHODS[self.config.train.method](setup)
-        self.optimizer = make_optimizer(setup.student, self.config)
-        # Half precision has no room for small gradients: scale them up, and leave out a round that overflows.
-        self.scaler = torch.amp.GradScaler(setup.model.device.type, enabled=setup.model.dtype == torch.float16)
-        # The scaler begins at the first number it is given, and a process without images gives it none in its rounds.
-        self.scaler.scale(torch.zeros((), device=setup.model.device))
-        self.rounds = 0
-        self.keys = reward_keys((task.name, reward) for task in setup.tasks for reward in task.rewards)
-        """(task, reward) to its key in `rows`."""
-        self.rows: dict[str, dict[str, float]] = {}
-        """Mean rewards of base and teachers, measured once; the student's at the end."""
-        self.images: dict[str, dict[str, Tensor]] = {}
-        self.failures: dict[tuple[str, str], str] = {}
-        """(reward, reason) to what evaluations found wrong, in words."""
-        self.told: set[tuple[str, str]] = set() if told is None else told
-        """Which of them this process has printed."""
-        self.train_seconds, self.seconds_before, self.started = 0.0, 0.0, started
-        self.interrupted = False
-        self.judged_again = ""
-        """Why base and teachers are judged again after a resume, in words."""
-        self.skipped, self.skipped_in_a_row = 0, 0
-
-    @property
-    def world(self) -> World:
-        return self.setup.world
+class Run(RunState):
+    """A run and its rounds."""
 
     def go(
         self, telemetry: Telemetry | NullTelemetry, around: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> None:
-        """All rounds that are left, each within `around()`."""
-        every = self.config.evaluation.every
-        if not self.rows and self.setup.tasks:
-            again = f" again, since {self.judged_again}" if self.judged_again else ""
-            telemetry.message(f"judging the base and the teachers{again}")
-            self._judge_frozen()
-            if not again and self.config.student.start is None:  # the student is the base
-                telemetry.evaluation(0, self._by_task(self.rows["base"]))
-            elif not again and self.rounds == 0:
-                telemetry.evaluation(0, self._judge_student().rewards)
-        with _interruption() as interrupted:
+        """Train all rounds that are left, each within `around()`."""
+        self.judging.begin(telemetry, self.rounds)
+        with interruption() as interrupted:
             while self.rounds < self.config.train.rounds:
                 with around():
                     self._round(telemetry)
-                last = self.rounds == self.config.train.rounds
-                if every and self.setup.tasks and not last and self.rounds % every == 0:
-                    telemetry.evaluation(self.rounds, self._judge_student().rewards)
+                if self._due(self.config.evaluation.every) and self.setup.tasks:
+                    self.judging.judge_student(telemetry, self.rounds)
                 if self.world.any(interrupted(), self.setup.model.device):  # each rank gets its own signal
                     self.interrupted = True
                     telemetry.message(f"stopping after round {self.rounds}: saving what was learnt")
                     break
-                if not last and self.config.checkpoint.every and self.rounds % self.config.checkpoint.every == 0:
+                if self._due(self.config.checkpoint.every):
                     self.save()
         self.save()
         if self.setup.tasks and not self.interrupted:
-            evaluation = self._judge_student()
-            telemetry.evaluation(self.rounds, evaluation.rewards)
-            self.rows["student"] = self._flat(evaluation)
+            self.judging.rows["student"] = self.judging.judge_student(telemetry, self.rounds)
         self.checkpoints.wait()
+
+    def _due(self, every: int) -> bool:
+        """Whether what comes after every `every` rounds comes now; the end of the run has its own."""
+        return every > 0 and self.rounds % every == 0 and self.rounds < self.config.train.rounds
 
     def _round(self, telemetry: Telemetry | NullTelemetry) -> None:
         begun = time.monotonic()
@@ -244,251 +183,10 @@ class Run:
             else "lower train.lr or set model.dtype float32",
         )
 
-    # --- judging -----------------------------------------------------------------------------------------------------
 
-    def _judge(self, transformer: Any, guidance: float | None) -> Evaluation:
-        evaluation = evaluate(
-            ImageSampler(
-                self.setup.model,
-                self.setup.evaluation_table,
-                self.setup.shape,
-                guidance,
-                self.config.train.seed,
-                self.setup.text,
-                self.config.evaluation.batch,
-            ),
-            transformer,
-            self.setup.tasks,
-            keep_images=GRID_COLUMNS,
-            reward_timeout=self.config.evaluation.reward_timeout,
-            world=self.world,
-            reported=self.told,
-        )
-        for reason, words in evaluation.failed.items():
-            self.failures.setdefault(reason, words)
-        return evaluation
-
-    def _guidance(self) -> float | None:
-        """The guidance of base and student; a teacher is judged with its own, as it teaches."""
-        asked = self.config.evaluation.guidance
-        return self.config.student.guidance if asked is None else asked
-
-    def _judge_frozen(self) -> None:
-        with self.setup.student.base() as transformer:
-            base = self._judge(transformer, self._guidance())
-        if self.config.evaluation.reward_failure == "stop":
-            self._refuse_unjudged(base)
-        self._keep("base", base)
-        for index, teacher in enumerate(self.setup.teachers.teachers):
-            with self.setup.teachers.active(index) as transformer:
-                self._keep(f"teacher:{teacher.name}", self._judge(transformer, teacher.guidance))
-
-    def _refuse_unjudged(self, base: Evaluation) -> None:
-        """Raise UserError where a reward gave a task no value at all: no one could judge what the run trains."""
-        unjudged = base.unjudged()
-        if not unjudged:
-            return
-        rewards = dict.fromkeys(name for _, name in unjudged)
-        reasons = [next(said for (reward, _), said in base.failed.items() if reward == name) for name in rewards]
-        raise UserError(
-            f"teachers.{unjudged[0][0]}.reward",
-            f"{'; '.join(reasons)}; so no image of the first judging has a value",
-            "fix the reward and go on with --resume, or train without its values by evaluation.reward_failure continue",
-        )
-
-    def _keep(self, row: str, evaluation: Evaluation) -> None:
-        self.rows[row] = self._flat(evaluation)
-        self.images[row] = evaluation.images
-
-    def _judge_student(self) -> Evaluation:
-        with self.setup.student.averaged() as transformer:
-            evaluation = self._judge(transformer, self._guidance())
-        if self.world.is_main:
-            self._grids(evaluation.images)
-        return evaluation
-
-    def _grids(self, student: dict[str, Tensor]) -> None:
-        folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        for task in self.setup.tasks:
-            rows = {_label(row): images[task.name] for row, images in self.images.items()}
-            prompts = [p.text for p in task.prompts[:GRID_COLUMNS]]
-            path = folder / f"{task.name}-round-{self.rounds:04d}.png"
-            image_grid({**rows, "student": student[task.name]}, prompts, path)
-
-    def _by_task(self, row: dict[str, float]) -> dict[str, dict[str, float]]:
-        found: dict[str, dict[str, float]] = {task.name: {} for task in self.setup.tasks}
-        for (task, reward), key in self.keys.items():
-            found[task][reward] = row[key]
-        return found
-
-    def _flat(self, evaluation: Evaluation) -> dict[str, float]:
-        return {key: evaluation.rewards[task][reward] for (task, reward), key in self.keys.items()}
-
-    # --- state -------------------------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """A checkpoint of everything a resumed run needs, and then the student's export beside it.
-
-        Nothing random is kept: noise, prompts and schedules follow from the seed and the round's number.
-        """
-        tensors = {**self.setup.student.state(), **optimizer_state(self.optimizer)}
-        tensors |= {f"method.{name}": tensor for name, tensor in self.method.state().items()}
-        for row, images in self.images.items():
-            tensors |= {f"images.{row}/{task}": pixels for task, pixels in images.items()}
-        meta = {
-            "rows": self.rows,
-            "failures": [[*reason, said] for reason, said in self.failures.items()],
-            "train_seconds": self.train_seconds,
-            "total_seconds": self._total_seconds(),
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "scaler": self.scaler.state_dict(),
-            "teachers": self._frozen(),
-            "settings": to_dict(self.config),
-            "sources": self.sources,
-            "attention": list(self.setup.engaged.backends),
-        }
-        write = self.setup.student.exporter()
-        self.checkpoints.save(
-            self.rounds, tensors, meta, afterwards=lambda: replace_folder(self.run_dir / "student", write)
-        )
-
-    def _frozen(self) -> dict[str, str]:
-        """What identifies the teachers and the anchor, by name."""
-        banks = (self.setup.teachers, self.setup.anchor)
-        frozen = [teacher for bank in banks if bank is not None for teacher in bank.teachers]
-        return {teacher.name: teacher.origin.sha256 for teacher in frozen if teacher.adapter != BASE}
-
-    def _judged_otherwise(self, folder: Path, meta: dict[str, Any]) -> str:
-        """Why a checkpoint's rewards of base and teachers are not what this run would measure; empty where they are.
-
-        An earlier version kept no settings beside them: it had one mean for all tasks of a reward, and filled
-        `evaluation.prompts` images from a short file.
-        """
-        rows, count = meta["rows"], self.config.evaluation.prompts
-        known = all(key in row for row in rows.values() for key in self.keys.values())
-        if rows and not (known and ("settings" in meta or all(task.count == count for task in self.setup.tasks))):
-            return f"{folder.name} has rewards of another evaluation"
-        changed = judged_otherwise(meta, self.config, self.sources)
-        return f"{', '.join(changed)} changed" if changed else ""
-
-    def load(self, folder: Path, meta: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises ValueError for one of another student or other teachers."""
-        for name, digest in self._frozen().items():
-            before = meta["teachers"].get(name)
-            if before != digest:
-                raise UserError(
-                    "objective.anchor" if name == ANCHOR else f"teachers.{name}.weights",
-                    f"changed since {folder.name} was saved (sha256 {str(before)[:12]} then, {digest[:12]} now)",
-                    "put the former file back, or start a new run",
-                )
-        images, method = (self.checkpoints.blanks(folder, prefix) for prefix in ("images.", "method."))
-        rows, self.judged_again = meta["rows"], self._judged_otherwise(folder, meta)
-        if self.judged_again:  # beside the rewards of base and teachers the student's would mean nothing
-            rows, images = {}, {}
-        for name, pixels in images.items():
-            place = name.removeprefix("images.")
-            row, slash, task = place.partition("/")
-            if not slash:  # of an earlier version, joined by a point, which the names may have as well
-                row = max((row for row in rows if place.startswith(f"{row}.")), key=len)
-                task = place.removeprefix(f"{row}.")
-            self.images.setdefault(row, {})[task] = pixels
-        targets = {**self.setup.student.state(), **optimizer_state(self.optimizer), **images, **method}
-        self.checkpoints.restore(folder, targets)
-        self.method.load_state({name.removeprefix("method."): tensor for name, tensor in method.items()})
-        self.scaler.load_state_dict(meta["scaler"])
-        self.rounds, self.rows = meta["round"], rows
-        self.failures = {(reward, reason): said for reward, reason, said in meta.get("failures", ())}
-        self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
-        self.train_seconds, self.seconds_before = meta["train_seconds"], meta["total_seconds"]
-
-    def _total_seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
-
-    def finish(self, resume: Path) -> dict[str, Any]:
-        """results.json, the table and the report; an interrupted run only says that `resume` goes on."""
-        results = new_results(self.config)
-        results["rows"] = self.rows
-        results["failures"] = list(self.failures.values())
-        results["rounds"] = self.rounds
-        results["seconds"] = {"train": round(self.train_seconds, 2), "total": round(self._total_seconds(), 2)}
-        if not self.world.is_main:
-            return results
-        if self.interrupted:
-            print(f"stopped after round {self.rounds}; go on with --resume {resume}", flush=True)
-            return results
-        for row in ("base", "student"):
-            self.rows.setdefault(row, {})  # a run without rewards has no numbers to show
-        for task in self.setup.tasks if len(self.setup.teachers) else ():
-            key = self.keys[task.name, task.rewards[0]]
-            base, teacher = self.rows["base"][key], self.rows[f"teacher:{task.name}"][key]
-            results["recovered"][task.name] = gain_recovered(base, teacher, self.rows["student"][key])
-        write_results(self.run_dir, results)
-        if self.setup.tasks:
-            print_table(results)
-        write_report(self.run_dir, results, read_metrics(self.run_dir / "metrics.jsonl"))
-        print(f"student: {self.run_dir / 'student'}   report: {self.run_dir / 'report.html'}", flush=True)
-        return results
+def _print(text: str) -> None:
+    print(text, flush=True)
 
 
-def _label(row: str) -> str:
-    """A row's name beside its images: a teacher's own, unless it is that of another row."""
-    name = row.removeprefix("teacher:")
-    return f"teacher {name}" if name != row and name in ("base", "student") else name
-
-
-# --- optimizer -------------------------------------------------------------------------------------------------------
-
-
-def make_optimizer(student: Student, config: Config) -> torch.optim.AdamW:
-    t = config.train
-    return torch.optim.AdamW(
-        student.parameters(), lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, fused=True
-    )
-
-
-def learning_rate(config: Config, index: int) -> float:
-    """The rate of round `index` (0-based): a linear warm-up to train.lr, then constant, cosine or linear to 0."""
-    t = config.train
-    if index < t.warmup:
-        return t.lr * (index + 1) / t.warmup
-    progress = (index - t.warmup) / max(1, t.rounds - t.warmup)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return t.lr * factor[t.schedule]
-
-
-def optimizer_state(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """AdamW's moments and step counts by name, made where there are none yet: the tensors themselves, for a checkpoint
-    to read or fill."""
-    tensors: dict[str, Tensor] = {}
-    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
-    return tensors
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[Any]:
-    """Turns the first SIGINT or SIGTERM into a question the loop asks; a second SIGINT ends at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever owns it handles signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _ignore(text: str) -> None:
+    """What the other processes do with what the first one prints."""

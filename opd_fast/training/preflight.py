@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from opd_fast.config import Config, TeacherConfig
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.paths import held_out, looks_like_hub_id
 from opd_fast.config.validate import no_held_out
 from opd_fast.data.prompt_files import load_prompts
@@ -168,8 +169,8 @@ def _check_mean(config: Config, meta: DiffusionModel) -> None:
 
 
 def frozen_teachers(config: Config) -> list[TeacherConfig]:
-    """The entries of `teachers` that teach: none in reinforcement learning, where they are tasks with rewards."""
-    return [] if config.reinforces else config.teachers
+    """The entries of `teachers` that teach: none under a method whose tasks have rewards in place of teachers."""
+    return config.teachers if method_spec(config).has_teachers else []
 
 
 def anchor_teacher(config: Config) -> TeacherConfig | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_fast.config import Config
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.paths import bundled_remedy, looks_like_hub_id, package_file
 from opd_fast.errors import UserError, did_you_mean
 
@@ -35,7 +36,7 @@ def problems(config: Config) -> Iterator[UserError]:
         checks.append((_check_weights, ("objective.anchor", config.objective.anchor, "teachers")))
     for i, teacher in enumerate(config.teachers):
         of = f" of teacher {teacher.name!r}"
-        if not config.reinforces:
+        if method_spec(config).has_teachers:
             checks.append((_check_weights, (f"teachers[{i}].weights", teacher.weights, "teachers", of)))
         checks.append((read_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
         if teacher.eval_prompts is not None and config.evaluation.every > 0:
@@ -101,7 +102,7 @@ def _check_rewards(config: Config) -> None:
             terms = reward_terms(text)
         except ValueError as error:
             raise UserError(key, str(error), "such as 0.8*text + 0.2*colour") from error
-        if len(terms) > 1 and config.train.method == "opd":
+        if len(terms) > 1 and not method_spec(config).sums_rewards:
             raise UserError(key, f"{text} is a sum, and a distillation learns from none", "name one reward")
         for name in (term.reward for term in terms):
             if ":" in name:

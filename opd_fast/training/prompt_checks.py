@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opd_fast.config import Config, TeacherConfig
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.paths import ASSETS, SUFFIXES, Split, bundled_remedy, held_out
 from opd_fast.config.validate import no_held_out
 from opd_fast.data.prompt_files import Prompt, load_prompts
@@ -53,7 +54,7 @@ def judged_prompts(config: Config) -> Iterator[tuple[str, str, Split, list[str]]
     rewards on, and those of its evaluations."""
     from opd_fast.rewards import reward_terms
 
-    learns = config.reinforces or (config.train.method == "sft" and config.sft.images_per_prompt > 1)
+    learns = method_spec(config).learns_from_rewards(config)
     for i, teacher in enumerate(config.teachers):
         if teacher.reward is None:
             continue

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from opd_fast.config import Config
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.data.prompt_files import Prompt, load_prompts
 from opd_fast.data.schedule import PromptSource, TaskSchedule
 from opd_fast.data.text_embeddings import EmbeddingCache, encoding_progress
@@ -173,7 +174,7 @@ def _texts(
     trained = [
         of_task[i].text
         for of_task, source, taken in zip(prompts, sources, turns, strict=True)
-        for i in source.seen(taken, prompts_per_turn(config))
+        for i in source.seen(taken, method_spec(config).prompts_per_turn(config))
     ]
     return trained + [prompt.text for task in tasks for prompt in task.prompts]
 
@@ -223,8 +224,3 @@ def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:
     if settings is None:
         return None
     return TeacherBank.load(model, [settings], config.engine.placement, offload=config.parallel.offload_teachers)
-
-
-def prompts_per_turn(config: Config) -> int:
-    """Distinct prompts among a task's samples: as many, or one for each group in reinforcement learning."""
-    return config.train.samples_per_task // (config.rl.images_per_prompt if config.reinforces else 1)

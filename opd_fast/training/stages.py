@@ -38,16 +38,16 @@ def train_stages(
     world: World | None = None,
     planner: Planner | None = None,
 ) -> dict[str, Any]:
-    """Run the stages one after the other, or on from where they stood; returns the content of results.json.
+    """Run the stages one after the other, or on from where they stood.
 
-    `planner` is that of the first stage, where the caller has one.
-
-    It has the base's rewards, the teachers', those after each stage (rows `stage:NAME`) and the last student's, and the
-    rounds and seconds of all together. An interrupted run returns what its stage did.
+    Returns the content of results.json: the rewards of the base, of the teachers, of the student after each stage (rows
+    `stage:NAME`) and of the last student, and the rounds and seconds of all together. An interrupted run returns what
+    its stage did. `planner` is that of the first stage, where the caller has
+    one.
     """
     world, run_dir = world or World(), Path(run_dir).expanduser()
     done: list[dict[str, Any]] = []
-    told: set[tuple[str, str]] = set()
+    printed: set[tuple[str, str]] = set()
     folders = [run_dir / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
         config = stage.config if number == 0 else starting_from(stage.config, folders[number - 1] / "student")
@@ -64,7 +64,7 @@ def train_stages(
                 world=world,
                 planner=planner if number == 0 else None,
                 within=run_dir,
-                told=told,
+                printed=printed,
             )
         if results["rounds"] < config.train.rounds:
             return results
@@ -73,23 +73,23 @@ def train_stages(
 
 
 def starting_from(config: Config, student: Path) -> Config:
-    """The settings with another start."""
+    """Returns the settings with another start."""
     config = copy.deepcopy(config)
     config.student.start = str(student)
     return config
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
-    """The results of a stage that ran to its end."""
+    """Returns the results of a stage that ran to its end; None of any other."""
     path = folder / "results.json"
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results
 
 
 def _begin(folder: Path, config: Config) -> bool:
-    """Make a stage's folder; whether one was there."""
+    """Make a stage's folder. Returns whether one was there."""
     again = (folder / "config.yaml").is_file()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -100,11 +100,11 @@ def _finish(
     stages: Sequence[Stage], folders: Sequence[Path], done: Sequence[dict[str, Any]], run_dir: Path, world: World
 ) -> dict[str, Any]:
     results = new_results(stages[-1].config) | {"config_hash": stages_hash(stages)}
-    results["rows"] = joined_rows(stages, [found["rows"] for found in done])
+    results["rows"] = joined_rows(stages, [stage["rows"] for stage in done])
     results["recovered"] = done[-1]["recovered"]
-    results["failures"] = list(dict.fromkeys(said for found in done for said in found.get("failures", ())))
-    results["rounds"] = sum(found["rounds"] for found in done)
-    results["seconds"] = {key: round(sum(found["seconds"][key] for found in done), 2) for key in ("train", "total")}
+    results["failures"] = list(dict.fromkeys(failure for stage in done for failure in stage.get("failures", ())))
+    results["rounds"] = sum(stage["rounds"] for stage in done)
+    results["seconds"] = {key: round(sum(stage["seconds"][key] for stage in done), 2) for key in ("train", "total")}
     if not world.is_main:
         return results
     last = folders[-1] / "student"
@@ -130,14 +130,16 @@ def joined_rows(stages: Sequence[Stage], tables: Sequence[dict[str, Row]]) -> di
     teachers: dict[str, Row] = {}
     students: dict[str, Row] = {}
     for stage, of_stage, rows in zip(stages, pairs, tables, strict=True):
-        own = reward_keys(of_stage)
-        found = {name: {keys[pair]: row[key] for pair, key in own.items() if key in row} for name, row in rows.items()}
-        base |= {key: mean for key, mean in found["base"].items() if key not in base}
-        for name, row in found.items():
+        stage_keys = reward_keys(of_stage)
+        joined = {
+            name: {keys[pair]: row[key] for pair, key in stage_keys.items() if key in row} for name, row in rows.items()
+        }
+        base |= {key: mean for key, mean in joined["base"].items() if key not in base}
+        for name, row in joined.items():
             if name.startswith("teacher:"):
                 teachers[name] = teachers.get(name, {}) | row
-        students[f"stage:{stage.name}"] = found["student"]
-    return {"base": base, **teachers, **students, "student": found["student"]}
+        students[f"stage:{stage.name}"] = joined["student"]
+    return {"base": base, **teachers, **students, "student": joined["student"]}
 
 
 def history(folders: Sequence[Path], done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

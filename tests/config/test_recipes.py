@@ -10,6 +10,7 @@ import pytest
 
 from opd_fast.config import Config
 from opd_fast.config.command_line import parse, recipes
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.serialize import flatten
 from opd_fast.train import main
 
@@ -126,7 +127,7 @@ def test_it_states_the_published_values(name: str) -> None:
         flat = flatten(config)
         assert {key: flat[key] for key in published} == published
         assert (config.student.rank, config.student.alpha) == (32, 64) or name == "sd35-dance-opd"
-        if config.reinforces:
+        if not method_spec(config).has_teachers:
             trained = len(config.trained)
             assert trained * config.train.samples_per_task == 24 * 48
             assert (config.rl.images_per_prompt, config.rl.std, config.rl.advantage_clip) == (24, "global", 5.0)

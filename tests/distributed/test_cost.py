@@ -17,8 +17,8 @@ from opd_fast.config.command_line import parse
 from opd_fast.distributed.flops import SAVED_PER_BLOCK, row_cost
 from opd_fast.distributed.plan import lora_modules, make_plan
 from opd_fast.models import load_model, meta_model
-from opd_fast.training.loop import make_optimizer
 from opd_fast.training.methods.opd import OPD
+from opd_fast.training.optimizer import make_optimizer
 from opd_fast.training.setup import prepare
 from opd_fast.training.student import Student
 from tests import tiny, tiny_flux, tiny_qwen, tiny_z_image

@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmarks.models import relative_error
 from opd_fast.config import Config
 from opd_fast.reporting.telemetry import read_metrics
-from opd_fast.training.loop import METHODS, train
+from opd_fast.training.loop import train
+from opd_fast.training.methods.base import make_method
 from opd_fast.training.setup import prepare
 from tests.runs import reinforced, settings
 
@@ -39,7 +40,7 @@ def configured(world: Path, case: str, **changes: Any) -> Config:
 
 def gradient(config: Config) -> dict[str, Tensor]:
     setup = prepare(config, lambda text: None)
-    METHODS[config.train.method](setup).accumulate(0, torch.amp.GradScaler(setup.model.device.type, enabled=False))
+    make_method(setup).accumulate(0, torch.amp.GradScaler(setup.model.device.type, enabled=False))
     return {name: p.grad.double().cpu() for name, p in setup.student.named_parameters() if p.grad is not None}
 
 

@@ -21,11 +21,12 @@ from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.guidance import Conditioning, Velocities
 from opd_fast.models.text import TextEmbeds
 from opd_fast.objectives import Surrogate, step_queries
+from opd_fast.seeds import Stream
 from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.methods import grpo, opd
 from opd_fast.training.methods.grpo import GRPO, guard_log_ratio
-from opd_fast.training.methods.nft import NFT, NOISE_STREAM
+from opd_fast.training.methods.nft import NFT
 from opd_fast.training.methods.opd import OPD
 from opd_fast.training.rollout import losses_at
 from opd_fast.training.setup import Setup, prepare
@@ -311,7 +312,7 @@ def test_queried_rounds_average_to_all_steps(
             opd,
             "noise_keys",
             lambda *path, samples, key=key, draw=draw: (
-                torch.tensor([key]) if path[1] == opd.QUERY_STREAM else draw(*path, samples=samples)
+                torch.tensor([key]) if path[1] == Stream.QUERY else draw(*path, samples=samples)
             ),
         )
         drawn = step_queries(method.law, queries, (low + high) / 2, "unbiased")
@@ -528,7 +529,7 @@ def learnt(method: NFT) -> Tensor:
 def points(method: NFT) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, TextEmbeds]]:
     """(sigma, x0, x, r, rows, text) at each noise level that images are trained at."""
     table, drawn, found = method.setup.table, method._drawn, []
-    keys, levels = method.keys(0, NOISE_STREAM), method.noise_levels(0)
+    keys, levels = method.keys(0, Stream.NFT_NOISE), method.noise_levels(0)
     assert levels.sum(1).tolist() == [5] * method.images
     for j in range(table.steps):
         rows, t = levels[:, j].nonzero().flatten(), table.sigmas[j].float()

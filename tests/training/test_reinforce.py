@@ -17,9 +17,10 @@ from opd_fast.config.validate import validate
 from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
 from opd_fast.reporting.telemetry import read_metrics
-from opd_fast.training.loop import METHODS, train
+from opd_fast.seeds import Stream
+from opd_fast.training.loop import train
 from opd_fast.training.methods.grpo import GRPO
-from opd_fast.training.methods.nft import NFT, NOISE_STREAM
+from opd_fast.training.methods.nft import NFT
 from opd_fast.training.problems import problems
 from opd_fast.training.setup import prepare
 from opd_kernels import philox_normal
@@ -120,11 +121,16 @@ def test_groups_of_equal_rewards_teach_nothing(world: Path, tmp_path: Path) -> N
     assert [line["gradient_norm"] for line in rounds] == [0, 0]
 
 
-@pytest.mark.parametrize("method", ["grpo", "nft"])
+@pytest.mark.parametrize(("method", "kind"), [("grpo", GRPO), ("nft", NFT)])
 def test_a_round_that_is_not_finite_is_left_out(
-    world: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Path,
+    tmp_path: Path,
+    method: str,
+    kind: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    original = METHODS[method].accumulate
+    original = kind.accumulate
 
     def poisoned(self: Any, index: int, scaler: Any) -> Tensor:
         losses: Tensor = original(self, index, scaler)
@@ -132,7 +138,7 @@ def test_a_round_that_is_not_finite_is_left_out(
             losses[2, 5] = float("nan")  # the second of the second task's images
         return losses
 
-    monkeypatch.setattr(METHODS[method], "accumulate", poisoned)
+    monkeypatch.setattr(kind, "accumulate", poisoned)
     options: dict[str, Any] = {"evaluation__every": 0, "train__schedule": "constant"}
     start(reinforced(world, method, train__rounds=2, **options), tmp_path / "poisoned")
     assert "round 1: the loss of task 'plain' is not finite at step 2; left out" in capsys.readouterr().err
@@ -354,7 +360,7 @@ def test_gradient_of_an_nft_update(world: Path) -> None:
     shares = torch.full((len(rows),), 1 / len(rows))
     method.learn(0, rows, shares, torch.amp.GradScaler("cpu", enabled=False))
     found = gradient(method)
-    keys, levels = method.keys(0, NOISE_STREAM), method.noise_levels(0)
+    keys, levels = method.keys(0, Stream.NFT_NOISE), method.noise_levels(0)
     olds = []
     with torch.no_grad(), setup.student.holding(method.old) as transformer:
         for j in range(table.steps):

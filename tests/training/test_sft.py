@@ -13,15 +13,16 @@ from torch import Tensor
 
 from opd_fast.config import Config
 from opd_fast.config.command_line import parse
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.serialize import to_yaml
 from opd_fast.config.validate import validate
 from opd_fast.distributed.plan import make_plan
 from opd_fast.errors import UserError
 from opd_fast.reporting.telemetry import read_metrics
-from opd_fast.seeds import noise_keys
-from opd_fast.training.loop import METHODS, make_optimizer, train
-from opd_fast.training.methods.image_buffer import ROLLOUT_STREAM
-from opd_fast.training.methods.sft import LEVEL, NOISE, NOISE_STREAM, SFT, flow_matching_loss, squared_gap
+from opd_fast.seeds import SftDraw, Stream, noise_keys
+from opd_fast.training.loop import train
+from opd_fast.training.methods.sft import SFT, flow_matching_loss, squared_gap
+from opd_fast.training.optimizer import make_optimizer
 from opd_fast.training.problems import problems
 from opd_fast.training.rollout import sample
 from opd_fast.training.setup import prepare
@@ -129,7 +130,7 @@ def drawn(method: SFT, task: int, prompts: list[str], epoch: int = 0) -> Tensor:
     setup, found = method.setup, []
     transformer = setup.teachers.teachers[task].transformer
     g = setup.model.strength(setup.teachers.teachers[task].guidance)
-    keys = noise_keys(setup.config.train.seed, ROLLOUT_STREAM, epoch, task, samples=len(prompts))
+    keys = noise_keys(setup.config.train.seed, Stream.ROLLOUT, epoch, task, samples=len(prompts))
     sigmas = setup.table.sigmas.float()
     for i, prompt in enumerate(prompts):
         x = philox_normal(keys[i : i + 1], setup.shape, INITIAL_NOISE)
@@ -150,11 +151,11 @@ def written(method: SFT, x0: dict[int, Tensor], base_weight: float) -> dict[str,
     weights = {task: setup.config.teachers[task].weight for task in x0}
     whole = sum(weights[task] * len(images) for task, images in x0.items())
     for task, prompts in method.tasks(0):
-        keys = noise_keys(setup.config.train.seed, NOISE_STREAM, 0, task, samples=len(prompts))
+        keys = noise_keys(setup.config.train.seed, Stream.SFT_NOISE, 0, task, samples=len(prompts))
         for i, prompt in enumerate(prompts):
             image, key = x0[task][i : i + 1], keys[i : i + 1]
-            eps = philox_normal(key, setup.shape, NOISE)
-            t = torch.sigmoid(philox_normal(key, (1,), LEVEL))[0, 0]
+            eps = philox_normal(key, setup.shape, SftDraw.NOISE)
+            t = torch.sigmoid(philox_normal(key, (1,), SftDraw.LEVEL))[0, 0]
             x, text = (1 - t) * image + t * eps, setup.text.rows([prompt.text])
             v = setup.model.velocity(setup.student.transformer, x, t, text)
             with torch.no_grad(), setup.student.base() as base:
@@ -225,7 +226,7 @@ def test_every_image_is_learnt_from_once(world: Path) -> None:
 
 
 def test_levels_are_logit_normal() -> None:
-    t = philox_normal(noise_keys(0, NOISE_STREAM, samples=20000), (1, 1, 1), LEVEL).sigmoid().double()
+    t = philox_normal(noise_keys(0, Stream.SFT_NOISE, samples=20000), (1, 1, 1), SftDraw.LEVEL).sigmoid().double()
     logit = (t / (1 - t)).log().flatten()
     assert float(logit.mean()) == pytest.approx(0, abs=0.02)
     assert float(logit.std()) == pytest.approx(1, abs=0.02)
@@ -237,7 +238,7 @@ def test_the_best_of_a_group_is_learnt_from(world: Path) -> None:
     found, setup = method._draw(0), method.setup
     first = 0
     for task, prompts in method.tasks(0):
-        keys = noise_keys(setup.config.train.seed, ROLLOUT_STREAM, 0, task, samples=9)
+        keys = noise_keys(setup.config.train.seed, Stream.ROLLOUT, 0, task, samples=9)
         teacher = setup.teachers.teachers[task]
         for i, prompt in enumerate(prompts):
             with setup.teachers.active(task) as transformer:
@@ -290,14 +291,14 @@ def test_resume_equals_not_stopping(world: Path, tmp_path: Path) -> None:
 def test_a_round_that_is_not_finite_is_left_out(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = METHODS["sft"].accumulate
+    original = SFT.accumulate
 
     def poisoned(self: Any, index: int, scaler: Any) -> Tensor:
         losses: Tensor = original(self, index, scaler)
         losses[0, 4] = float("nan")  # the second of the second task's images
         return losses
 
-    monkeypatch.setattr(METHODS["sft"], "accumulate", poisoned)
+    monkeypatch.setattr(SFT, "accumulate", poisoned)
     start(finetuned(world, evaluation__every=0, train__rounds=1), tmp_path / "run")
     assert "round 0: the loss of task 'plain' is not finite; left out" in capsys.readouterr().err
 
@@ -381,7 +382,7 @@ def test_its_settings_are_read_under_it_alone(world: Path) -> None:
 
 def test_teachers_are_looked_for_and_its_plan_counts_its_rows(world: Path) -> None:
     config = finetuned(world)
-    assert not config.reinforces
+    assert method_spec(config).has_teachers
     assert list(problems(config)) == []
     plan = make_plan(config)
     images, drawn = plan.samples, sum(plan.teacher_rows.values())  # one teacher is guided

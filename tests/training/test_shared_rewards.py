@@ -66,7 +66,7 @@ def judged(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opd_fast.training.loop.evaluate", evaluate)
+        patch.setattr("opd_fast.training.judging.evaluate", evaluate)
         run(shared(small_world), run_dir)
     return run_dir, seen
 
@@ -121,7 +121,7 @@ def test_resuming_keeps_them_apart(
     stop_after(monkeypatch, 0)
     run(shared(small_world), tmp_path / "run")
     monkeypatch.undo()
-    monkeypatch.setattr("opd_fast.training.loop.Run._judge_frozen", lambda self: pytest.fail("judged again"))
+    monkeypatch.setattr("opd_fast.training.judging.Judging._judge_frozen", lambda self: pytest.fail("judged again"))
     run(shared(small_world), tmp_path / "run", resume=True)
     assert rows(tmp_path / "run") == rows(whole)
 
@@ -181,7 +181,7 @@ def test_an_earlier_checkpoint_that_is_right_is_kept(
 
     labels: list[list[str]] = []
     with monkeypatch.context() as patch:
-        patch.setattr("opd_fast.training.loop.image_grid", lambda images, *rest: labels.append(list(images)))
+        patch.setattr("opd_fast.training.judging.image_grid", lambda images, *rest: labels.append(list(images)))
         run(own(), tmp_path / "whole")
     assert labels == [["base", "v1.5", "teacher student", "student"]] * 2
     stop_after(monkeypatch, 0)
@@ -190,7 +190,7 @@ def test_an_earlier_checkpoint_that_is_right_is_kept(
     before = {n: t for n, t in Checkpoints(tmp_path / "run" / "checkpoints", 3).load()[0].items() if "images." in n}
     assert len(before) == 3 * 2
     earlier_version(tmp_path / "run", {"text": "text", "colour": "colour"})
-    monkeypatch.setattr("opd_fast.training.loop.Run._judge_frozen", lambda self: pytest.fail("judged again"))
+    monkeypatch.setattr("opd_fast.training.judging.Judging._judge_frozen", lambda self: pytest.fail("judged again"))
     run(own(), tmp_path / "run", resume=True)
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     after = Checkpoints(tmp_path / "run" / "checkpoints", 3).load()[0]

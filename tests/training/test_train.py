@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from opd_fast.config import Config
 from opd_fast.config.serialize import to_yaml
 from opd_fast.reporting.telemetry import Telemetry, read_metrics
-from opd_fast.training import loop
 from opd_fast.training.checkpoint import Checkpoints
-from opd_fast.training.loop import learning_rate, train
+from opd_fast.training.loop import train
+from opd_fast.training.methods.opd import OPD
+from opd_fast.training.optimizer import learning_rate
 from tests.runs import settings, write_world
 
 
@@ -119,7 +120,7 @@ def test_resuming_equals_not_having_stopped(
 
 def _poison(monkeypatch: pytest.MonkeyPatch, rounds: set[int]) -> None:
     """Let a round's loss be NaN where the second task's first sample is at step 1."""
-    original = loop.METHODS["opd"].accumulate
+    original = OPD.accumulate
 
     def poisoned(self: Any, index: int, scaler: Any) -> Any:
         losses = original(self, index, scaler)
@@ -127,7 +128,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch, rounds: set[int]) -> None:
             losses[1, 2] = float("nan")
         return losses
 
-    monkeypatch.setattr(loop.METHODS["opd"], "accumulate", poisoned)
+    monkeypatch.setattr(OPD, "accumulate", poisoned)
 
 
 def test_a_round_that_is_not_finite_is_left_out(
@@ -159,7 +160,7 @@ def test_too_many_in_a_row_end_the_run_before_they_reach_the_weights(
 def test_a_gradient_that_is_not_finite_is_left_out(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = loop.METHODS["opd"].accumulate
+    original = OPD.accumulate
 
     def poisoned(self: Any, index: int, scaler: Any) -> Any:
         losses = original(self, index, scaler)
@@ -167,7 +168,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(
             self.setup.student.parameters()[3].grad[0, 0] = float("inf")
         return losses
 
-    monkeypatch.setattr(loop.METHODS["opd"], "accumulate", poisoned)
+    monkeypatch.setattr(OPD, "accumulate", poisoned)
     _start(settings(world, evaluation__every=0, train__rounds=2), tmp_path / "run")
     assert "round 1: its gradient is not finite, though its loss is; left out" in capsys.readouterr().err
     assert all(bool(t.isfinite().all()) for t in _student(tmp_path / "run").values())

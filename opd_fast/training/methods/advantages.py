@@ -1,4 +1,4 @@
-"""Advantages of GRPO's kind: a group is the images of a prompt, and a reward is worth its distance from their mean."""
+"""Advantages as GRPO has them: the images of a prompt are a group, and each reward is compared to their mean."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def varied(rewards: Tensor, groups: Tensor) -> Tensor:
-    """(B,) bool: whether a sample's group holds different rewards. One that does not teaches nothing and is dropped."""
+    """Returns (B,) bool, whether a sample's group has different rewards; a group of equal rewards teaches nothing."""
     count = int(groups.max()) + 1 if len(groups) else 0
     highest = rewards.new_full((count,), -torch.inf).scatter_reduce(0, groups, rewards, "amax")
     lowest = rewards.new_full((count,), torch.inf).scatter_reduce(0, groups, rewards, "amin")
@@ -24,7 +24,7 @@ def advantages(
     eps: float = 1e-4,
     clip: float = 5.0,
 ) -> Tensor:
-    """(reward - mean of its group) / (std + eps), at most `clip` in size.
+    """(reward - mean of its group) / (std + eps), clipped to [-clip, clip].
 
     Args:
         rewards: (B,) finite.

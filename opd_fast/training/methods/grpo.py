@@ -13,16 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opd_fast.seeds import noise_keys
+from opd_fast.seeds import Stream, noise_keys
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.training.methods.reward_learning import Reinforcement
 from opd_fast.training.setup import Setup
 from opd_kernels import fused_step, log_prob, philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 
-WINDOW_STREAM = 4
 CLIP = {False: 1e-4, True: 2e-6}
-"""Of the ratio, without and with Guard."""
+"""The range of the ratio around 1, without and with Guard."""
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
@@ -34,7 +33,7 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tens
 
 
 def published_log_ratio(log_ratio: Tensor, std: float) -> Tensor:
-    """The log-ratio of -mean((x - mu)^2), (B,), from that of the normal law, log_ratio.
+    """Returns the log-ratio of -mean((x - mu)^2), (B,), from `log_ratio`, that of the normal law.
 
     The released code's log-probability under CPS has neither the constants, which no ratio keeps, nor 1 / (2 std^2).
     """
@@ -42,10 +41,10 @@ def published_log_ratio(log_ratio: Tensor, std: float) -> Tensor:
 
 
 def guard_log_ratio(log_ratio: Tensor, drift: Tensor, std: float) -> Tensor:
-    """GRPO-Guard's normalised log-ratio, (B,).
+    """Returns GRPO-Guard's normalised log-ratio, (B,).
 
-    std * (log_ratio + drift) = mean(eps * (mu - mu_old)), eps being the noise that was drawn: its mean is 0 and its
-    size does not depend on the step's noise, so that one clip range suits all steps. The bias `drift` is each sample's.
+    std * (log_ratio + drift) = mean(eps * (mu - mu_old)), where eps is the noise that was drawn. Its mean is 0 and its
+    size does not depend on the step's noise, so that one clip range suits all steps. Each sample has its own `drift`.
     """
     return std * (log_ratio + drift)
 
@@ -53,7 +52,8 @@ def guard_log_ratio(log_ratio: Tensor, drift: Tensor, std: float) -> Tensor:
 def ratio_change(
     log_ratio: Tensor, drift: Tensor, std: float, *, guard: bool, log_prob: Literal["exact", "published"] = "exact"
 ) -> Tensor:
-    """The log-ratio that is clipped, (B,), of a step drawn with `std`: Guard's, the released code's, or log_ratio."""
+    """Returns the log-ratio that is clipped, (B,), of a step drawn with `std`: Guard's, the released code's or
+    `log_ratio` itself."""
     if guard:
         return guard_log_ratio(log_ratio, drift, std)
     return published_log_ratio(log_ratio, std) if log_prob == "published" else log_ratio
@@ -101,16 +101,16 @@ class GRPO(Reinforcement):
         self.clip = CLIP[self.rl.guard] if self.rl.clip is None else self.rl.clip
 
     def trained_steps(self, epoch: int) -> range:
-        """The steps of rollout `epoch` that draw noise and are trained."""
+        """Returns the steps of rollout `epoch` that draw noise and are trained."""
         steps, window = self.setup.table.steps, self.rl.window
         if window is None:
             return range(steps - 1)
-        places = (steps // 2 if self.rl.window_range is None else self.rl.window_range) - window + 1
-        start = int(noise_keys(self.setup.config.train.seed, WINDOW_STREAM, epoch, samples=1)) % places
+        starts = (steps // 2 if self.rl.window_range is None else self.rl.window_range) - window + 1
+        start = int(noise_keys(self.setup.config.train.seed, Stream.WINDOW, epoch, samples=1)) % starts
         return range(start, start + window)
 
     def rows(self, epoch: int) -> Tensor:
-        """(N, 6) the rollout's solver rows. Without a window the last step draws too, untrained, as published."""
+        """Returns the rollout's solver rows (N, 6). Without a window the last draws too, as published, untrained."""
         if self.rl.window is None:
             return self.drawing
         rows, steps = self.still.clone(), self.trained_steps(epoch)
@@ -126,16 +126,16 @@ class GRPO(Reinforcement):
         kept = {name: [self.no_images(len(trained))] for name in ("x", "sample", "mean")}
         latents = [self.no_images()]
         with torch.no_grad(), setup.student.at_rest():
-            for part in self.micro_batches(self.mine):
-                condition, mine = self.condition(epoch, part), keys[part.to(keys.device)]
+            for part in self.micro_batches(self.rank_indices):
+                condition, part_keys = self.condition(epoch, part), keys[part.to(keys.device)]
                 guidance = torch.full((len(part),), condition.branch_guidance, device=keys.device)
-                x = philox_normal(mine, setup.shape, INITIAL_NOISE)
+                x = philox_normal(part_keys, setup.shape, INITIAL_NOISE)
                 path: dict[str, list[Tensor]] = {name: [] for name in kept}
                 for j in range(setup.table.steps):
                     v = setup.student.velocities(setup.model, x, rows[j, -1], condition)
                     branches, ones = (v.cond, v.uncond), torch.ones_like(guidance)
                     step = fused_step(
-                        *(x, *branches, *branches, guidance, guidance, rows, j, ones), keys=mine, return_means=True
+                        *(x, *branches, *branches, guidance, guidance, rows, j, ones), keys=part_keys, return_means=True
                     )
                     if j in trained and step.mean_s is not None:
                         for name, tensor in zip(kept, (x, step.x_next, step.mean_s), strict=True):
@@ -158,7 +158,7 @@ class GRPO(Reinforcement):
                 guidance = torch.full((len(part),), condition.branch_guidance, device=rows.device)
                 advantage = drawn["advantage"][part]
                 for i, j in enumerate(steps):
-                    x, sample, mean = (drawn[name][self.places(part), i] for name in ("x", "sample", "mean"))
+                    x, sample, mean = (drawn[name][self.positions(part), i] for name in ("x", "sample", "mean"))
                     sigma = self.drawing[j, -1]
                     v = setup.student.velocities(setup.model, x, sigma, condition)
                     out = log_prob(x, sample, v.cond, v.uncond, guidance, self.drawing, j, mean_old=mean)

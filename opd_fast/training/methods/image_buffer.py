@@ -1,5 +1,4 @@
-"""What the methods have in common that draw images once for several rounds: whose images are whose, and which round
-learns from which.
+"""The images of a draw, from which several rounds learn: which process has which, and which round learns from which.
 
 The images of a draw are numbered over all tasks, those of a prompt beside each other. Image i belongs to process
 i % size: it is drawn, kept and learnt from there. A round takes a random part of them.
@@ -13,46 +12,44 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.text import TextEmbeds
 from opd_fast.rewards.runner import RewardRunner
-from opd_fast.seeds import noise_keys
-from opd_fast.training.setup import Setup, prompts_per_turn
+from opd_fast.seeds import Stream, noise_keys
+from opd_fast.training.setup import Setup
 from opd_fast.training.teachers import TeacherBank
 
-ROLLOUT_STREAM, ORDER_STREAM = 1, 3
-"""Set apart what is drawn from one seed."""
 
-
-class SharedImages(ABC):
+class ImageBuffer(ABC):
     """A method of the training loop whose rounds share images.
 
     Args:
         updates: rounds that learn from one draw.
         repeats: images of one prompt.
-        guidance: of the base, where it is asked.
+        guidance: that of the base, where its velocities are needed.
     """
 
-    everywhere: tuple[str, ...] = ()
-    """What every process holds of all images, by its name in `_drawn`."""
+    replicated: tuple[str, ...] = ()
+    """The names in `_drawn` of what every process keeps of all images."""
 
     def __init__(self, setup: Setup, *, updates: int, repeats: int, guidance: float | None) -> None:
         self.setup, self.updates, self.repeats = setup, updates, repeats
         config = setup.config
         self.images = config.train.samples_per_task * setup.schedule.per_round
-        """Of a draw, on all devices."""
-        mine, own = setup.world.rows(self.images)
-        self.mine = torch.tensor(mine[:own], dtype=torch.int64)
-        """Which of them this process draws and learns from."""
+        """Images of a draw, on all devices."""
+        indices, count = setup.world.rows(self.images)
+        self.rank_indices = torch.tensor(indices[:count], dtype=torch.int64)
+        """Which of the images this process draws and learns from."""
         self.samples = self.images / updates
         """Images that a round learns from, on average."""
         self.reward_runner = RewardRunner("raise", config.evaluation.reward_timeout)
         self._base = TeacherBank.of_base(setup.model, guidance)
         self._drawn: dict[str, Tensor] = {}
-        """The images in hand: each tensor's first dimension is this process's own, in the order of `mine`, or all
-        images where its name is in `everywhere`."""
+        """The images in hand: a tensor's first dimension counts those of this process, in the order of `rank_indices`,
+        or all images where its name is in `replicated`."""
         self._counts: dict[str, Tensor] = {}
-        """What the last round has for its metrics beside the loss, each 0-dim."""
+        """What the last round adds to its metrics beside the loss, each 0-dim."""
         self._learnt = 0
         """Images that the last round learnt from, on all devices."""
 
@@ -64,7 +61,7 @@ class SharedImages(ABC):
     def learn(
         self, epoch: int, rows: Tensor, shares: Tensor, scaler: torch.amp.GradScaler
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the gradient of the loss of `rows` (n,), some of `mine`, weighed by `shares` (n,).
+        """Add the gradient of the loss of `rows` (n,), some of `rank_indices`, weighed by `shares` (n,).
 
         Returns the weighed losses (steps, images) float32, 0 for images that are not in `rows`, and counts for the
         metrics, weighed alike.
@@ -78,8 +75,8 @@ class SharedImages(ABC):
     def rewards(self) -> Tensor | None:
         """(images,) of all processes' images in hand; None where nothing was judged."""
 
-    def worthy(self, order: Tensor) -> Tensor:
-        """Those of the images `order` (images,) that are learnt from."""
+    def select(self, order: Tensor) -> Tensor:
+        """Returns those of the images `order` (images,) that are learnt from."""
         return order
 
     # --- the loop's side ---------------------------------------------------------------------------------------------
@@ -94,16 +91,16 @@ class SharedImages(ABC):
         epoch, part = divmod(index, self.updates)
         if part == 0:
             self._drawn = self._draw(epoch)
-        order = torch.randperm(self.images, generator=generator(config.train.seed, ORDER_STREAM, epoch)).to(device)
-        rows = self.worthy(order)[part :: self.updates]
+        order = torch.randperm(self.images, generator=generator(config.train.seed, Stream.ORDER, epoch)).to(device)
+        rows = self.select(order)[part :: self.updates]
         owners = torch.tensor(self.owners(epoch))
         weights = torch.tensor([teacher.weight for teacher in config.teachers])[owners].to(device)
         shares = weights / weights[rows].sum() * world.size  # gradients are averaged
-        own = rows[rows % world.size == world.rank]
+        rank_rows = rows[rows % world.size == world.rank]
         losses, self._counts = torch.zeros(len(self.trained_steps(epoch)), self.images, device=device), {}
         self._learnt = len(rows)
         if len(rows):
-            losses, counts = self.learn(epoch, own, shares[own], scaler)
+            losses, counts = self.learn(epoch, rank_rows, shares[rank_rows], scaler)
             self._counts = {name: world.mean(value) for name, value in counts.items()}
         self.setup.student.average_gradients()
         if (rewards := self.rewards()) is not None:
@@ -114,7 +111,7 @@ class SharedImages(ABC):
         return world.mean(losses)
 
     def not_finite(self, index: int, losses: Tensor) -> tuple[int, str] | None:
-        """(row of `losses`, task's name) where a round's losses first cease to be finite; None where all are."""
+        """Returns (row of `losses`, task's name) where losses first cease to be finite; None where all are finite."""
         bad = torch.nonzero(~torch.isfinite(losses))
         if not len(bad):
             return None
@@ -129,7 +126,7 @@ class SharedImages(ABC):
         """The images in hand, whole, where a checkpoint falls between two of their rounds."""
         collect = self.setup.world.gather_samples
         return {
-            f"drawn.{name}": tensor if name in self.everywhere else collect(tensor, self.images)
+            f"drawn.{name}": tensor if name in self.replicated else collect(tensor, self.images)
             for name, tensor in self._drawn.items()
         }
 
@@ -137,50 +134,52 @@ class SharedImages(ABC):
         """Take over what `state` gave, on however many processes."""
         prefix, device = "drawn.", self.setup.model.device
         drawn = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        self._drawn = {k: (v if k in self.everywhere else v[self.mine]).to(device) for k, v in drawn.items()}
+        self._drawn = {k: (v if k in self.replicated else v[self.rank_indices]).to(device) for k, v in drawn.items()}
 
     # --- the methods' side -------------------------------------------------------------------------------------------
 
     def tasks(self, epoch: int) -> list[tuple[int, list[Prompt]]]:
         """(task, the prompts of its images) of draw `epoch`, the images of a prompt beside each other."""
-        setup, found = self.setup, []
+        setup, tasks = self.setup, []
+        count = method_spec(setup.config).prompts_per_turn(setup.config)
         for task, turns in setup.schedule.round(epoch):
-            indices = [i for turn in turns for i in setup.sources[task].batch(turn, prompts_per_turn(setup.config))]
-            found.append((task, [setup.prompts[task][i] for i in indices for _ in range(self.repeats)]))
-        return found
+            indices = [i for turn in turns for i in setup.sources[task].batch(turn, count)]
+            tasks.append((task, [setup.prompts[task][i] for i in indices for _ in range(self.repeats)]))
+        return tasks
 
     def no_images(self, *each: int) -> Tensor:
-        """(0, *each, C, H, W) float32: what a process holds before its first image, and one without images always.
+        """(0, *each, C, H, W) float32: what a process has before its first image, and one without images always.
 
-        Every process must hold the same tensors, because gathering them takes all processes.
+        Every process must have the same tensors, because gathering them takes all processes.
         """
         return torch.empty(0, *each, *self.setup.shape, device=self.setup.model.device)
 
-    def own_parts(self, epoch: int) -> Iterator[tuple[int, list[Prompt], Tensor, Tensor]]:
-        """(task, its prompts, which of `mine` are its images, their places among its prompts), where there are any."""
+    def rank_parts(self, epoch: int) -> Iterator[tuple[int, list[Prompt], Tensor, Tensor]]:
+        """(task, its prompts, which of `rank_indices` are its images, their positions among its prompts) of the tasks
+        that have images on this process."""
         first = 0
         for task, prompts in self.tasks(epoch):
-            here = (self.mine >= first) & (self.mine < first + len(prompts))
-            if bool(here.any()):
-                yield task, prompts, here, self.mine[here] - first
+            in_task = (self.rank_indices >= first) & (self.rank_indices < first + len(prompts))
+            if bool(in_task.any()):
+                yield task, prompts, in_task, self.rank_indices[in_task] - first
             first += len(prompts)
 
     def owners(self, epoch: int) -> list[int]:
-        """The task of each image of draw `epoch`."""
+        """Returns the task of each image of draw `epoch`."""
         return [task for task, prompts in self.tasks(epoch) for _ in prompts]
 
-    def places(self, rows: Tensor) -> Tensor:
-        """Where images of this process lie among `mine`."""
+    def positions(self, rows: Tensor) -> Tensor:
+        """Where images of this process stand in `rank_indices`."""
         return rows // self.setup.world.size
 
-    def keys(self, epoch: int, stream: int = ROLLOUT_STREAM) -> Tensor:
-        """(images,) int64 noise keys."""
+    def keys(self, epoch: int, stream: Stream = Stream.ROLLOUT) -> Tensor:
+        """Returns (images,) int64 noise keys."""
         seed = self.setup.config.train.seed
         parts = [noise_keys(seed, stream, epoch, task, samples=len(p)) for task, p in self.tasks(epoch)]
         return torch.cat(parts).to(self.setup.model.device)
 
     def text(self, epoch: int, rows: Tensor) -> TextEmbeds:
-        """The prompts of some images, embedded."""
+        """Returns the embedded prompts of some images."""
         prompts = [prompt.text for _, prompts in self.tasks(epoch) for prompt in prompts]
         return self.setup.text.rows([prompts[i] for i in rows.tolist()])
 
@@ -190,5 +189,5 @@ class SharedImages(ABC):
 
 
 def generator(*path: int) -> torch.Generator:
-    """A generator that follows from a path such as seed, stream, draw."""
+    """Returns a generator that follows from a path such as seed, stream, draw."""
     return torch.Generator().manual_seed(int(noise_keys(*path, samples=1)) % 2**63)

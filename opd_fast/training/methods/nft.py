@@ -16,24 +16,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opd_fast.seeds import Stream
 from opd_fast.training.methods.image_buffer import generator
 from opd_fast.training.methods.reward_learning import Reinforcement
 from opd_fast.training.rollout import sample
 from opd_fast.training.setup import Setup
 from opd_kernels import philox_normal
 
-NOISE_STREAM, STEP_STREAM = 5, 6
 SCALE = 5.0
 """Factor of the policy's loss in the released code: the advantage's clip."""
 
 
 def optimality(advantage: Tensor, clip: float = 5.0) -> Tensor:
-    """r in 0..1 of an advantage (`grpo.advantages`): 1/2 at the mean of the group, the ends at -clip and clip."""
+    """Returns r in 0..1 of an advantage: 1/2 at the mean of the group, 0 at -clip and 1 at clip."""
     return (advantage.clamp(-clip, clip) / (2 * clip) + 0.5).clamp(0, 1)
 
 
 def _matching(x: Tensor, v: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-    """(B,) mean((x0_hat - x0)^2 / w), self-normalised by w = max(mean |x0_hat - x0|, 1e-5) without gradient."""
+    """Returns mean((x0_hat - x0)^2 / w), (B,), where w = max(mean |x0_hat - x0|, 1e-5) has no gradient."""
     error = (x - t * v - x0).flatten(1)
     return (error.square() / error.detach().abs().mean(1, keepdim=True).clamp(min=1e-5)).mean(1)
 
@@ -76,7 +76,7 @@ def nft_loss(
 
 
 def old_policy_decay(schedule: Literal["early", "late"], updates: int) -> float:
-    """d of `old <- d old + (1 - d) new` after `updates` optimizer steps in all.
+    """Returns d of `old <- d old + (1 - d) new` after `updates` optimizer steps in all.
 
     early (the released code's type 1, for GenEval and the preference rewards): min(0.001 k, 0.5). late (type 2, for
     OCR): 0 before update 75, so that the old policy is the new one, then min(0.0075 (k - 75), 0.999).
@@ -99,7 +99,7 @@ def move_old_policy(old: list[Tensor], new: list[Tensor], decay: float) -> None:
 
 
 class NFT(Reinforcement):
-    """The method `nft` of the training loop. The old policy draws, without guidance; published with solver dpm2."""
+    """The method `nft` of the training loop. The old policy draws without guidance; published runs use solver dpm2."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -114,19 +114,21 @@ class NFT(Reinforcement):
             decay = old_policy_decay(self.rl.decay, epoch * self.rl.updates)
             move_old_policy(self.old, [p.detach() for p in setup.student.parameters()], decay)
         with setup.student.holding(self.old) as transformer:
-            for part in self.micro_batches(self.mine):
-                mine = keys[part.to(keys.device)]
+            for part in self.micro_batches(self.rank_indices):
+                part_keys = keys[part.to(keys.device)]
                 text = self.text(epoch, part)
                 latents.append(
-                    sample(setup.model, transformer, text, None, None, setup.table, shape=setup.shape, keys=mine)
+                    sample(setup.model, transformer, text, None, None, setup.table, shape=setup.shape, keys=part_keys)
                 )
         x0 = torch.cat(latents)
         return x0, {"x0": x0}
 
     def noise_levels(self, epoch: int) -> Tensor:
-        """(B, N) bool: the steps of the grid whose noise levels an image of rollout `epoch` is trained at."""
+        """Returns (B, N) bool: at the noise levels of which steps each image of rollout `epoch` is trained."""
         steps = self.setup.table.steps
-        order = torch.rand(self.images, steps, generator=generator(self.setup.config.train.seed, STEP_STREAM, epoch))
+        order = torch.rand(
+            self.images, steps, generator=generator(self.setup.config.train.seed, Stream.NFT_LEVELS, epoch)
+        )
         return order.argsort(1) < int(steps * self.rl.timestep_fraction)
 
     def trained_steps(self, epoch: int) -> range:
@@ -139,12 +141,12 @@ class NFT(Reinforcement):
         levels = self.noise_levels(epoch)
         count = int(levels[0].sum())
         sigmas = setup.table.sigmas[:-1].float().to(rows.device)
-        keys = self.keys(epoch, NOISE_STREAM)
+        keys = self.keys(epoch, Stream.NFT_NOISE)
         points: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
         """(step, rows, shares, old policy's velocity or None where it is the student's own)"""
 
         def noised(j: int, part: Tensor) -> Tensor:
-            return torch.lerp(drawn["x0"][self.places(part)], philox_normal(keys[part], setup.shape, j), sigmas[j])
+            return torch.lerp(drawn["x0"][self.positions(part)], philox_normal(keys[part], setup.shape, j), sigmas[j])
 
         def velocity(j: int, part: Tensor) -> Tensor:
             return setup.student.velocities(setup.model, noised(j, part), sigmas[j], self.condition(epoch, part)).cond
@@ -166,9 +168,8 @@ class NFT(Reinforcement):
                 v = velocity(j, part)
                 old = v.detach() if before is None else before
                 r = optimality(drawn["advantage"][part], self.rl.advantage_clip)
-                loss = nft_loss(
-                    v, old, base, x, sigmas[j], drawn["x0"][self.places(part)], r, beta=self.rl.beta, kl_weight=self.kl
-                )
+                x0 = drawn["x0"][self.positions(part)]
+                loss = nft_loss(v, old, base, x, sigmas[j], x0, r, beta=self.rl.beta, kl_weight=self.kl)
                 weighed = (share * loss).float() / count
                 scaler.scale(weighed.sum()).backward()
                 losses[j, part] = weighed.detach()

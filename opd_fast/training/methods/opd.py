@@ -16,15 +16,10 @@ from torch import Tensor
 
 from opd_fast.device import to_device
 from opd_fast.objectives import Surrogate, query_law, step_queries, step_weights
-from opd_fast.seeds import noise_keys
+from opd_fast.seeds import Stream, noise_keys
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.setup import Setup
-
-ROLLOUT_STREAM = 1
-"""Sets the rollouts' noise apart from any other noise drawn from the same seed."""
-QUERY_STREAM = 2
-"""Likewise for the choice of queried steps."""
 
 
 class OPD:
@@ -41,22 +36,22 @@ class OPD:
         trained = setup.table.steps if config.sampler.train_last else setup.table.steps - 1
         self.law = query_law(trained, o.query_law, o.query_alpha, o.query_beta)
         expected = setup.schedule.expected
-        total = sum(teacher.weight * places for teacher, places in zip(config.teachers, expected, strict=True))
+        total = sum(teacher.weight * turns for teacher, turns in zip(config.teachers, expected, strict=True))
         total *= trained if config.objective.steps == "mean" else 1
         self.scales = [teacher.weight / total / per_task for teacher in config.teachers]
-        """Of a sample of each task in the round's loss."""
+        """The factor on a sample of each task in the round's loss."""
         self.samples = per_task * setup.schedule.per_round
 
     def tasks(self, index: int) -> tuple[tuple[int, slice], ...]:
-        """The tasks of round `index` and the rows of the batch that each has."""
+        """Returns the tasks of round `index` and the rows of the whole batch that each has."""
         per_task, start = self.setup.config.train.samples_per_task, 0
-        found = []
+        tasks = []
         for task, turns in self.setup.schedule.round(index):
-            found.append((task, slice(start, start := start + per_task * len(turns))))
-        return tuple(found)
+            tasks.append((task, slice(start, start := start + per_task * len(turns))))
+        return tuple(tasks)
 
     def batch(self, index: int) -> RoundBatch:
-        """This process's samples of round `index`; what they are follows from (seed, round, task, sample) alone."""
+        """Returns this process's samples of round `index`, which follow from (seed, round, task, sample) alone."""
         setup, seed, per_task = self.setup, self.setup.config.train.seed, self.setup.config.train.samples_per_task
         texts = [
             setup.prompts[task][i].text
@@ -66,29 +61,29 @@ class OPD:
         ]
         tasks = self.tasks(index)
         counts = [(task, rows.stop - rows.start) for task, rows in tasks]
-        keys = torch.cat([noise_keys(seed, ROLLOUT_STREAM, index, task, samples=count) for task, count in counts])
+        keys = torch.cat([noise_keys(seed, Stream.ROLLOUT, index, task, samples=count) for task, count in counts])
         scale = torch.tensor([self.scales[task] for task, count in counts for _ in range(count)])
         world = setup.world
-        mine, own = world.rows(len(texts))
-        scale = scale[mine] * world.size  # reductions average over the ranks
-        scale[own:] = 0.0
+        indices, rank_samples = world.rows(len(texts))
+        scale = scale[indices] * world.size  # reductions average over the ranks
+        scale[rank_samples:] = 0.0  # of the samples that only fill this process up
         return RoundBatch(
-            text=setup.text.rows([texts[i] for i in mine]),
+            text=setup.text.rows([texts[i] for i in indices]),
             negative=setup.text.negative,
             tasks=tuple(
-                (task, slice(bisect_left(mine, span.start), bisect_left(mine, span.stop))) for task, span in tasks
+                (task, slice(bisect_left(indices, span.start), bisect_left(indices, span.stop))) for task, span in tasks
             ),
-            keys=to_device(keys[mine], setup.model.device),
+            keys=to_device(keys[indices], setup.model.device),
             scale=to_device(scale, setup.model.device),
             shape=setup.shape,
         )
 
     def weights(self, index: int) -> Tensor:
-        """The step weights of round `index`, (N,) float64: with queried steps, those drawn for it are not 0."""
+        """Returns the step weights of round `index`, (N,) float64; with queried steps, 0 at those not drawn."""
         o = self.setup.config.objective
         if o.queries is None:
             return self.weight
-        key = int(noise_keys(self.setup.config.train.seed, QUERY_STREAM, index, samples=1))
+        key = int(noise_keys(self.setup.config.train.seed, Stream.QUERY, index, samples=1))
         drawn = step_queries(self.law, o.queries, (key >> 11) % 2**53 / 2**53, o.query_weights)
         return self.weight * torch.nn.functional.pad(drawn, (0, len(self.weight) - len(drawn)))
 
@@ -125,7 +120,7 @@ class OPD:
         """Take over what `state` gave."""
 
     def fault(self, index: int, losses: Tensor) -> str | None:
-        """Where a round's losses first cease to be finite, in words; None where all are."""
+        """Returns in words where a round's losses first cease to be finite; None where all are finite."""
         bad = torch.nonzero(~torch.isfinite(losses))
         if not len(bad):
             return None
@@ -135,7 +130,7 @@ class OPD:
         return f"the loss of task {teacher!r} is not finite at step {step}"
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
-        """The round's loss, whole, by step and by task; losses (steps, samples) on the CPU."""
+        """Returns the round's loss, whole, by step and by task, from losses (steps, samples) on the CPU."""
         names = [teacher.name for teacher in self.setup.config.teachers]
         metrics = {"loss": float(losses.sum())}
         # Steps differ in weight by orders of magnitude, so that a sum alone would show only the heaviest.

@@ -9,8 +9,8 @@ flow, arXiv 2209.03003, equation 1). The loss of an image is
 with the density of t of SD3 (arXiv 2403.03206, section 3.1), not shifted as the sampler's levels are. Of several images
 of one prompt the released script keeps the one of the highest reward.
 
-It is the conditional branch that is trained; classifier-free guidance is the sampler's. Guidance that is an input of
-the transformer (FLUX.1-dev) is the student's.
+The conditional branch alone is trained, because classifier-free guidance belongs to the sampler. Where guidance is an
+input of the transformer (FLUX.1-dev), it is the student's.
 """
 
 from __future__ import annotations
@@ -21,16 +21,11 @@ from torch import Tensor
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.guidance import Conditioning, velocities
 from opd_fast.rewards.runner import task_reward
-from opd_fast.seeds import noise_keys
-from opd_fast.training.methods.image_buffer import ROLLOUT_STREAM, SharedImages
+from opd_fast.seeds import SftDraw, Stream, noise_keys
+from opd_fast.training.methods.image_buffer import ImageBuffer
 from opd_fast.training.rollout import sample
 from opd_fast.training.setup import Setup
 from opd_kernels import philox_normal
-
-NOISE_STREAM = 7
-"""Sets what an image is noised with apart from any other noise drawn from the same seed."""
-NOISE, LEVEL = 0, 1
-"""Draws of a key of that stream: eps and t."""
 
 
 def squared_gap(a: Tensor, b: Tensor) -> Tensor:
@@ -43,10 +38,10 @@ def flow_matching_loss(v: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     return squared_gap(v, noise.float() - x0.float())
 
 
-class SFT(SharedImages):
+class SFT(ImageBuffer):
     """The method `sft` of the training loop: the teachers draw once in `sft.updates` rounds, which share the images.
 
-    Those in hand are x0 (own, C, H, W) float32 and, where a reward chose them, reward (own,) float32.
+    A process keeps of its n images x0 (n, C, H, W) float32 and, where a reward chose them, reward (n,) float32.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -63,47 +58,47 @@ class SFT(SharedImages):
         return self.setup.world.gather_samples(self._drawn["reward"], self.images)
 
     def fault(self, index: int, losses: Tensor) -> str | None:
-        """Of which task a round's loss is not finite, in words; None where all are."""
-        found = self.not_finite(index, losses)
-        return None if found is None else f"the loss of task {found[1]!r} is not finite"
+        """Returns in words which task's loss is not finite; None where all are finite."""
+        place = self.not_finite(index, losses)
+        return None if place is None else f"the loss of task {place[1]!r} is not finite"
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
-        """The loss of the round just accumulated, whole and by task; the rewards of the images in hand, where they were
-        chosen by them; `base_gap`, mean((v - v_base)^2), where it is in the loss."""
-        owners, found = torch.tensor(self.owners(index // self.updates)), super().metrics(index, losses)
+        """Returns the loss of the round just accumulated, whole and by task; the mean rewards of the images in hand,
+        where rewards chose them; and `base_gap`, mean((v - v_base)^2), where it is in the loss."""
+        owners, metrics = torch.tensor(self.owners(index // self.updates)), super().metrics(index, losses)
         for task in owners.unique().tolist():
-            found[f"loss/task_{self.setup.config.teachers[task].name}"] = float(losses[0, owners == task].sum())
-        return found
+            metrics[f"loss/task_{self.setup.config.teachers[task].name}"] = float(losses[0, owners == task].sum())
+        return metrics
 
     # --- images ------------------------------------------------------------------------------------------------------
 
     def _draw(self, epoch: int) -> dict[str, Tensor]:
-        found = {"x0": [self.no_images()]}
+        parts = {"x0": [self.no_images()]}
         if self.sft.images_per_prompt > 1:
-            found["reward"] = [torch.empty(0, device=self.setup.model.device)]
-        for task, prompts, _, places in self.own_parts(epoch):
-            for name, tensor in self._draw_task(epoch, task, prompts, places).items():
-                found[name].append(tensor)
-        return {name: torch.cat(parts) for name, parts in found.items()}
+            parts["reward"] = [torch.empty(0, device=self.setup.model.device)]
+        for task, prompts, _, positions in self.rank_parts(epoch):
+            for name, tensor in self._draw_task(epoch, task, prompts, positions).items():
+                parts[name].append(tensor)
+        return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
     @torch.no_grad()
-    def _draw_task(self, epoch: int, task: int, prompts: list[Prompt], here: Tensor) -> dict[str, Tensor]:
-        """What a task has for `_drawn`: of each prompt in `here` the best image that its teacher draws."""
+    def _draw_task(self, epoch: int, task: int, prompts: list[Prompt], positions: Tensor) -> dict[str, Tensor]:
+        """Returns what a task has for `_drawn`: the best image that its teacher draws of each prompt in `positions`."""
         setup, several = self.setup, self.sft.images_per_prompt
         train, model = setup.config.train, setup.model
-        every = [prompts[i] for i in here.tolist() for _ in range(several)]
-        keys = noise_keys(train.seed, ROLLOUT_STREAM, epoch, task, samples=len(prompts) * several)
-        keys = keys.view(-1, several)[here].flatten().to(model.device)
+        repeated = [prompts[i] for i in positions.tolist() for _ in range(several)]
+        keys = noise_keys(train.seed, Stream.ROLLOUT, epoch, task, samples=len(prompts) * several)
+        keys = keys.view(-1, several)[positions].flatten().to(model.device)
         at_once = train.micro_batch or train.samples_per_task
         latents = []
         with setup.teachers.active(task) as transformer:
-            for start in range(0, len(every), at_once):
+            for start in range(0, len(repeated), at_once):
                 part = slice(start, start + at_once)
                 latents.append(
                     sample(
                         model,
                         transformer,
-                        setup.text.rows([prompt.text for prompt in every[part]]),
+                        setup.text.rows([prompt.text for prompt in repeated[part]]),
                         setup.text.negative,
                         setup.teachers.teachers[task].guidance,
                         setup.table,
@@ -115,9 +110,9 @@ class SFT(SharedImages):
         if several == 1:
             return {"x0": x0}
         images = torch.cat([model.decode(part) for part in latents])
-        rewards = task_reward(self.reward_runner, setup.config.teachers[task], images, every)
+        rewards = task_reward(self.reward_runner, setup.config.teachers[task], images, repeated)
         best, of_prompt = rewards.view(-1, several).max(1)
-        rows = of_prompt + several * torch.arange(len(here))
+        rows = of_prompt + several * torch.arange(len(positions))
         return {"x0": x0[rows.to(x0.device)], "reward": best.to(x0.device)}
 
     # --- learning ----------------------------------------------------------------------------------------------------
@@ -127,14 +122,15 @@ class SFT(SharedImages):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         setup, weight = self.setup, self.sft.base_weight
         model, device = setup.model, setup.model.device
-        keys = self.keys(epoch, NOISE_STREAM)
+        keys = self.keys(epoch, Stream.SFT_NOISE)
         losses, gap = torch.zeros(1, self.images, device=device), torch.zeros((), device=device)
         with setup.student.at_rest():
-            for mine, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
-                x0, noise = self._drawn["x0"][self.places(mine)], philox_normal(keys[mine], setup.shape, NOISE)
-                t = philox_normal(keys[mine], (1, 1, 1), LEVEL).sigmoid()
+            for part, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
+                x0 = self._drawn["x0"][self.positions(part)]
+                noise = philox_normal(keys[part], setup.shape, SftDraw.NOISE)
+                t = philox_normal(keys[part], (1, 1, 1), SftDraw.LEVEL).sigmoid()
                 x, level = torch.lerp(x0, noise, t), t.flatten()
-                text = self.text(epoch, mine)
+                text = self.text(epoch, part)
                 condition = Conditioning.build(model, text, None, self.guidance)
                 v = setup.student.velocities(model, x, level, condition).cond
                 loss = flow_matching_loss(v, x0, noise)
@@ -146,5 +142,5 @@ class SFT(SharedImages):
                     gap += (share * away.detach()).sum()
                 weighed = share * loss
                 scaler.scale(weighed.sum()).backward()
-                losses[0, mine] = weighed.detach()
+                losses[0, part] = weighed.detach()
         return losses, {"base_gap": gap} if weight > 0 else {}

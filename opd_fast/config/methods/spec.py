@@ -1,0 +1,150 @@
+"""What a method of training says of itself: plan, validation, memory and setup ask these questions, never its name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from opd_fast.config.methods import METHODS
+from opd_fast.config.schema import Config, ObjectiveConfig, RLConfig, SFTConfig
+from opd_fast.config.serialize import flatten, leaves, teacher_leaves
+from opd_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class RoundSize:
+    """What the transformer rows of a round follow from."""
+
+    rows: int
+    """Of one step of all of the student's samples: those of a round, or of the rollout that serves several."""
+    teacher_rows: float
+    """Of one step of all of the teachers' samples, on average over rounds."""
+    steps: int
+    """At which a sample is learnt from."""
+    queried_steps: float
+    """Those of them that a round has a loss at, on average."""
+
+
+class MethodSpec:
+    """One method of training. A method of its own overrides what differs."""
+
+    name: str
+    """As `train.method` gives it."""
+    implementation: str
+    """`module:Class`, a `opd_fast.training.methods.base.Method`; it is imported when a run begins."""
+    reads: tuple[str, ...] = ()
+    """Which of `METHOD_SETTINGS` it reads, as patterns of `fnmatch`. A run that sets any other is refused."""
+    has_teachers: bool = True
+    """Whether the entries of `teachers` are frozen models; else they are tasks, each with its reward."""
+    distils: bool = False
+    """Whether it trains the objective at every step of the student's own rollout, and keeps no images."""
+    looks_at_images: bool = True
+    """Whether training decodes images where tasks have rewards."""
+    sums_rewards: bool = True
+    """Whether a task's reward may be a sum."""
+    guided: bool = True
+    """Whether the student may draw with guidance."""
+    shards: bool = False
+    """Whether weights may be sharded over devices."""
+    old_policy: bool = False
+    """Whether a second set of the trained weights draws the images."""
+
+    def check(self, config: Config) -> None:
+        """Raise `UserError` for values that the method cannot work with; settings it does not read are at default."""
+
+    def learns_from_rewards(self, config: Config) -> bool:
+        """Whether a reward decides what is learnt from the training prompts."""
+        return False
+
+    def updates(self, config: Config) -> int:
+        """Rounds that the images of a rollout serve."""
+        return 1
+
+    def prompts_per_turn(self, config: Config) -> int:
+        """Distinct prompts among a task's samples."""
+        return config.train.samples_per_task
+
+    def trained_steps(self, config: Config) -> int:
+        """Solver steps, or noise levels, at which a sample is learnt from."""
+        raise NotImplementedError
+
+    def student_guidance(self, config: Config) -> float | None:
+        """The guidance under which the student's forwards are trained."""
+        return config.student.guidance
+
+    def kept_latents(self, config: Config) -> int:
+        """Latents that a drawn image keeps until its last round."""
+        return 1
+
+    def base_weight(self, config: Config) -> float:
+        """Factor on what holds the student to the base; 0: nothing does."""
+        return 0.0
+
+    def forward_rows(self, config: Config, size: RoundSize) -> dict[str, int]:
+        """Transformer rows of a round, by what they are for; a guided sample is two rows."""
+        raise NotImplementedError
+
+
+@cache
+def _load(path: str) -> MethodSpec:
+    module, _, name = path.partition(":")
+    spec: MethodSpec = getattr(import_module(module), name)
+    return spec
+
+
+def method_spec(config: Config) -> MethodSpec:
+    """The spec of `train.method`."""
+    return _load(METHODS[config.train.method])
+
+
+# --- which settings are read ------------------------------------------------------------------------------------------
+
+METHOD_SETTINGS = (
+    *(f"objective.{f.name}" for f in fields(ObjectiveConfig)),
+    "sampler.train_last",
+    "parallel.offload_teachers",
+    "teachers.guidance",
+    "teachers.partial",
+    *(f"rl.{f.name}" for f in fields(RLConfig)),
+    *(f"sft.{f.name}" for f in fields(SFTConfig)),
+)
+"""The settings that only some methods read."""
+
+
+def refuse_unread_settings(config: Config) -> None:
+    """Raise `UserError` for the first of `METHOD_SETTINGS` that is set and that the method does not read."""
+    spec = method_spec(config)
+    unread = {key for key in METHOD_SETTINGS if not any(fnmatchcase(key, pattern) for pattern in spec.reads)}
+    keys = [key for key in flatten(config) if re.sub(r"\[\d+\]", "", key) in unread]
+    refuse_unread(config, keys, f"train.method {spec.name}")
+
+
+def refuse_unread(config: Config, keys: list[str], under: str) -> None:
+    """Raise `UserError` for the first of the settings that is not at its default, because nothing reads it."""
+    flat, known, of_teacher = flatten(config), leaves(), teacher_leaves()
+    for key in keys:
+        default: Any = (known[key] if key in known else of_teacher[key.rpartition(".")[2]])[1]
+        if flat[key] != default:
+            raise UserError(key, f"is not read under {under}", "leave it out")
+
+
+# --- checks that methods share ----------------------------------------------------------------------------------------
+
+
+def check_replicated(config: Config) -> None:
+    """Raise `UserError` for a strategy that shards weights."""
+    strategy, method = config.parallel.strategy, config.train.method
+    if strategy not in ("auto", "single", "ddp"):
+        raise UserError("parallel.strategy", f"{strategy} under {method}, which shards no weights", "give auto or ddp")
+
+
+def check_updates(config: Config, key: str, updates: int) -> None:
+    """Raise `UserError` for more rounds on the images of a rollout than there are images."""
+    t = config.train
+    images = t.samples_per_task * (t.tasks_per_round or len(config.trained))
+    if updates > images:
+        raise UserError(key, f"{updates} of {images} images, which leaves a round without any", f"give 1 to {images}")

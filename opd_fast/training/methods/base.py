@@ -1,0 +1,52 @@
+"""What the training loop asks of a method, and where it gets the method that a run names."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opd_fast.config.methods.spec import MethodSpec, method_spec
+from opd_fast.training.setup import Setup
+
+
+class Method(Protocol):
+    """The gradients of a run's rounds. A round's losses are float32 on the model's device until the loop moves them."""
+
+    samples: float
+    """Samples that a round learns from on all devices, on average."""
+
+    def __init__(self, setup: Setup) -> None: ...
+
+    def accumulate(self, index: int, scaler: torch.amp.GradScaler) -> Tensor:
+        """Add the gradient of round `index`, times the scaler's factor, to the student's parameters.
+
+        Returns the weighed loss of every sample at every trained step (steps, samples), unscaled, those of all ranks.
+        """
+
+    def fault(self, index: int, losses: Tensor) -> str | None:
+        """Where a round's losses (steps, samples), on the CPU, first cease to be finite, in words; None where all
+        are."""
+
+    def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
+        """What the round just accumulated has for metrics.jsonl; losses (steps, samples) on the CPU."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the method beside the student, by name."""
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave, on however many processes."""
+
+
+def method_class(spec: MethodSpec) -> type[Method]:
+    """The class that a spec names."""
+    module, _, name = spec.implementation.partition(":")
+    found: type[Method] = getattr(import_module(module), name)
+    return found
+
+
+def make_method(setup: Setup) -> Method:
+    """The method that `train.method` names, for a run's parts."""
+    return method_class(method_spec(setup.config))(setup)
