@@ -62,16 +62,16 @@ def run(method: OPD, batch: RoundBatch, teachers: TeacherBank, states: list[Tens
     student, table, given = setup.student, setup.table, states is not None
     rows = table.rows(method.weight, batch.keys.device)
     condition = Conditioning.build(setup.model, batch.text, batch.negative, student.guidance)
-    guidance, course = torch.full_like(batch.scale, condition.branch_guidance), teachers.course(batch)
+    guidance, teacher_condition = torch.full_like(batch.scale, condition.branch_guidance), teachers.condition(batch)
     visited = states or [philox_normal(batch.keys, batch.shape, INITIAL_NOISE)]
     losses, velocities = [], []
     with student.at_rest():
         for j in range(table.steps - 1):
             x = visited[j]
             v = student.velocities(setup.model, x, rows[j, -1], condition)
-            w = teachers.velocities(x, rows[j, -1], course)
+            w = teachers.velocities(x, rows[j, -1], teacher_condition)
             branches = (v.cond.detach(), None if v.uncond is None else v.uncond.detach(), w.cond, w.uncond)
-            out = fused_step(x, *branches, guidance, course.guidance, rows, j, batch.scale, keys=batch.keys)
+            out = fused_step(x, *branches, guidance, teacher_condition.guidance, rows, j, batch.scale, keys=batch.keys)
             torch.autograd.backward(
                 [t for t in (v.cond, v.uncond) if t is not None],
                 [g for g in (out.grad_cond, out.grad_uncond) if g is not None],
@@ -88,9 +88,9 @@ def run(method: OPD, batch: RoundBatch, teachers: TeacherBank, states: list[Tens
 
 def ask(method: OPD, batch: RoundBatch, states: list[Tensor]) -> None:
     """The teachers' forwards at the given states, and no more."""
-    course = method.setup.teachers.course(batch)
+    teacher_condition = method.setup.teachers.condition(batch)
     for x, sigma in zip(states, method.setup.table.sigmas.float(), strict=False):
-        method.setup.teachers.velocities(x, sigma, course)
+        method.setup.teachers.velocities(x, sigma, teacher_condition)
 
 
 def in_float8(teachers: TeacherBank) -> TeacherBank:

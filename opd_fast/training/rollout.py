@@ -25,7 +25,7 @@ from opd_fast.reporting.telemetry import annotate
 from opd_fast.solvers import SolverTable
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import Course, TeacherBank
+from opd_fast.training.teachers import TeacherConditioning, TeacherBank
 from opd_kernels import StepOutput, fused_step, philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 
@@ -119,8 +119,8 @@ class _Inputs:
     """What all steps of a micro-batch read."""
 
     condition: Conditioning
-    course: Course
-    anchored: Course | None
+    teacher_condition: TeacherConditioning
+    anchored: TeacherConditioning | None
     guidance: Tensor
     """(B,) float32, g of the student's branches."""
     rows: Tensor
@@ -190,8 +190,8 @@ class _Rollout:
         self.student.remember(sigmas, condition)
         return _Inputs(
             condition=condition,
-            course=self.teachers.course(batch, sigmas),
-            anchored=None if self.anchor is None else self.anchor[0].course(whole, sigmas),
+            teacher_condition=self.teachers.condition(batch, sigmas),
+            anchored=None if self.anchor is None else self.anchor[0].condition(whole, sigmas),
             guidance=torch.full_like(batch.scale, condition.branch_guidance),
             rows=rows,
             keys=batch.keys,
@@ -222,7 +222,9 @@ class _Rollout:
             v_student = self.student.velocities(self.model, x, sigma, inputs.condition, number)
         graphs = self.graphs if isinstance(j, int) else None  # within a graph there is no other
         with annotate("teacher.forward"):
-            v_teacher = self.teachers.velocities(x, sigma, inputs.course, graphs, number) if asked else v_student
+            v_teacher = (
+                self.teachers.velocities(x, sigma, inputs.teacher_condition, graphs, number) if asked else v_student
+            )
         with annotate("step"):
             step = fused_step(
                 x,
@@ -231,7 +233,7 @@ class _Rollout:
                 v_teacher.cond.detach(),
                 None if v_teacher.uncond is None else v_teacher.uncond.detach(),
                 inputs.guidance,
-                inputs.course.guidance if asked else inputs.guidance,
+                inputs.teacher_condition.guidance if asked else inputs.guidance,
                 inputs.rows,
                 j,
                 inputs.scale,

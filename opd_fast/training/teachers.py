@@ -34,7 +34,7 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Course:
+class TeacherConditioning:
     """What the teachers need of a batch at every step, made once a round."""
 
     parts: tuple[tuple[int, slice, Conditioning], ...]
@@ -149,7 +149,7 @@ class TeacherBank:
         return len(adapters)
 
     def remember_modulation(self) -> int:
-        """Let `course` compute once what depends on step and prompt alone; of how many layers."""
+        """Let `teacher_condition` compute once what depends on step and prompt alone; of how many layers."""
         self._remembering = self._grouped is not None or bool(self.own)
         if not self._remembering:
             return 0
@@ -162,7 +162,7 @@ class TeacherBank:
             self._remembered[index] = Remembered.of(self.model, transformer)
         return self._remembered[index]
 
-    def course(self, batch: RoundBatch, sigmas: Tensor | None = None) -> Course:
+    def condition(self, batch: RoundBatch, sigmas: Tensor | None = None) -> TeacherConditioning:
         """The constant part of `velocities` for one batch; sigmas (N,) float32 are the levels it will be asked at."""
         guidance = torch.ones_like(batch.scale)
         parts = []
@@ -178,7 +178,7 @@ class TeacherBank:
         if self._remembering and sigmas is not None:
             with self._autocast:
                 self._fill(sigmas, parts, calls)
-        return Course(tuple(parts), guidance, calls)
+        return TeacherConditioning(tuple(parts), guidance, calls)
 
     def _fill(self, sigmas: Tensor, parts: Sequence[tuple[int, slice, Conditioning]], calls: Sequence[Call]) -> None:
         for i, call in enumerate(calls):
@@ -194,7 +194,7 @@ class TeacherBank:
         self,
         x: Tensor,
         sigma: Tensor,
-        course: Course,
+        teacher_condition: TeacherConditioning,
         graphs: Graphs | None = None,
         step: Tensor | None = None,
     ) -> Velocities:
@@ -202,12 +202,12 @@ class TeacherBank:
 
         Rows of unguided teachers are left unset in `uncond`: the step never reads them. With `graphs` every teacher's
         forward is one graph for each number of samples, and the result lasts until the next call. `step`, a 0-dim int64
-        tensor on the device: the level's place among those that the course was made for.
+        tensor on the device: the level's place among those that the teacher_condition was made for.
         """
-        if course.calls:
-            return self._ask_grouped(x, sigma, course.calls, graphs, step)
+        if teacher_condition.calls:
+            return self._ask_grouped(x, sigma, teacher_condition.calls, graphs, step)
         found = []
-        for index, rows, condition in course.parts:
+        for index, rows, condition in teacher_condition.parts:
             none = rows.start == rows.stop
             with annotate("task"):
                 v = self._ask(index, x[:1] if none else x[rows], sigma, condition, graphs, step)

@@ -291,7 +291,7 @@ def test_a_run_takes_the_convention_from_its_settings(z_image: Path, tmp_path: P
         batch = RoundBatch(
             setup.text.negative, setup.text.negative, ((0, slice(0, 1)),), torch.arange(1), torch.ones(1), setup.shape
         )
-        found[convention] = (asked.branch_guidance, float(setup.teachers.course(batch).guidance))
+        found[convention] = (asked.branch_guidance, float(setup.teachers.condition(batch).guidance))
         plan = make_plan(config)
         assert (plan.student_rows, plan.teacher_rows["t"]) == (8, 8 if convention == "pipeline" else 4)
     assert found == {"pipeline": (3.0, 2.0), "linear": (2.0, 1.0)}

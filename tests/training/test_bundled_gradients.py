@@ -117,7 +117,7 @@ class State:
             ]
         self.jacobian = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows]).double()  # (D, P)
         self.v = v.detach()
-        self.target = self.teachers.velocities(self.x, sigma, self.teachers.course(batch)).cond.detach()
+        self.target = self.teachers.velocities(self.x, sigma, self.teachers.condition(batch)).cond.detach()
         # An isometry from gradients, which lie in the Jacobian's rows, to D coordinates.
         squares, axes = torch.linalg.eigh(self.jacobian @ self.jacobian.T)
         self.coordinates = axes * squares.clamp(min=0).sqrt()  # (D, D)

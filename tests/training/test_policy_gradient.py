@@ -302,9 +302,9 @@ def written_round(
     assert batch.x is not None
     assert batch.noise is not None
     condition = Conditioning.build(model, batch.text, batch.negative, student.guidance)
-    course = teachers.course(batch)
+    teacher_condition = teachers.condition(batch)
     whole = dataclasses.replace(batch, tasks=((0, slice(0, len(batch))),))
-    anchored = None if anchor is None else anchor.course(whole)
+    anchored = None if anchor is None else anchor.condition(whole)
 
     def mix(v: Velocities, guidance: Tensor) -> Tensor:
         if v.uncond is None:
@@ -320,7 +320,10 @@ def written_round(
     for j in range(table.steps - 1):
         sigma = table.sigmas[j].float()
         v = mix(student.velocities(model, x, sigma, condition), guidance)
-        gaps.append(weight[j].float() * over((v - mix(teachers.velocities(x, sigma, course), course.guidance)) ** 2))
+        gaps.append(
+            weight[j].float()
+            * over((v - mix(teachers.velocities(x, sigma, teacher_condition), teacher_condition.guidance)) ** 2)
+        )
         if anchored is not None:
             a = mix(anchor.velocities(x, sigma, anchored), anchored.guidance)
             held.append(weight[j].float() * over((v - a) ** 2))
