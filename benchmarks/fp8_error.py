@@ -65,7 +65,7 @@ def run(method: OPD, batch: RoundBatch, teachers: TeacherBank, states: list[Tens
     guidance, teacher_condition = torch.full_like(batch.scale, condition.branch_guidance), teachers.condition(batch)
     visited = states or [philox_normal(batch.keys, batch.shape, INITIAL_NOISE)]
     losses, velocities = [], []
-    with student.at_rest():
+    with student.merged_for_round():
         for j in range(table.steps - 1):
             x = visited[j]
             v = student.velocities(setup.model, x, rows[j, -1], condition)

@@ -191,7 +191,7 @@ def check_export(model: DiffusionModel, pipe: Any, folder: Path, theirs: Any) ->
     student.update_ema(0, 0.0)
     student.export(folder)
     x, prompts = noise(model, 2), PROMPTS[:2]
-    with student.averaged() as transformer:
+    with student.ema_weights() as transformer:
         images = draw(mine, transformer, x, prompts)
     pipe.load_lora_weights(folder)
     assert float((theirs(pipe, x, prompts) - images).abs().max()) <= 2 / 255

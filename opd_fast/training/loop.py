@@ -291,7 +291,7 @@ class Run:
         self.images[row] = evaluation.images
 
     def _judge_student(self) -> Evaluation:
-        with self.setup.student.averaged() as transformer:
+        with self.setup.student.ema_weights() as transformer:
             evaluation = self._judge(transformer, self._guidance())
         if self.world.first:
             self._grids(evaluation.images)

@@ -77,7 +77,7 @@ def one_pass(
     rows = send(table.rows(weight), batch.keys.device)
     losses = torch.zeros(steps, len(batch), device=batch.keys.device)
     states = []
-    with student.at_rest():
+    with student.merged_for_round():
         for part_rows, part in batch.split(micro_batch):
             last = part_rows.stop == len(batch)
             states.append(rollout.run(part, rows, losses[:, part_rows], last=last))
@@ -101,7 +101,7 @@ def losses_at(
     rollout = _Rollout(model, student, teachers, table, (weight != 0).tolist(), "mean", None, None, None)
     rows = send(table.rows(weight), batch.keys.device)
     losses, seen = [], []
-    with student.at_rest():
+    with student.merged_for_round():
         inputs = rollout._inputs(batch, rows)
         x = philox_normal(batch.keys, batch.shape, INITIAL_NOISE) if batch.x is None else batch.x
         x0 = None

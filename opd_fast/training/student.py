@@ -92,13 +92,13 @@ class Student:
         self._gradients: list[Tensor] = []
 
     def merge_in_rounds(self, wanted: bool) -> int:
-        """Whether `at_rest` merges LoRA; returns how many layers it does."""
+        """Whether `merged_for_round` merges LoRA; returns how many layers it does."""
         if not wanted:
             self._merged = None
         return 0 if self._merged is None else len(self._merged.layers)
 
     def merge_in_float8(self) -> int:
-        """Let `at_rest` merge into float8, the frozen layers around LoRA's be in it too; how many layers in all.
+        """Let `merged_for_round` merge into float8, the frozen layers around LoRA's be in it too; how many layers in all.
 
         0, and nothing changed, for full weights and for LoRA that is not merged.
         """
@@ -150,7 +150,7 @@ class Student:
             return velocities(model, self.transformer, x, sigma, condition)
 
     @contextlib.contextmanager
-    def at_rest(self) -> Iterator[nn.Module]:
+    def merged_for_round(self) -> Iterator[nn.Module]:
         """The transformer while its weights stand still, as in a round: LoRA is merged, gradients flow all the same."""
         with self._merged.active() if self._merged is not None else contextlib.nullcontext():
             yield self.transformer
@@ -207,18 +207,18 @@ class Student:
         torch._foreach_lerp_(average, weights, 1 - effective)
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
+    def ema_weights(self) -> Iterator[nn.Module]:
         """The transformer with the average in place of the trained weights, which come back afterwards."""
-        with self.holding(self._ema_parameters) as transformer:
+        with self.with_weights(self._ema_parameters) as transformer:
             yield transformer
 
     @contextlib.contextmanager
-    def holding(self, values: list[Tensor]) -> Iterator[nn.Module]:
+    def with_weights(self, values: list[Tensor]) -> Iterator[nn.Module]:
         """The transformer with `values` in place of the trained weights, which come back afterwards."""
         held = [p.detach().clone() for p in self.parameters()]
         self._assign(values)
         try:
-            with self.at_rest() as transformer:
+            with self.merged_for_round() as transformer:
                 yield transformer
         finally:
             self._assign(held)

@@ -55,7 +55,7 @@ def test_a_row(family: str, kind: str, tmp_path: Path) -> None:
         return tensor
 
     text = model.encode(["a red circle"])
-    with student.at_rest() as transformer:
+    with student.merged_for_round() as transformer:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             model.velocity(transformer, x, torch.tensor(0.5), text)
         # The counter does not know the CPU's fused attention.

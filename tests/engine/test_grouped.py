@@ -93,9 +93,9 @@ def test_leaves_no_trace(model: DiffusionModel, grouped: GroupedAdapters) -> Non
 
 
 def test_within_the_students_merged_weights(model: DiffusionModel, grouped: GroupedAdapters) -> None:
-    """The student's own layers come back as they were: merged, inside `at_rest`."""
+    """The student's own layers come back as they were: merged, inside `merged_for_round`."""
     student = Student(model, model.transformer, StudentConfig(rank=4, alpha=8.0))
-    with student.at_rest():
+    with student.merged_for_round():
         merged = velocity(model, slice(0, 3), "student")
         with torch.no_grad(), grouped.active(GROUPS["equal"]) as transformer:
             found = model.velocity(transformer, states(12)[:6], SIGMA, text(model, 12).index(slice(0, 6)))

@@ -153,7 +153,7 @@ def test_gradients_of_the_student(model: DiffusionModel, targets: Any, merged: b
     tables.step.fill_(2)
     plain, wanted = gradients(model, student, asked, 2)
     if merged:
-        with student.at_rest(), tables.active():
+        with student.merged_for_round(), tables.active():
             found, theirs = gradients(model, student, asked, 2)
     else:
         with tables.active():

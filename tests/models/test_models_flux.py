@@ -324,7 +324,7 @@ def test_the_pipeline_draws_with_the_exported_student(folder: Path, tmp_path: Pa
     student.update_ema(0, 0.0)
     student.export(tmp_path)
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2))
-    with student.averaged() as transformer:
+    with student.ema_weights() as transformer:
         images = draw(ours, transformer, x, 3.5)
     pipe = pipeline(folder)
     base = draw_by(pipe, x, 3.5)

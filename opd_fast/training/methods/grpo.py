@@ -125,7 +125,7 @@ class GRPO(Reinforcement):
         rows, keys = self.rows(epoch), self.keys(epoch)
         kept = {name: [self.no_images(len(trained))] for name in ("x", "sample", "mean")}
         latents = [self.no_images()]
-        with torch.no_grad(), setup.student.at_rest():
+        with torch.no_grad(), setup.student.merged_for_round():
             for part in self.micro_batches(self.mine):
                 condition, mine = self.condition(epoch, part), keys[part.to(keys.device)]
                 guidance = torch.full((len(part),), condition.branch_guidance, device=keys.device)
@@ -152,7 +152,7 @@ class GRPO(Reinforcement):
         setup, steps, drawn = self.setup, self.trained_steps(epoch), self._drawn
         losses = torch.zeros(len(steps), self.images, device=rows.device)
         counts = {name: torch.zeros((), device=rows.device) for name in ("kl", "clipped")}
-        with setup.student.at_rest():
+        with setup.student.merged_for_round():
             for part, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
                 condition = self.condition(epoch, part)
                 guidance = torch.full((len(part),), condition.branch_guidance, device=rows.device)

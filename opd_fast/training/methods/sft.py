@@ -129,7 +129,7 @@ class SFT(SharedImages):
         model, device = setup.model, setup.model.device
         keys = self.keys(epoch, NOISE_STREAM)
         losses, gap = torch.zeros(1, self.images, device=device), torch.zeros((), device=device)
-        with setup.student.at_rest():
+        with setup.student.merged_for_round():
             for mine, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
                 x0, noise = self._drawn["x0"][self.places(mine)], philox_normal(keys[mine], setup.shape, NOISE)
                 t = philox_normal(keys[mine], (1, 1, 1), LEVEL).sigmoid()
