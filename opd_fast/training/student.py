@@ -24,7 +24,7 @@ from opd_fast.models.lora.adapters import use_adapter
 from opd_fast.models.lora.load import load_transformer
 from opd_fast.training.student_init import (
     MERGED,
-    MeanDifference,
+    MeanTaskVector,
     add_mean,
     passed_over,
     start_from_lora,
@@ -68,7 +68,7 @@ class Student:
         if config.start == MERGED:
             if teachers is None:
                 raise ValueError(f"student.start {MERGED} is the mean of the teachers, and here are none; give weights")
-            mean = MeanDifference(model, teachers)
+            mean = MeanTaskVector(model, teachers)
         if config.kind == "full":
             transformer = load_transformer(model, None if mean else config.start, what="student.start").float()
             if mean is not None:

@@ -23,7 +23,7 @@ MERGED = "merged"
 Factors = list[tuple[Tensor, Tensor, float]]
 
 
-class MeanDifference:
+class MeanTaskVector:
     """D of every parameter that some teacher changes, one at a time; names are those of the base without adapters.
 
     A LoRA counts by its own factors, unrounded; a whole transformer by its weights less the base's.
@@ -83,7 +83,7 @@ class MeanDifference:
 
 
 @torch.no_grad()
-def add_mean(transformer: nn.Module, mean: MeanDifference) -> None:
+def add_mean(transformer: nn.Module, mean: MeanTaskVector) -> None:
     """Add D in full to a transformer's own float32 weights."""
     parameters = dict(transformer.named_parameters())
     for name in mean.names:
@@ -91,7 +91,7 @@ def add_mean(transformer: nn.Module, mean: MeanDifference) -> None:
 
 
 @torch.no_grad()
-def start_from_mean(transformer: nn.Module, adapter: str, config: StudentConfig, mean: MeanDifference) -> float:
+def start_from_mean(transformer: nn.Module, adapter: str, config: StudentConfig, mean: MeanTaskVector) -> float:
     """Put D into the adapter's factors; the share of its square that they hold.
 
     What lies outside the adapter's modules or beyond its rank is left out. Rows that D does not need keep their random
