@@ -19,7 +19,7 @@ from opd_fast.config.command_line import parse
 from opd_fast.config.serialize import leaves
 from opd_fast.errors import UserError
 from opd_fast.models.lora.files import match, read_lora
-from opd_fast.models.lora.load import load_with_origin
+from opd_fast.models.lora.load import load_with_source
 from tests import fuzz, fuzz_inputs, fuzz_prompts
 
 SEED = 7
@@ -190,7 +190,7 @@ def test_transformer_of_other_tensors(world: fuzz.World, tmp_path: Path, change:
     folder, tensors, file = copied(world, "whole", tmp_path)
     save_file(change(tensors, "proj_out.bias"), file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=words):
-        load_with_origin(world.model, str(folder), what="weights")
+        load_with_source(world.model, str(folder), what="weights")
 
 
 def test_results_in_the_repository_have_no_fault() -> None:

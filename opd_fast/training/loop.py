@@ -348,7 +348,7 @@ class Run:
         """What identifies the teachers and the anchor, by name."""
         banks = (self.setup.teachers, self.setup.anchor)
         frozen = [teacher for bank in banks if bank is not None for teacher in bank.teachers]
-        return {teacher.name: teacher.origin.sha256 for teacher in frozen if teacher.adapter != BASE}
+        return {teacher.name: teacher.source.sha256 for teacher in frozen if teacher.adapter != BASE}
 
     def _judged_otherwise(self, folder: Path, meta: dict[str, Any]) -> str:
         """Why a checkpoint's rewards of base and teachers are not what this run would measure; empty where they are.

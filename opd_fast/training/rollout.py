@@ -25,7 +25,7 @@ from opd_fast.reporting.telemetry import annotate
 from opd_fast.solvers import SolverTable
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import TeacherConditioning, TeacherBank
+from opd_fast.training.teachers import TeacherBank, TeacherConditioning
 from opd_kernels import StepOutput, fused_step, philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 

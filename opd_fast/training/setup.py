@@ -121,7 +121,7 @@ def prepare(
     placement, offload = config.engine.placement, config.parallel.offload_teachers
     teachers = TeacherBank.load(model, frozen_teachers(config), placement, offload=offload)
     for teacher in teachers.teachers:
-        say(f"teacher {teacher.name}: {teacher.origin}")
+        say(f"teacher {teacher.name}: {teacher.source}")
     anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
     gate = Gate.before(config, model, student, teachers, table, text, prompts) if not world.sharded else None

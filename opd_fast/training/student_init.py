@@ -41,10 +41,10 @@ class MeanTaskVector:
         total = sum(teacher.weight for teacher in bank.teachers)
         for teacher in bank.teachers:
             share = teacher.weight / total
-            if teacher.origin.format == "transformer":
+            if teacher.source.format == "transformer":
                 self._whole.append((dict(teacher.transformer.named_parameters()), share))
                 continue
-            lora = read_lora(teacher.origin.source, model)
+            lora = read_lora(teacher.source.name, model)
             for module, (a, b) in lora.tensors.items():
                 name = f"{module}.weight"
                 if name in self._base:  # else a partial match, which the bank was asked for

@@ -22,7 +22,7 @@ from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning, Velocities, in_rows, velocities
 from opd_fast.models.lora.adapters import add_frozen, use_adapter
 from opd_fast.models.lora.files import find_lora, read_lora
-from opd_fast.models.lora.load import Origin, check_weights, load_with_origin
+from opd_fast.models.lora.load import WeightsSource, check_weights, load_with_source
 from opd_fast.reporting.telemetry import annotate
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Teacher:
     transformer: nn.Module
     adapter: str | None
     """Its adapter on a shared base; None where the weights are merged; BASE: the shared base without any."""
-    origin: Origin
+    source: WeightsSource
     weight: float = 1.0
     """The factor on its task's loss, and its share of a student that starts from the teachers' mean."""
 
@@ -91,7 +91,7 @@ class TeacherBank:
         for config in configs:
             with _naming(config):
                 if placement == "merged":
-                    transformer, origin = load_with_origin(
+                    transformer, source = load_with_source(
                         model, config.weights, what="weights", partial=config.partial
                     )
                     adapter = None
@@ -107,15 +107,15 @@ class TeacherBank:
                         transformer.to(model.device)
                 else:
                     transformer = model.transformer
-                    adapter, origin = _add(model, config)
-            teachers.append(Teacher(config.name, config.guidance, transformer, adapter, origin, config.weight))
+                    adapter, source = _add(model, config)
+            teachers.append(Teacher(config.name, config.guidance, transformer, adapter, source, config.weight))
         return cls(model, teachers, offloaded=offload and placement == "merged")
 
     @classmethod
     def of_base(cls, model: DiffusionModel, guidance: float | None) -> TeacherBank:
         """A bank of one: the base itself, whatever adapters sit on it. It takes no memory of its own."""
-        origin = Origin(BASE, "transformer", 0, 0, 0, (), "")
-        return cls(model, [Teacher(BASE, guidance, model.transformer, BASE, origin)])
+        source = WeightsSource(BASE, "transformer", 0, 0, 0, (), "")
+        return cls(model, [Teacher(BASE, guidance, model.transformer, BASE, source)])
 
     def __len__(self) -> int:
         return len(self.teachers)
@@ -149,7 +149,7 @@ class TeacherBank:
         return len(adapters)
 
     def remember_modulation(self) -> int:
-        """Let `teacher_condition` compute once what depends on step and prompt alone; of how many layers."""
+        """Let `condition` compute once what depends on step and prompt alone; of how many layers."""
         self._remembering = self._grouped is not None or bool(self.own)
         if not self._remembering:
             return 0
@@ -202,7 +202,7 @@ class TeacherBank:
 
         Rows of unguided teachers are left unset in `uncond`: the step never reads them. With `graphs` every teacher's
         forward is one graph for each number of samples, and the result lasts until the next call. `step`, a 0-dim int64
-        tensor on the device: the level's place among those that the teacher_condition was made for.
+        tensor on the device: the level's place among those that the condition was made for.
         """
         if teacher_condition.calls:
             return self._ask_grouped(x, sigma, teacher_condition.calls, graphs, step)
@@ -293,10 +293,10 @@ def _need_lora(config: TeacherConfig) -> None:
         )
 
 
-def _add(model: DiffusionModel, config: TeacherConfig) -> tuple[str, Origin]:
+def _add(model: DiffusionModel, config: TeacherConfig) -> tuple[str, WeightsSource]:
     """Put a LoRA beside others on the base as a frozen adapter; its name there."""
     _need_lora(config)
     name = f"teacher_{config.name}".replace(".", "_")
     lora = read_lora(config.weights, model)
     modules = add_frozen(model.transformer, name, lora, allow_partial=config.partial)
-    return name, Origin.of_lora(config.weights, lora, modules)
+    return name, WeightsSource.of_lora(config.weights, lora, modules)

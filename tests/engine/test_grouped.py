@@ -17,13 +17,13 @@ from opd_fast.engine.grouped_lora import GroupedAdapters, Span, describe, groupe
 from opd_fast.errors import UserError
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.adapters import use_adapter
-from opd_fast.models.lora.load import Origin
+from opd_fast.models.lora.load import WeightsSource
 from opd_fast.objectives import step_weights
 from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import BASE, TeacherConditioning, Teacher, TeacherBank
+from opd_fast.training.teachers import BASE, Teacher, TeacherBank, TeacherConditioning
 from tests.grouping import FAMILIES, SHAPE, add, add_all, small, states, text
 from tests.tiny import tiny_transformer
 
@@ -126,14 +126,14 @@ def test_half_precision_factors(tmp_path: Path) -> None:
     assert (found - truth).norm() < 0.02 * truth.norm()
 
 
-# --- velocities of a teacher_condition ------------------------------------------------------------------------------------------
+# --- velocities under a teacher conditioning --------------------------------------------------------------------------
 
 
 def bank(model: DiffusionModel, guidance: tuple[float, ...]) -> TeacherBank:
-    origin = Origin("random", "lora", 0, 0, 0, (), "")
+    source = WeightsSource("random", "lora", 0, 0, 0, (), "")
     names = ["first", "second", "third", BASE][: len(guidance)]
     return TeacherBank(
-        model, [Teacher(n, g, model.transformer, n, origin) for n, g in zip(names, guidance, strict=True)]
+        model, [Teacher(n, g, model.transformer, n, source) for n, g in zip(names, guidance, strict=True)]
     )
 
 

@@ -27,7 +27,7 @@ from opd_fast.models.lora.files import (
     read_lora,
     save_lora,
 )
-from opd_fast.models.lora.load import Origin
+from opd_fast.models.lora.load import WeightsSource
 from tests.models.test_lora_origins import (
     A_B,
     ALPHA,
@@ -217,7 +217,7 @@ def test_z_image_with_redundant_keys(models: Models, tmp_path: Path, alpha: floa
     assert_equal(found, clean)
     repeated = "out in 1 blocks beside its parts; qkv in 1 blocks beside its parts"
     assert found.note == f"left out, as diffusers leaves it out: {repeated}"
-    assert found.note in str(Origin.of_lora("file", found, list(found.tensors)))
+    assert found.note in str(WeightsSource.of_lora("file", found, list(found.tensors)))
     assert_as_diffusers(found, tensors)
 
 

@@ -39,10 +39,10 @@ _FORMATS = {
 
 
 @dataclass(frozen=True)
-class Origin:
+class WeightsSource:
     """Where weights come from, and what of them was taken.  ``sha256`` identifies their files."""
 
-    source: str
+    name: str
     """As the user named it."""
     format: str
     """A LoRA's `peft`, `diffusers`, `kohya` or `converted` layout, or `transformer`: all of the weights."""
@@ -59,7 +59,7 @@ class Origin:
     """What of the files was left out beside modules that the model does not have."""
 
     @classmethod
-    def of_lora(cls, source: str, lora: LoraWeights, modules: list[str]) -> Origin:
+    def of_lora(cls, source: str, lora: LoraWeights, modules: list[str]) -> WeightsSource:
         ranks = tuple(sorted({lora.tensors[module][0].shape[0] for module in modules}))
         return cls(
             source, lora.format, len(modules), len(lora.tensors), 2 * len(modules), ranks, lora.sha256, lora.note
@@ -80,19 +80,19 @@ def load_transformer(model: DiffusionModel, weights: str | None, *, what: str) -
     `weights` None gives a copy of the base. `what` names the setting in errors. Raises
     ValueError where the weights are missing, damaged, or of another shape than the base.
     """
-    return plain_copy(model.transformer) if weights is None else load_with_origin(model, weights, what=what)[0]
+    return plain_copy(model.transformer) if weights is None else load_with_source(model, weights, what=what)[0]
 
 
-def load_with_origin(
+def load_with_source(
     model: DiffusionModel, weights: str, *, what: str, partial: bool = False
-) -> tuple[nn.Module, Origin]:
+) -> tuple[nn.Module, WeightsSource]:
     """As `load_transformer`, with the account of it; `partial` takes a LoRA of which only some modules exist."""
     if find_lora(weights) is not None:
         lora = read_lora(weights, model)
         match(lora, unwrapped(model.transformer), allow_partial=partial)  # before the copy
         transformer = plain_copy(model.transformer)
         modules = merge_into(transformer, lora, allow_partial=partial)
-        return transformer, Origin.of_lora(weights, lora, modules)
+        return transformer, WeightsSource.of_lora(weights, lora, modules)
     place = _find_transformer(weights, what)
     keys = _check_whole(model, place, weights, what)
     kind: Any = type(model.transformer)
@@ -109,11 +109,11 @@ def load_with_origin(
             raise ValueError(f"{what}: {name} of {weights} has NaN or infinite values; take another checkpoint")
     modules = [name for name, m in loaded.named_modules() if any(True for _ in m.parameters(recurse=False))]
     count = len(loaded.state_dict())
-    return loaded, Origin(weights, "transformer", len(modules), len(modules), count, (), digest)
+    return loaded, WeightsSource(weights, "transformer", len(modules), len(modules), count, (), digest)
 
 
 def check_weights(model: DiffusionModel, weights: str, *, what: str, partial: bool = False) -> None:
-    """What `load_with_origin` would refuse about names and shapes, without loading: `model` may be an outline.
+    """What `load_with_source` would refuse about names and shapes, without loading: `model` may be an outline.
 
     A LoRA's own tensors are read, of a whole transformer its configuration and its files' headers.
     """
