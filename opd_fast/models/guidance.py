@@ -48,7 +48,7 @@ class Conditioning:
 
     @property
     def branch_guidance(self) -> float:
-        """g with which the branches of `velocities` combine; 1 where it returns one branch, the guided velocity."""
+        """g with which the branches of `predict_velocities` combine; 1 where it returns one branch, the guided velocity."""
         return 1.0 if self.guidance is None or self.guidance.rescaled else self.guidance.strength
 
     @classmethod
@@ -88,7 +88,7 @@ def in_rows(parts: Sequence[tuple[slice, Velocities]]) -> Velocities:
     return Velocities(cond, uncond)
 
 
-def velocities(
+def predict_velocities(
     model: DiffusionModel, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning
 ) -> Velocities:
     """What `transformer` predicts at x (B, C, H, W) float32 and sigma (0-dim float32), both branches in one forward."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from opd_fast.device import send
 from opd_fast.engine.cuda_graphs import Graphs, Static
 from opd_fast.models.base import DiffusionModel, TextEmbeds
-from opd_fast.models.guidance import Conditioning, velocities
+from opd_fast.models.guidance import Conditioning, predict_velocities
 from opd_fast.objectives import Surrogate, score_factors
 from opd_fast.reporting.telemetry import annotate
 from opd_fast.solvers import SolverTable
@@ -394,7 +394,7 @@ def sample(
     condition = Conditioning.build(model, text, negative, guidance)
     x0 = None
     for j, (a, b, h, std, _, sigma) in enumerate(table.rows().tolist()):
-        v = velocities(model, transformer, x, torch.tensor(sigma, device=x.device), condition)
+        v = predict_velocities(model, transformer, x, torch.tensor(sigma, device=x.device), condition)
         velocity = v.cond.float()
         if v.uncond is not None:
             velocity = torch.lerp(v.uncond.float(), velocity, condition.branch_guidance)

@@ -19,7 +19,7 @@ from opd_fast.engine.merged_lora import MergedLayers
 from opd_fast.engine.modulation_cache import Remembered, recalled
 from opd_fast.files import open_to_umask
 from opd_fast.models.base import DiffusionModel
-from opd_fast.models.guidance import Conditioning, Velocities, velocities
+from opd_fast.models.guidance import Conditioning, Velocities, predict_velocities
 from opd_fast.models.lora.adapters import use_adapter
 from opd_fast.models.lora.load import load_transformer
 from opd_fast.training.student_init import (
@@ -147,7 +147,7 @@ class Student:
         `step`, a 0-dim int64 tensor on the device: the level's place among those of `remember`, with `condition`.
         """
         with self._autocast, recalled(self._remembered, step):
-            return velocities(model, self.transformer, x, sigma, condition)
+            return predict_velocities(model, self.transformer, x, sigma, condition)
 
     @contextlib.contextmanager
     def merged_for_round(self) -> Iterator[nn.Module]:

@@ -19,7 +19,7 @@ from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.engine.grouped_lora import Call, GroupedAdapters, grouped_velocities, joined
 from opd_fast.engine.modulation_cache import Remembered, recalled
 from opd_fast.models.base import DiffusionModel
-from opd_fast.models.guidance import Conditioning, Velocities, in_rows, velocities
+from opd_fast.models.guidance import Conditioning, Velocities, in_rows, predict_velocities
 from opd_fast.models.lora.adapters import add_frozen, use_adapter
 from opd_fast.models.lora.files import find_lora, read_lora
 from opd_fast.models.lora.load import WeightsSource, check_weights, load_with_source
@@ -228,7 +228,7 @@ class TeacherBank:
 
         def forward(x: Tensor, sigma: Tensor, condition: Conditioning, step: Tensor | None) -> Velocities:
             with self.active(index) as transformer, recalled(memory, step):
-                return velocities(self.model, transformer, x, sigma, condition)
+                return predict_velocities(self.model, transformer, x, sigma, condition)
 
         if graphs is None or self.together:  # shards are gathered by hooks, which no graph records
             return forward(x, sigma, condition, step)
@@ -259,7 +259,7 @@ class TeacherBank:
         """One forward of each teacher; raises ValueError naming the teacher whose output is not finite."""
         for index, teacher in enumerate(self.teachers):
             with self.active(index) as transformer:
-                v = velocities(self.model, transformer, x, sigma, condition).cond
+                v = predict_velocities(self.model, transformer, x, sigma, condition).cond
             if not bool(torch.isfinite(v).all()):
                 raise ValueError(
                     f"teacher {teacher.name!r} yields NaN or infinite velocities at sigma {float(sigma):.3f}; check "

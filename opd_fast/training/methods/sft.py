@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
-from opd_fast.models.guidance import Conditioning, velocities
+from opd_fast.models.guidance import Conditioning, predict_velocities
 from opd_fast.rewards.runner import judged
 from opd_fast.seeds import noise_keys
 from opd_fast.training.methods.image_buffer import ROLLOUT_STREAM, SharedImages
@@ -140,7 +140,7 @@ class SFT(SharedImages):
                 loss = flow_matching_loss(v, x0, noise)
                 if weight > 0:
                     with torch.no_grad(), self._base.active(0) as transformer:
-                        base = velocities(model, transformer, x, level, condition).cond
+                        base = predict_velocities(model, transformer, x, level, condition).cond
                     away = squared_gap(v, base)
                     loss = loss + weight * away
                     gap += (share * away.detach()).sum()
