@@ -25,11 +25,12 @@ from opd_fast.config.command_line import parse
 from opd_fast.engine.float8 import Float8MergedLayers, layer_errors, outliers, quantize_frozen
 from opd_fast.models.guidance import Conditioning
 from opd_fast.training.batch import RoundBatch
+from opd_fast.training.guided_step import Prediction, guided_step
 from opd_fast.training.methods.opd import OPD
 from opd_fast.training.setup import Setup, prepare
 from opd_fast.training.student import ADAPTER
 from opd_fast.training.teachers import TeacherBank
-from opd_kernels import fused_step, philox_normal
+from opd_kernels import philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 
 CASES = ("teachers", "student", "student, gradient in the activations' type", "teachers and student")
@@ -70,8 +71,8 @@ def run(method: OPD, batch: RoundBatch, teachers: TeacherBank, states: list[Tens
             x = visited[j]
             v = student.velocities(setup.model, x, rows[j, -1], condition)
             w = teachers.velocities(x, rows[j, -1], teacher_condition)
-            branches = (v.cond.detach(), None if v.uncond is None else v.uncond.detach(), w.cond, w.uncond)
-            out = fused_step(x, *branches, guidance, teacher_condition.guidance, rows, j, batch.scale, keys=batch.keys)
+            student_side, teacher_side = Prediction(v, guidance).detach(), Prediction(w, teacher_condition.guidance)
+            out = guided_step(x, student_side, teacher_side, rows, j, batch.scale, keys=batch.keys)
             torch.autograd.backward(
                 [t for t in (v.cond, v.uncond) if t is not None],
                 [g for g in (out.grad_cond, out.grad_uncond) if g is not None],

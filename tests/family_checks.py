@@ -26,7 +26,8 @@ from opd_fast.objectives import step_weights
 from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.optimize import compile_blocks
-from opd_fast.training.rollout import one_pass, sample
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.sampling import sample
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import TeacherBank
 from tests.recorded import RecordedBackend

@@ -48,7 +48,7 @@ class Conditioning:
 
     @property
     def branch_guidance(self) -> float:
-        """g with which the branches of `predict_velocities` combine; 1 where it returns one branch, the guided velocity."""
+        """g with which the branches of `predict_velocities` combine; 1 where it returns the guided velocity alone."""
         return 1.0 if self.guidance is None or self.guidance.rescaled else self.guidance.strength
 
     @classmethod

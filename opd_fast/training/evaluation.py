@@ -187,7 +187,7 @@ def _draw(
     text: EmbeddingCache,
 ) -> Tensor:
     """Images (B, 3, H, W) of the prompts."""
-    from opd_fast.training.rollout import sample
+    from opd_fast.training.sampling import sample
 
     rows = text.rows([prompt.text for prompt in prompts])
     negative = text.negative if model.is_guided(guidance) else None

@@ -98,9 +98,9 @@ class Student:
         return 0 if self._merged is None else len(self._merged.layers)
 
     def merge_in_float8(self) -> int:
-        """Let `merged_for_round` merge into float8, the frozen layers around LoRA's be in it too; how many layers in all.
+        """Let `merged_for_round` merge into float8, and put the frozen layers around LoRA's into it too.
 
-        0, and nothing changed, for full weights and for LoRA that is not merged.
+        Returns the number of layers; 0, and nothing is changed, for full weights and for LoRA that is not merged.
         """
         if self._merged is None:
             return 0

@@ -30,7 +30,8 @@ from opd_fast.models.guidance import Conditioning
 from opd_fast.objectives import step_weights
 from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch
-from opd_fast.training.rollout import one_pass, sample
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.sampling import sample
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import TeacherBank
 from tests.family_checks import COMPILERS, check_captured, check_compiled, check_outline, check_reads_nothing_back, edit

@@ -34,10 +34,11 @@ from opd_fast.models.sd3 import SD3
 from opd_fast.objectives import step_weights
 from opd_fast.solvers import SOLVERS, solver_table
 from opd_fast.training.batch import RoundBatch
-from opd_fast.training.rollout import INITIAL_NOISE, one_pass
+from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
 from opd_fast.training.teachers import TeacherBank
 from opd_kernels import philox_normal
+from opd_kernels.philox import INITIAL_NOISE
 
 STEPS, ETA = 4, 0.7
 RANK, ALPHA = 4, 8.0

@@ -23,7 +23,7 @@ from opd_fast.training.loop import METHODS, make_optimizer, train
 from opd_fast.training.methods.image_buffer import ROLLOUT_STREAM
 from opd_fast.training.methods.sft import LEVEL, NOISE, NOISE_STREAM, SFT, flow_matching_loss, squared_gap
 from opd_fast.training.problems import problems
-from opd_fast.training.rollout import sample
+from opd_fast.training.sampling import sample
 from opd_fast.training.setup import prepare
 from opd_kernels import philox_normal
 from opd_kernels.philox import INITIAL_NOISE

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable, solver_table
+from opd_fast.training.guided_step import Prediction, guided_step
 from opd_fast.training.methods.reward_learning import Reinforcement
 from opd_fast.training.setup import Setup
-from opd_kernels import fused_step, log_prob, philox_normal
+from opd_kernels import log_prob, philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 
 WINDOW_STREAM = 4
@@ -132,11 +133,9 @@ class GRPO(Reinforcement):
                 x = philox_normal(mine, setup.shape, INITIAL_NOISE)
                 path: dict[str, list[Tensor]] = {name: [] for name in kept}
                 for j in range(setup.table.steps):
-                    v = setup.student.velocities(setup.model, x, rows[j, -1], condition)
-                    branches, ones = (v.cond, v.uncond), torch.ones_like(guidance)
-                    step = fused_step(
-                        *(x, *branches, *branches, guidance, guidance, rows, j, ones), keys=mine, return_means=True
-                    )
+                    v = Prediction(setup.student.velocities(setup.model, x, rows[j, -1], condition), guidance)
+                    scale = torch.ones_like(guidance)
+                    step = guided_step(x, v, v, rows, j, scale, keys=mine, return_means=True)
                     if j in trained and step.mean_s is not None:
                         for name, tensor in zip(kept, (x, step.x_next, step.mean_s), strict=True):
                             path[name].append(tensor)
@@ -171,11 +170,9 @@ class GRPO(Reinforcement):
                         log_prob=self.rl.log_prob,
                     )
                     if self.kl > 0:
-                        base = self.base_velocities(x, sigma, condition)
-                        pull = fused_step(
-                            *(x, v.cond, v.uncond, base.cond, base.uncond, guidance, guidance, self.kl_rows, j),
-                            torch.full_like(guidance, self.kl),
-                        )
+                        base = Prediction(self.base_velocities(x, sigma, condition), guidance)
+                        scale = torch.full_like(guidance, self.kl)
+                        pull = guided_step(x, Prediction(v, guidance), base, self.kl_rows, j, scale)
                         loss = loss + pull.loss
                         counts["kl"] += (share * pull.loss.detach()).sum() / (self.kl * len(steps))
                     weighed = share * loss / len(steps)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opd_fast.training.methods.image_buffer import generator
 from opd_fast.training.methods.reward_learning import Reinforcement
-from opd_fast.training.rollout import sample
+from opd_fast.training.sampling import sample
 from opd_fast.training.setup import Setup
 from opd_kernels import philox_normal
 

@@ -23,7 +23,7 @@ from opd_fast.models.guidance import Conditioning, predict_velocities
 from opd_fast.rewards.runner import judged
 from opd_fast.seeds import noise_keys
 from opd_fast.training.methods.image_buffer import ROLLOUT_STREAM, SharedImages
-from opd_fast.training.rollout import sample
+from opd_fast.training.sampling import sample
 from opd_fast.training.setup import Setup
 from opd_kernels import philox_normal
 
