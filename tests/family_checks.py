@@ -29,6 +29,7 @@ from opd_fast.training.optimize import compile_blocks
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.sampling import sample
 from opd_fast.training.student import Student
+from opd_fast.training.student_export import student_writer
 from opd_fast.training.teachers import TeacherBank
 from tests.recorded import RecordedBackend
 
@@ -189,8 +190,8 @@ def check_export(model: DiffusionModel, pipe: Any, folder: Path, theirs: Any) ->
     for name, parameter in student.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    student.update_ema(0, 0.0)
-    student.export(folder)
+    student.ema.update(0, 0.0)
+    student_writer(student)(folder)
     x, prompts = noise(model, 2), PROMPTS[:2]
     with student.ema_weights() as transformer:
         images = draw(mine, transformer, x, prompts)

@@ -39,6 +39,7 @@ from opd_fast.training.problems import check_paths
 from opd_fast.training.resuming import check_rounds, ended, finished
 from opd_fast.training.setup import Setup, prepare
 from opd_fast.training.student import Student
+from opd_fast.training.student_export import student_writer
 from opd_fast.training.teachers import BASE
 
 METHODS: dict[str, Any] = {"opd": OPD, "grpo": GRPO, "nft": NFT, "sft": SFT}
@@ -205,7 +206,7 @@ class Run:
                 fault = "its gradient is not finite, though its loss is"
             if fault is None:
                 self.scaler.step(self.optimizer)  # where half precision overflowed, the scaler leaves the round out
-                self.setup.student.update_ema(self.rounds, self.config.train.ema)
+                self.setup.student.ema.update(self.rounds, self.config.train.ema)
             self.scaler.update()
             self.optimizer.zero_grad()
         if fault is not None:
@@ -339,7 +340,7 @@ class Run:
             "sources": self.sources,
             "attention": list(self.setup.engaged.backends),
         }
-        write = self.setup.student.exporter()
+        write = student_writer(self.setup.student)
         self.checkpoints.save(
             self.rounds, tensors, meta, afterwards=lambda: replace_folder(self.run_dir / "student", write)
         )

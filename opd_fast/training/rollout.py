@@ -307,7 +307,7 @@ class _Rollout:
 
         form = tuple((i, rows.start, rows.stop) for i, rows in tasks)
         kept = graphs.keep(("step", len(x), form, torch.is_grad_enabled(), self.reduction), make)
-        gradients = self.student.gradients_in_place()
+        gradients = self.student.gradients.in_place()
         return kept.run(self.step, self.has_loss[: self.steps], gradients, inputs, x, losses)
 
 

@@ -111,7 +111,7 @@ def test_a_round(options: list[str], least: float, most: float) -> None:
         "trained weights": student.parameters(),
         "gradients": [p.grad for p in student.parameters() if p.grad is not None],
         "optimizer": [t for state in optimizer.state.values() for t in state.values() if t.dim()],
-        "average": student._ema_parameters,
+        "average": student.ema.values,
         "working copy": [],
     }
     for purpose, tensors in held.items():

@@ -33,6 +33,7 @@ from opd_fast.training.batch import RoundBatch
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.sampling import sample
 from opd_fast.training.student import Student
+from opd_fast.training.student_export import student_writer
 from opd_fast.training.teachers import TeacherBank
 from tests.family_checks import COMPILERS, check_captured, check_compiled, check_outline, check_reads_nothing_back, edit
 from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
@@ -322,8 +323,8 @@ def test_the_pipeline_draws_with_the_exported_student(folder: Path, tmp_path: Pa
         for name, parameter in student.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
-    student.update_ema(0, 0.0)
-    student.export(tmp_path)
+    student.ema.update(0, 0.0)
+    student_writer(student)(tmp_path)
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2))
     with student.ema_weights() as transformer:
         images = draw(ours, transformer, x, 3.5)

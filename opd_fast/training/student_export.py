@@ -1,0 +1,55 @@
+"""The averaged student as files: a LoRA in PEFT's and diffusers' layouts, or a transformer folder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from opd_fast.distributed.world import whole
+from opd_fast.files import open_to_umask
+from opd_fast.models.lora.files import save_lora
+from opd_fast.training.student import ADAPTER, Student
+
+
+def student_writer(student: Student) -> Callable[[Path], None]:
+    """Copy the averaged student as it is now to the CPU. Collective; rank 0 alone holds the copy and may write.
+
+    Returns a function that writes it to a directory, at any later time and in any thread.
+    """
+    average = {}
+    for (name, _), values in zip(student.named_parameters(), student.ema.values, strict=True):
+        full = whole(values)
+        if student.world.first:
+            average[name] = full.cpu().clone()
+    if student.config.kind == "lora":
+        return functools.partial(_write_lora, student, average)
+    # Now, not when it is written: taking a state dict shards again whatever is gathered.
+    trained, state = dict(student.named_parameters()), student.transformer.state_dict()
+    frozen = {name: tensor.cpu().clone() for name, tensor in state.items() if name not in trained}
+    return functools.partial(_write_full, student, {**frozen, **average})
+
+
+def _write_full(student: Student, state: dict[str, Tensor], directory: Path) -> None:
+    with torch.device("meta"):
+        transformer = cast(Any, student.transformer_class).from_config(student.transformer.config)
+    transformer.load_state_dict(state, assign=True)
+    transformer.save_pretrained(directory / "transformer")
+    open_to_umask(*(directory / "transformer").iterdir())
+
+
+def _write_lora(student: Student, average: dict[str, Tensor], directory: Path) -> None:
+    suffix = f".lora_A.{ADAPTER}.weight"
+    modules = [name.removesuffix(suffix) for name in average if name.endswith(suffix)]
+    save_lora(
+        directory,
+        {m: (average[m + suffix], average[m + suffix.replace("lora_A", "lora_B")]) for m in modules},
+        rank=student.config.rank,
+        alpha=student.config.alpha,
+        targets=modules,
+        base_model=student.model.path,
+    )
