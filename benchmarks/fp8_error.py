@@ -29,7 +29,7 @@ from opd_fast.training.guided_step import Prediction, guided_step
 from opd_fast.training.methods.opd import OPD
 from opd_fast.training.setup import Setup, prepare
 from opd_fast.training.student import ADAPTER
-from opd_fast.training.teachers import TeacherBank
+from opd_fast.training.teachers import MergedTeachers, TeacherBank
 from opd_kernels import philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 
@@ -101,7 +101,7 @@ def in_float8(teachers: TeacherBank) -> TeacherBank:
         transformer = copy.deepcopy(teacher.transformer)
         assert quantize_frozen(transformer) > 0
         copies.append(replace(teacher, transformer=transformer))
-    return TeacherBank(teachers.model, copies)
+    return MergedTeachers(teachers.model, copies)
 
 
 def quantize_student(setup: Setup) -> None:

@@ -87,7 +87,7 @@ def engage(
     """
     world = world or World()
     banks = [bank for bank in (teachers, anchor) if bank is not None]
-    own = list({id(t): t for bank in banks for t in bank.own}.values())
+    own = list({id(t): t for bank in banks for t in bank.own_transformers()}.values())
     engaged = Engaged(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
     engaged.merged_layers = student.merge_in_rounds(settings.merge_student)
     if settings.fuse_projections:

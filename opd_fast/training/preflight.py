@@ -29,7 +29,8 @@ from opd_fast.solvers import solver_table
 from opd_fast.training.evaluation import EvalTask
 from opd_fast.training.problems import problems
 from opd_fast.training.student_init import MERGED, check_mean, check_start
-from opd_fast.training.teachers import BASE, check_teachers
+from opd_fast.training.teacher_loading import check_teachers
+from opd_fast.training.teachers import BASE
 
 ANCHOR = "the anchor"
 """Its name; the space keeps it apart from those that teachers may have."""

@@ -23,6 +23,7 @@ from opd_fast.training.float8_check import Gate
 from opd_fast.training.optimize import Engaged, Forwards, engage
 from opd_fast.training.preflight import anchor_teacher, evaluation_task, frozen_teachers, refusals
 from opd_fast.training.student import Student
+from opd_fast.training.teacher_loading import base_teacher, load_teachers
 from opd_fast.training.teachers import BASE, TeacherBank
 from opd_kernels.philox import INITIAL_NOISE, philox_normal
 
@@ -119,7 +120,7 @@ def prepare(
     say(f"encoded {text.encoded} distinct prompts{read}")
 
     placement, offload = config.engine.placement, config.parallel.offload_teachers
-    teachers = TeacherBank.load(model, frozen_teachers(config), placement, offload=offload)
+    teachers = load_teachers(model, frozen_teachers(config), placement, offload=offload)
     for teacher in teachers.teachers:
         say(f"teacher {teacher.name}: {teacher.source}")
     anchor = load_anchor(model, config)
@@ -142,7 +143,7 @@ def prepare(
     if engaged.fp8:
         say(gate.after() if gate is not None else "precision: fp8, its change of the losses not measured")
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
-    teachers.together = world.sharded and placement == "shared"
+    teachers.distribute(world)
     sigma = table.sigmas[0].float().to(device)
     probe = philox_normal(noise_keys(config.train.seed, samples=1).to(device), shape, INITIAL_NOISE)
     teachers.check(probe, sigma, Conditioning.build(model, text.negative, None, None))
@@ -194,11 +195,11 @@ def blocks_to_recompute(config: Config, device: torch.device, devices: int) -> i
 def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:
     """The frozen model of `objective.anchor`, with the student's guidance; loaded before the student's adapters."""
     if config.objective.anchor == BASE:
-        return TeacherBank.of_base(model, config.student.guidance)
+        return base_teacher(model, config.student.guidance)
     settings = anchor_teacher(config)
     if settings is None:
         return None
-    return TeacherBank.load(model, [settings], config.engine.placement, offload=config.parallel.offload_teachers)
+    return load_teachers(model, [settings], config.engine.placement, offload=config.parallel.offload_teachers)
 
 
 def prompts_per_turn(config: Config) -> int:

@@ -23,7 +23,7 @@ from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import BASE, Teacher, TeacherBank, TeacherConditioning
+from opd_fast.training.teachers import BASE, SharedTeachers, Teacher, TeacherBank, TeacherConditioning
 from tests.grouping import FAMILIES, SHAPE, add, add_all, small, states, text
 from tests.tiny import tiny_transformer
 
@@ -132,7 +132,7 @@ def test_half_precision_factors(tmp_path: Path) -> None:
 def bank(model: DiffusionModel, guidance: tuple[float, ...]) -> TeacherBank:
     source = WeightsSource("random", "lora", 0, 0, 0, (), "")
     names = ["first", "second", "third", BASE][: len(guidance)]
-    return TeacherBank(
+    return SharedTeachers(
         model, [Teacher(n, g, model.transformer, n, source) for n, g in zip(names, guidance, strict=True)]
     )
 

@@ -34,7 +34,7 @@ from opd_fast.training.rollout import one_pass
 from opd_fast.training.sampling import sample
 from opd_fast.training.student import Student
 from opd_fast.training.student_export import student_writer
-from opd_fast.training.teachers import TeacherBank
+from opd_fast.training.teacher_loading import load_teachers
 from tests.family_checks import COMPILERS, check_captured, check_compiled, check_outline, check_reads_nothing_back, edit
 from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
 
@@ -236,7 +236,7 @@ class World:
             TeacherConfig(name=f"t{i}", weights=str(lora), prompts="bundled/colour", guidance=self.guidance[1][i])
             for i, lora in enumerate(self.loras)
         ]
-        bank = TeacherBank.load(ours, configs, placement)
+        bank = load_teachers(ours, configs, placement)
         config = StudentConfig(rank=RANK, alpha=ALPHA, targets="all", guidance=self.guidance[0])
         student = Student.build(ours, config)
         copy_parameters(dict(self.policy.parameters()), dict(student.named_parameters()))
@@ -468,7 +468,7 @@ def test_a_lora_of_another_width(folder: Path, tmp_path: Path, placement: Any) -
     lora = write_random_lora(wider, tmp_path / "lora", rank=2, alpha=2.0, targets=["attn.to_q"], std=0.1)
     teacher = TeacherConfig(name="wide", weights=str(lora), prompts="bundled/colour")
     with pytest.raises(ValueError, match=r"teacher 'wide'.*changes .*attn\.to_q by \(64, 64\).*\(32, 32\)") as caught:
-        TeacherBank.load(load(folder), [teacher], placement)
+        load_teachers(load(folder), [teacher], placement)
     assert "\n" not in str(caught.value)
 
 

@@ -29,7 +29,8 @@ from opd_fast.models.sd3 import SD3
 from opd_fast.training import setup
 from opd_fast.training.problems import problems
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import TeacherBank, check_teachers
+from opd_fast.training.teacher_loading import check_teachers, load_teachers
+from opd_fast.training.teachers import TeacherBank
 from tests.runs import settings, write_world
 
 PLACEMENTS = ["merged", "shared"]
@@ -59,7 +60,7 @@ def load_bank(model: SD3, folders: list[Path], placement: str = "merged", **opti
         TeacherConfig(name=f"t{i}", weights=str(folder), prompts="bundled/composition", **options)
         for i, folder in enumerate(folders)
     ]
-    return TeacherBank.load(model, configs, placement)  # type: ignore[arg-type]
+    return load_teachers(model, configs, placement)  # type: ignore[arg-type]
 
 
 def merged_by_peft(model: SD3, folder: Path) -> nn.Module:
@@ -232,7 +233,7 @@ def test_offloaded_teachers_teach_the_same(model: SD3, mixed: list[Path]) -> Non
     """Block by block through diffusers' hooks; here from the CPU to the CPU."""
     model = fresh(model)
     configs = [TeacherConfig(name=p.name, weights=str(p), prompts="bundled/composition") for p in mixed]
-    there, here = (TeacherBank.load(model, configs, offload=offload) for offload in (True, False))
+    there, here = (load_teachers(model, configs, offload=offload) for offload in (True, False))
     for a, b in zip(there.teachers, here.teachers, strict=True):
         assert torch.equal(velocity(model, a.transformer), velocity(model, b.transformer))
         assert any(hasattr(m, "_diffusers_hook") for m in model.blocks(a.transformer))
@@ -396,7 +397,7 @@ def weighted(model: SD3, folders: list[Path], weights: tuple[float, ...], placem
         TeacherConfig(name=f"t{i}", weights=str(folder), prompts="bundled/composition", weight=weight)
         for i, (folder, weight) in enumerate(zip(folders, weights, strict=True))
     ]
-    return TeacherBank.load(model, configs, placement)  # type: ignore[arg-type]
+    return load_teachers(model, configs, placement)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

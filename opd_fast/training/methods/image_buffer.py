@@ -18,7 +18,7 @@ from opd_fast.models.base import TextEmbeds
 from opd_fast.rewards.runner import Jury
 from opd_fast.seeds import noise_keys
 from opd_fast.training.setup import Setup, prompts_per_turn
-from opd_fast.training.teachers import TeacherBank
+from opd_fast.training.teacher_loading import base_teacher
 
 ROLLOUT_STREAM, ORDER_STREAM = 1, 3
 """Set apart what is drawn from one seed."""
@@ -47,7 +47,7 @@ class SharedImages(ABC):
         self.samples = self.images / updates
         """Images that a round learns from, on average."""
         self.jury = Jury("raise", config.evaluation.reward_timeout)
-        self._base = TeacherBank.of_base(setup.model, guidance)
+        self._base = base_teacher(setup.model, guidance)
         self._drawn: dict[str, Tensor] = {}
         """The images in hand: each tensor's first dimension is this process's own, in the order of `mine`, or all
         images where its name is in `everywhere`."""
