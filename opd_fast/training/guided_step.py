@@ -3,7 +3,7 @@ the next state, the loss and its gradient out."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,29 +23,12 @@ class Prediction(NamedTuple):
         return Prediction(Velocities(cond.detach(), None if uncond is None else uncond.detach()), self.guidance)
 
 
-class StepOptions(TypedDict, total=False):
-    """The options of `opd_kernels.fused_step`, with its defaults."""
-
-    noise: Tensor | None
-    keys: Tensor | None
-    history: Tensor | None
-    want_x0: bool
-    return_means: bool
-    reduction: Literal["mean", "sum"]
-
-
 def guided_step(
-    x: Tensor,
-    student: Prediction,
-    teacher: Prediction,
-    rows: Tensor,
-    j: int | Tensor,
-    scale: Tensor,
-    **options: Unpack[StepOptions],
+    x: Tensor, student: Prediction, teacher: Prediction, rows: Tensor, j: int | Tensor, scale: Tensor, **options: Any
 ) -> StepOutput:
     """Step `j` of the solver's `rows` (N, 6) from x (B, C, H, W) float32, by `opd_kernels.fused_step`.
 
-    `scale` (B,) float32 weighs each sample's loss. Raises ValueError as the kernel does.
+    `scale` (B,) float32 weighs each sample's loss; `options` are the kernel's. Raises ValueError as the kernel does.
     """
     (v_student, g_student), (v_teacher, g_teacher) = student, teacher
     branches = v_student.cond, v_student.uncond, v_teacher.cond, v_teacher.uncond

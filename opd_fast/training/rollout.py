@@ -273,13 +273,7 @@ class _Rollout:
         return self.surrogate.returns(_unscaled(measured, batch.scale))
 
     def _policy_gradient(
-        self,
-        surrogate: Surrogate,
-        step: StepOutput,
-        inputs: _Inputs,
-        j: int,
-        x: Tensor,
-        future_returns: Tensor | None,
+        self, surrogate: Surrogate, step: StepOutput, inputs: _Inputs, j: int, x: Tensor, future_returns: Tensor | None
     ) -> StepOutput:
         """The step with the surrogate's gradient in place of the KL's; `loss` stays scale times the KL."""
         noise = philox_normal(inputs.keys, x.shape[1:], j) if inputs.noise is None else inputs.noise[j]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opd_fast.engine.cuda_graphs import Graphs, Static
 from opd_kernels import StepOutput
@@ -35,13 +35,7 @@ class StepGraphs(Generic[T]):
         self._replays: dict[bool, Callable[[], None]] = {}
 
     def run(
-        self,
-        step: Step[T],
-        has_loss: Sequence[bool],
-        gradients: Sequence[Tensor],
-        inputs: T,
-        x: Tensor,
-        losses: Tensor,
+        self, step: Step[T], has_loss: Sequence[bool], gradients: Sequence[Tensor], inputs: T, x: Tensor, losses: Tensor
     ) -> Tensor:
         """Roll out from x by the steps of `has_loss`; fills losses (steps, B) and returns the last state.
 
@@ -68,3 +62,29 @@ class StepGraphs(Generic[T]):
             if self.x0 is not None and out.x0 is not None:
                 self.x0.copy_(out.x0)
             self.step.add_(1).remainder_(len(self.losses))  # warming up must not run off the table
+
+
+class GradientBuffers:
+    """A buffer for the gradient of each of `parameters`, made when they are first asked for."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._buffers: list[Tensor] = []
+
+    def in_place(self) -> list[Tensor]:
+        """Every parameter's gradient, in the same buffer from round to round, holding what was there.
+
+        Zeroing gradients to None is fine: the buffer comes back, zeroed.
+        """
+        if not self._buffers:
+            self._buffers = [torch.zeros_like(p) for p in self._parameters]
+        empty = []
+        for parameter, buffer in zip(self._parameters, self._buffers, strict=True):
+            if parameter.grad is None:
+                empty.append(buffer)
+            elif parameter.grad is not buffer:
+                buffer.copy_(parameter.grad)
+            parameter.grad = buffer
+        if empty:
+            torch._foreach_zero_(empty)
+        return self._buffers

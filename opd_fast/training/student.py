@@ -20,7 +20,7 @@ from opd_fast.models.guidance import Conditioning, Velocities, predict_velocitie
 from opd_fast.models.lora.adapters import use_adapter
 from opd_fast.models.lora.load import load_transformer
 from opd_fast.training.ema import WeightAverage
-from opd_fast.training.gradient_buffers import GradientBuffers
+from opd_fast.training.step_graphs import GradientBuffers
 from opd_fast.training.student_init import (
     MERGED,
     MeanTaskVector,

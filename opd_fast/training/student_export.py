@@ -12,6 +12,7 @@ from torch import Tensor
 
 from opd_fast.distributed.world import whole
 from opd_fast.files import open_to_umask
+from opd_fast.models.lora.adapters import factors_by_module
 from opd_fast.models.lora.files import save_lora
 from opd_fast.training.student import ADAPTER, Student
 
@@ -43,13 +44,6 @@ def _write_full(student: Student, state: dict[str, Tensor], directory: Path) -> 
 
 
 def _write_lora(student: Student, average: dict[str, Tensor], directory: Path) -> None:
-    suffix = f".lora_A.{ADAPTER}.weight"
-    modules = [name.removesuffix(suffix) for name in average if name.endswith(suffix)]
-    save_lora(
-        directory,
-        {m: (average[m + suffix], average[m + suffix.replace("lora_A", "lora_B")]) for m in modules},
-        rank=student.config.rank,
-        alpha=student.config.alpha,
-        targets=modules,
-        base_model=student.model.path,
-    )
+    factors = factors_by_module(average, ADAPTER)
+    config, path = student.config, student.model.path
+    save_lora(directory, factors, rank=config.rank, alpha=config.alpha, targets=list(factors), base_model=path)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from opd_fast.config import StudentConfig
 from opd_fast.models.base import DiffusionModel
+from opd_fast.models.lora.adapters import factors_by_module
 from opd_fast.models.lora.files import LoraWeights, delta, find_lora, read_lora
 from opd_fast.training.teachers import TeacherBank
 
@@ -97,7 +98,7 @@ def start_from_mean(transformer: nn.Module, adapter: str, config: StudentConfig,
     What lies outside the adapter's modules or beyond its rank is left out. Rows that D does not need keep their random
     A and zero B, so that they can still learn. Raises ValueError where the adapter has none of the modules.
     """
-    adapters = _adapters(transformer, adapter)
+    adapters = factors_by_module(dict(transformer.named_parameters()), adapter)
     scale = config.alpha / config.rank
     kept = total = 0.0
     for name in mean.names:
@@ -144,7 +145,7 @@ def singular(factors: Factors, dense: Tensor | None) -> tuple[Tensor, Tensor, Te
 @torch.no_grad()
 def start_from_lora(model: DiffusionModel, adapter: str, config: StudentConfig) -> None:
     """Put a LoRA of the same or a lower rank into the first rows of the student's."""
-    adapters = _adapters(model.transformer, adapter)
+    adapters = factors_by_module(dict(model.transformer.named_parameters()), adapter)
     lora = check_start(model, config, {m: (a.shape[1], b.shape[0]) for m, (a, b) in adapters.items()})
     for module, (a, b) in lora.tensors.items():
         mine_a, mine_b = adapters[module]
@@ -171,14 +172,6 @@ def check_start(model: DiffusionModel, config: StudentConfig, layers: Mapping[st
         if layers[module] != (a.shape[1], b.shape[0]):
             raise ValueError(f"student.start was made for another width at {module}; name a LoRA of this model")
     return lora
-
-
-def _adapters(transformer: nn.Module, adapter: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """An adapter's A and B by module."""
-    parameters = dict(transformer.named_parameters())
-    suffix = f".lora_A.{adapter}.weight"
-    modules = [name.removesuffix(suffix) for name in parameters if name.endswith(suffix)]
-    return {m: (parameters[m + suffix], parameters[m + suffix.replace("lora_A", "lora_B")]) for m in modules}
 
 
 def passed_over() -> str:

@@ -19,11 +19,7 @@ Placement = Literal["merged", "shared"]
 
 
 def load_teachers(
-    model: DiffusionModel,
-    configs: Sequence[TeacherConfig],
-    placement: Placement = "merged",
-    *,
-    offload: bool = False,
+    model: DiffusionModel, configs: Sequence[TeacherConfig], placement: Placement = "merged", *, offload: bool = False
 ) -> TeacherBank:
     """Load and check every teacher; `offload` keeps merged ones in CPU memory, their blocks on the GPU while asked.
 

@@ -178,13 +178,7 @@ class _OneByOne(ABC):
         return in_rows(parts)
 
     def _ask(
-        self,
-        index: int,
-        x: Tensor,
-        sigma: Tensor,
-        condition: Conditioning,
-        graphs: Graphs | None,
-        step: Tensor | None,
+        self, index: int, x: Tensor, sigma: Tensor, condition: Conditioning, graphs: Graphs | None, step: Tensor | None
     ) -> Velocities:
         remembered = self._remembered[index] if self._remembered else None
 

@@ -308,10 +308,7 @@ def _size(pairs: Pairs, alphas: Mapping[str, float]) -> float:
 
 
 def scales_from_config(
-    file: Path,
-    config: Mapping[str, Any],
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
-    spelt: Mapping[str, str] | None = None,
+    file: Path, config: Mapping[str, Any], pairs: Pairs, spelt: Mapping[str, str] | None = None
 ) -> dict[str, float]:
     """alpha/r per module (alpha/sqrt(r) with rsLoRA), patterns as PEFT resolves them.
 
