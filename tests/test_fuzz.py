@@ -153,7 +153,7 @@ def too_large(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [(as_integers, "no floating-point number"), (too_large, "NaN or infinite")]
+    ("change", "words"), [(as_integers, "not a floating-point number"), (too_large, "NaN or infinite")]
 )
 def test_lora_of_other_numbers(
     world: fuzz.World, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], words: str
@@ -174,7 +174,7 @@ def test_alpha_of_several_numbers(world: fuzz.World, tmp_path: Path) -> None:
     folder, tensors, file = copied(world, "diffusers", tmp_path)
     module = next(iter(world.tensors))
     save_file({**tensors, f"transformer.{module}.alpha": torch.ones(2)}, file)
-    with pytest.raises(ValueError, match="is no single number"):
+    with pytest.raises(ValueError, match="is not a single number"):
         read_lora(folder)
 
 
@@ -182,7 +182,7 @@ def test_alpha_of_several_numbers(world: fuzz.World, tmp_path: Path) -> None:
     ("change", "words"),
     [
         (lambda tensors, name: {**tensors, "x": torch.ones(1)}, "holds x, which the base does not have"),
-        (lambda tensors, name: {**tensors, name: tensors[name].to(torch.int32)}, "no floating-point number"),
+        (lambda tensors, name: {**tensors, name: tensors[name].to(torch.int32)}, "not a floating-point number"),
         (lambda tensors, name: {**tensors, name: tensors[name] * torch.inf}, "NaN or infinite"),
     ],
 )

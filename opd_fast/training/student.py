@@ -69,7 +69,7 @@ class Student:
         mean = None
         if config.start == MERGED:
             if teachers is None:
-                raise ValueError(f"student.start {MERGED} is the mean of the teachers, and here are none; give weights")
+                raise ValueError(f"student.start {MERGED} is the teachers' mean, and there are none; give weights")
             mean = MeanTaskVector(model, teachers)
         if config.kind == "full":
             transformer = load_transformer(model, None if mean else config.start, what="student.start").float()

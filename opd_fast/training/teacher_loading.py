@@ -57,13 +57,13 @@ def base_teacher(model: DiffusionModel, guidance: float | None) -> TeacherBank:
     return SharedTeachers(model, [Teacher(BASE, guidance, model.transformer, BASE, source)])
 
 
-def check_teachers(outline: DiffusionModel, configs: Sequence[TeacherConfig], placement: Placement = "merged") -> None:
+def check_teachers(meta: DiffusionModel, configs: Sequence[TeacherConfig], placement: Placement = "merged") -> None:
     """Raise what `load_teachers` would for names and shapes, on a model without weights."""
     for config in configs:
         with _naming(config):
             if placement == "shared":
                 _need_lora(config)
-            check_weights(outline, config.weights, what="weights", partial=config.partial)
+            check_weights(meta, config.weights, what="weights", partial=config.partial)
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def _naming(config: TeacherConfig) -> Iterator[None]:
 def _need_lora(config: TeacherConfig) -> None:
     if find_lora(config.weights) is None:
         raise ValueError(
-            f"{config.weights} is no LoRA, and engine.placement shared keeps teachers as adapters; use merged"
+            f"{config.weights} is not a LoRA, and engine.placement shared keeps teachers as adapters; use merged"
         )
 
 

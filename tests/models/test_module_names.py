@@ -279,7 +279,7 @@ def test_partial_says_what_it_would_leave_out(models: Models, tmp_path: Path) ->
 def test_other_adapters_are_named(models: Models, tmp_path: Path, leaf: str, kind: str) -> None:
     tensors = with_alphas(numbers(models["sd3"], ATTENTION["sd3"]), lambda m: f"lycoris_{m.replace('.', '_')}", DOWN_UP)
     tensors["lycoris_norm_out_linear." + leaf] = torch.ones(2)
-    assert f"no plain LoRA weight but {kind}" in refused(tmp_path, tensors, models["sd3"])
+    assert f"not a plain LoRA weight but {kind}" in refused(tmp_path, tensors, models["sd3"])
 
 
 def test_one_module_wrapped_and_not_is_refused(models: Models, tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def test_headers_tell_what_loading_would(folder: Path) -> None:
         ({k: t for k, t in tensors.items() if k != key}, f"1 missing keys, e.g. {key}"),
         ({**tensors, "more": torch.ones(1)}, "1 unexpected keys, e.g. more"),
         ({**tensors, key: torch.ones(3, 3)}, f"{key} of shape [3, 3], not [32, 32]"),
-        ({**tensors, key: tensors[key].to(torch.int8)}, f"{key} is I8, no floating-point number"),
+        ({**tensors, key: tensors[key].to(torch.int8)}, f"{key} is I8, not a floating-point number"),
     ):
         save_file(changed, file, metadata={"format": "pt"})
         refused(check, "component 'transformer'", said)

@@ -347,7 +347,7 @@ def test_whole_transformers_are_held_against_the_outline(model: SD3, tmp_path: P
     next(folder.glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match=r"teacher 't': .* has no weights in safetensors"):
         check(folder)
-    with pytest.raises(ValueError, match=r"teacher 't': .* is no LoRA, and engine\.placement shared"):
+    with pytest.raises(ValueError, match=r"teacher 't': .* is not a LoRA, and engine\.placement shared"):
         check(folder, "shared")
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -486,7 +486,7 @@ def test_merged_means_the_teachers_and_says_so(
     model: SD3, overlapping: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = StudentConfig(rank=5, alpha=5.0, start="merged")
-    with pytest.raises(ValueError, match=r"student\.start merged is the mean of the teachers, and here are none"):
+    with pytest.raises(ValueError, match=r"student\.start merged is the teachers' mean, and there are none"):
         Student.build(fresh(model), config)
     monkeypatch.chdir(tmp_path)
     mine = fresh(model)

@@ -24,7 +24,7 @@ from opd_fast.models.weight_files import (
     check_state,
     find_weights,
     load_renamed,
-    own_keys,
+    network_keys,
     read_header,
     shapes_of,
 )
@@ -40,7 +40,7 @@ _FORMATS = {
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Where weights come from, and what of them was taken.  ``sha256`` identifies their files."""
+    """Where weights come from, and what was taken from there.  ``sha256`` identifies their files."""
 
     name: str
     """As the user named it."""
@@ -56,7 +56,7 @@ class WeightsSource:
     """A LoRA's, ascending; empty for a whole transformer."""
     sha256: str
     note: str = ""
-    """What of the files was left out beside modules that the model does not have."""
+    """What was left out of the files, beside modules that the model does not have."""
 
     @classmethod
     def of_lora(cls, source: str, lora: LoraWeights, modules: list[str]) -> WeightsSource:
@@ -75,10 +75,10 @@ class WeightsSource:
 
 
 def load_transformer(model: DiffusionModel, weights: str | None, *, what: str) -> nn.Module:
-    """A frozen transformer of its own, in the model's dtype: the base with a LoRA merged, or loaded whole.
+    """Load a frozen transformer of its own, in the model's dtype: the base with a LoRA merged, or all of its weights.
 
-    `weights` None gives a copy of the base. `what` names the setting in errors. Raises
-    ValueError where the weights are missing, damaged, or of another shape than the base.
+    `weights` None gives a copy of the base. `what` names the setting in errors. Raises ValueError where the weights are
+    missing, damaged, or of another shape than the base.
     """
     return plain_copy(model.transformer) if weights is None else load_with_source(model, weights, what=what)[0]
 
@@ -86,7 +86,7 @@ def load_transformer(model: DiffusionModel, weights: str | None, *, what: str) -
 def load_with_source(
     model: DiffusionModel, weights: str, *, what: str, partial: bool = False
 ) -> tuple[nn.Module, WeightsSource]:
-    """As `load_transformer`, with the account of it; `partial` takes a LoRA of which only some modules exist."""
+    """As `load_transformer`, and where it came from; `partial` takes a LoRA of which only some modules exist."""
     if find_lora(weights) is not None:
         lora = read_lora(weights, model)
         match(lora, unwrapped(model.transformer), allow_partial=partial)  # before the copy
@@ -113,9 +113,9 @@ def load_with_source(
 
 
 def check_weights(model: DiffusionModel, weights: str, *, what: str, partial: bool = False) -> None:
-    """What `load_with_source` would refuse about names and shapes, without loading: `model` may be an outline.
+    """What `load_with_source` would refuse about names and shapes, without loading: `model` may be a meta model.
 
-    A LoRA's own tensors are read, of a whole transformer its configuration and its files' headers.
+    A LoRA's own tensors are read; of a whole transformer only its configuration and its files' headers are.
     """
     if find_lora(weights) is not None:
         match(read_lora(weights, model), unwrapped(model.transformer), allow_partial=partial)
@@ -137,7 +137,7 @@ def _find_transformer(weights: str, what: str) -> Path:
     if path.is_file():
         if path.suffix == ".safetensors":
             return path
-        unread = "holds GGUF's quantised weights" if path.suffix == ".gguf" else "is no safetensors file"
+        unread = "holds GGUF's quantised weights" if path.suffix == ".gguf" else "is not a safetensors file"
         raise ValueError(f"{what}: {weights} {unread}, which is not read; {SAVE_AGAIN}")
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():
@@ -152,7 +152,7 @@ def _find_transformer(weights: str, what: str) -> Path:
 
 
 def _check_whole(model: DiffusionModel, place: Path, weights: str, what: str) -> dict[str, str]:
-    """Hold a transformer's configuration and its files' headers against the base; the base's name of each tensor."""
+    """Compare a transformer's configuration and its files' headers with the base. Returns the base's names."""
     base = shapes_of(model.transformer)
     if place.is_file():
         return _check_header(model, read_header(place, f"{what}: {weights}"), place, what)
@@ -171,10 +171,10 @@ def _check_whole(model: DiffusionModel, place: Path, weights: str, what: str) ->
     check_quantization(config, f"{what}: the transformer in {place}", frozen=False)
     try:
         with torch.device("meta"):
-            outline = kind.from_config(config)
+            meta = kind.from_config(config)
     except Exception as error:  # whatever a configuration of nonsense leads to
         raise ValueError(f"{what}: {file} is damaged ({one_line(error)}); fetch the transformer again") from None
-    theirs = shapes_of(outline)
+    theirs = shapes_of(meta)
     if base != theirs:
         key = next(k for k in sorted({**base, **theirs}) if base.get(k) != theirs.get(k))
         raise ValueError(
@@ -186,9 +186,11 @@ def _check_whole(model: DiffusionModel, place: Path, weights: str, what: str) ->
 
 
 def _check_header(model: DiffusionModel, header: Header, place: Path, what: str) -> dict[str, str]:
-    """Hold tensors' names, shapes and dtypes against the base's; the base's name of each."""
+    """Compare tensors' names, shapes and dtypes with the base's. Returns the base's name of each."""
     known = shapes_of(model.transformer)
-    unknown = sorted(key for key, own in own_keys(header, known).items() if own not in known and ".lora_" not in key)
+    unknown = sorted(
+        key for key, name in network_keys(header, known).items() if name not in known and ".lora_" not in key
+    )
     kind = type(model.transformer).__name__
     if len(unknown) > len(header) / 2:
         raise ValueError(
