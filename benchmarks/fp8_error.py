@@ -27,11 +27,12 @@ from opd_fast.engine.merged_lora import MergedLayers
 from opd_fast.models.guidance import Conditioning
 from opd_fast.models.techniques import token_layers
 from opd_fast.training.batch import RoundBatch
+from opd_fast.training.guided_step import Prediction, guided_step
 from opd_fast.training.methods.opd import OPD
 from opd_fast.training.setup import Setup, prepare
 from opd_fast.training.student import ADAPTER
-from opd_fast.training.teachers import TeacherBank
-from opd_kernels import fused_step, philox_normal
+from opd_fast.training.teachers import MergedTeachers, TeacherBank
+from opd_kernels import philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 
 CASES = ("teachers", "student", "student, gradient in the activations' type", "teachers and student")
@@ -64,16 +65,16 @@ def run(method: OPD, batch: RoundBatch, teachers: TeacherBank, states: list[Tens
     student, table, given = setup.student, setup.table, states is not None
     rows = table.rows(method.weight, batch.keys.device)
     condition = Conditioning.build(setup.model, batch.text, batch.negative, student.guidance)
-    guidance, course = torch.full_like(batch.scale, condition.branch_guidance), teachers.course(batch)
+    guidance, teacher_condition = torch.full_like(batch.scale, condition.branch_guidance), teachers.condition(batch)
     visited = states or [philox_normal(batch.keys, batch.shape, INITIAL_NOISE)]
     losses, velocities = [], []
-    with student.at_rest():
+    with student.merged_for_round():
         for j in range(table.steps - 1):
             x = visited[j]
             v = student.velocities(setup.model, x, rows[j, -1], condition)
-            w = teachers.velocities(x, rows[j, -1], course)
-            branches = (v.cond.detach(), None if v.uncond is None else v.uncond.detach(), w.cond, w.uncond)
-            out = fused_step(x, *branches, guidance, course.guidance, rows, j, batch.scale, keys=batch.keys)
+            w = teachers.velocities(x, rows[j, -1], teacher_condition)
+            student_side, teacher_side = Prediction(v, guidance).detach(), Prediction(w, teacher_condition.guidance)
+            out = guided_step(x, student_side, teacher_side, rows, j, batch.scale, keys=batch.keys)
             torch.autograd.backward(
                 [t for t in (v.cond, v.uncond) if t is not None],
                 [g for g in (out.grad_cond, out.grad_uncond) if g is not None],
@@ -90,9 +91,9 @@ def run(method: OPD, batch: RoundBatch, teachers: TeacherBank, states: list[Tens
 
 def ask(method: OPD, batch: RoundBatch, states: list[Tensor]) -> None:
     """The teachers' forwards at the given states, and no more."""
-    course = method.setup.teachers.course(batch)
+    teacher_condition = method.setup.teachers.condition(batch)
     for x, sigma in zip(states, method.setup.table.sigmas.float(), strict=False):
-        method.setup.teachers.velocities(x, sigma, course)
+        method.setup.teachers.velocities(x, sigma, teacher_condition)
 
 
 def in_float8(teachers: TeacherBank) -> TeacherBank:
@@ -102,7 +103,7 @@ def in_float8(teachers: TeacherBank) -> TeacherBank:
         transformer = copy.deepcopy(teacher.transformer)
         assert quantize_frozen(transformer, token_layers(transformer)) > 0
         copies.append(replace(teacher, transformer=transformer))
-    return TeacherBank(teachers.model, copies)
+    return MergedTeachers(teachers.model, copies)
 
 
 def quantize_student(setup: Setup) -> None:

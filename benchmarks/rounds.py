@@ -51,7 +51,7 @@ from opd_fast.training.batch import RoundBatch
 from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, ResolvedSettings, apply_techniques
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import TeacherBank
+from opd_fast.training.teacher_loading import load_teachers
 from opd_kernels import philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 
@@ -288,7 +288,7 @@ class Work:
             TeacherConfig(name=name, weights=str(folder), prompts="bundled/composition", guidance=guidance)
             for (name, folder), guidance in zip(self.teachers, recipe.teacher_guidance, strict=True)
         ]
-        bank = TeacherBank.load(model, configs, settings.placement)
+        bank = load_teachers(model, configs, settings.placement)
         student = Student.build(model, StudentConfig(rank=recipe.rank, alpha=recipe.alpha, guidance=recipe.guidance))
         on = ("on", "auto") if self.device.type == "cuda" else ("on",)
         compiled, graphed = settings.compile in on, settings.graphs in on

@@ -43,12 +43,12 @@ from opd_fast.models.base import ASSETS
 from opd_fast.reporting.results import gain_recovered
 from opd_fast.reporting.reward_keys import reward_key
 from opd_fast.reporting.telemetry import quiet_libraries, read_metrics
+from opd_fast.training.ema import ema_decay
 from opd_fast.training.evaluation import ImageSampler, evaluate
 from opd_fast.training.loop import train
 from opd_fast.training.methods.opd import OPD
 from opd_fast.training.optimizer import learning_rate
 from opd_fast.training.setup import prepare
-from opd_fast.training.student import ema_decay
 
 SIDES = ("published, tuned", "published")
 """Beside the engine."""

@@ -75,7 +75,7 @@ def side(argv: Sequence[str], world: World) -> Callable[[int], float]:
         method.accumulate(index, scaler)
         torch.nn.utils.clip_grad_norm_(setup.student.parameters(), setup.config.train.clip)
         optimizer.step()
-        setup.student.update_ema(index, setup.config.train.ema)
+        setup.student.ema.update(index, setup.config.train.ema)
         optimizer.zero_grad()
         world.any(False, device)  # the loop asks so for a signal on any rank
         synchronize(device)

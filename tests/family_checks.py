@@ -26,8 +26,11 @@ from opd_fast.objectives import step_weights
 from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.optimize import compile_blocks
-from opd_fast.training.rollout import one_pass, sample
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.sampling import sample
 from opd_fast.training.student import Student
+from opd_fast.training.student_export import student_writer
+from opd_fast.training.teacher_loading import load_teachers
 from opd_fast.training.teachers import TeacherBank
 from tests.recorded import RecordedBackend
 
@@ -122,7 +125,7 @@ class World:
             TeacherConfig(name=f"t{i}", weights=str(lora), prompts="bundled/composition", guidance=guidance[1 + i])
             for i, lora in enumerate(self.loras)
         ]
-        bank = TeacherBank.load(model, configs, "merged")
+        bank = load_teachers(model, configs, "merged")
         student = Student.build(model, StudentConfig(kind="lora", rank=RANK, alpha=ALPHA, guidance=guidance[0]))
         policy = AdapterPolicy(self.adapters, "student", guidance[0])
         copy_parameters(dict(policy.parameters()), dict(student.named_parameters()))
@@ -188,10 +191,10 @@ def check_export(model: DiffusionModel, pipe: Any, folder: Path, theirs: Any) ->
     for name, parameter in student.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    student.update_ema(0, 0.0)
-    student.export(folder)
+    student.ema.update(0, 0.0)
+    student_writer(student)(folder)
     x, prompts = noise(model, 2), PROMPTS[:2]
-    with student.averaged() as transformer:
+    with student.ema_weights() as transformer:
         images = draw(mine, transformer, x, prompts)
     pipe.load_lora_weights(folder)
     assert float((theirs(pipe, x, prompts) - images).abs().max()) <= 2 / 255
@@ -236,7 +239,7 @@ def check_compiled(model: DiffusionModel, folder: Path, backend: str, monkeypatc
         for compiled in (False, True):
             mine = on_its_own(model)
             teacher = TeacherConfig(name="t", weights=str(lora), prompts="bundled/composition")
-            bank = TeacherBank.load(mine, [teacher], "merged")
+            bank = load_teachers(mine, [teacher], "merged")
             student = Student.build(mine, StudentConfig(kind="lora", rank=RANK, alpha=ALPHA))
             generator = torch.Generator().manual_seed(2)
             with torch.no_grad():
@@ -267,7 +270,7 @@ def check_captured(model: DiffusionModel, folder: Path) -> None:
     for kept in (None, graphs):
         mine = on_its_own(model)
         teacher = TeacherConfig(name="t", weights=str(lora), prompts="bundled/composition", guidance=guidance)
-        bank = TeacherBank.load(mine, [teacher], "merged")
+        bank = load_teachers(mine, [teacher], "merged")
         student = Student.build(mine, StudentConfig(kind="lora", rank=RANK, alpha=ALPHA, guidance=guidance))
         generator = torch.Generator().manual_seed(2)
         found.append([])
@@ -336,7 +339,7 @@ def check_foreign_lora(model: DiffusionModel, wider: nn.Module, folder: Path) ->
     lora = write_random_lora(wider, folder, rank=2, alpha=2.0, targets=model.targets("attention"), std=0.1)
     config = TeacherConfig(name="odd", weights=str(lora), prompts="bundled/composition")
     with pytest.raises(ValueError, match=r"teacher 'odd'.*take the LoRA of this model") as caught:
-        TeacherBank.load(on_its_own(model), [config])
+        load_teachers(on_its_own(model), [config])
     assert "\n" not in str(caught.value)
 
 

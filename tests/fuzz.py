@@ -46,7 +46,7 @@ from opd_fast.errors import UserError, is_ours
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.files import match, read_lora, save_lora
-from opd_fast.models.lora.load import load_with_origin
+from opd_fast.models.lora.load import load_with_source
 from opd_fast.training.checkpoint import Checkpoints
 from opd_fast.training.problems import problems
 from tests.runs import random_lora
@@ -470,7 +470,7 @@ def scale_of(folder: Path, file: Path) -> float:
 
 def check_whole(world: World, folder: Path) -> str:
     """Load a transformer; what is taken must be every tensor that the file holds, in floating point."""
-    transformer, _ = load_with_origin(world.model, str(folder), what="weights")
+    transformer, _ = load_with_source(world.model, str(folder), what="weights")
     held = load_file(next(folder.glob("*.safetensors")))
     state = transformer.state_dict()
     if set(held) != set(state):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from opd_fast import evaluate
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, match, read_lora
-from opd_fast.models.lora.load import load_with_origin
+from opd_fast.models.lora.load import load_with_source
 from opd_fast.rewards.runner import RewardFailure, call_reward
 from tests.fuzz import Tally, World, outcome_of
 
@@ -131,7 +131,7 @@ def renamed_transformer(rng: random.Random, folder: Path) -> str:
 
 def check_renamed(world: World, folder: Path, kind: str) -> str:
     """What is taken must be the transformer's own numbers, to the rounding of a file in half precision."""
-    transformer, _ = load_with_origin(world.model, str(folder), what="weights")
+    transformer, _ = load_with_source(world.model, str(folder), what="weights")
     own = load_file(next((world.folder / "whole").glob("*.safetensors")))
     allowed = 0.07 if kind == "half" else 0.0  # of float8: three bits of mantissa
     for name, tensor in transformer.state_dict().items():

@@ -34,7 +34,7 @@ from opd_fast.models.base import ASSETS
 from opd_fast.models.lora.files import merge_into, read_lora
 from opd_fast.rewards.text import read
 from opd_fast.solvers import solver_table
-from opd_fast.training.rollout import sample
+from opd_fast.training.sampling import sample
 from tests.benchmarks.test_benchmarks import ENVIRONMENT, row
 from tests.runs import PROMPTS
 

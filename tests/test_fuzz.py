@@ -19,7 +19,7 @@ from opd_fast.config.command_line import parse
 from opd_fast.config.serialize import leaves
 from opd_fast.errors import UserError
 from opd_fast.models.lora.files import match, read_lora
-from opd_fast.models.lora.load import load_with_origin
+from opd_fast.models.lora.load import load_with_source
 from tests import fuzz, fuzz_inputs, fuzz_prompts
 
 SEED = 7
@@ -153,7 +153,7 @@ def too_large(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [(as_integers, "no floating-point number"), (too_large, "NaN or infinite")]
+    ("change", "words"), [(as_integers, "not a floating-point number"), (too_large, "NaN or infinite")]
 )
 def test_lora_of_other_numbers(
     world: fuzz.World, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], words: str
@@ -174,7 +174,7 @@ def test_alpha_of_several_numbers(world: fuzz.World, tmp_path: Path) -> None:
     folder, tensors, file = copied(world, "diffusers", tmp_path)
     module = next(iter(world.tensors))
     save_file({**tensors, f"transformer.{module}.alpha": torch.ones(2)}, file)
-    with pytest.raises(ValueError, match="is no single number"):
+    with pytest.raises(ValueError, match="is not a single number"):
         read_lora(folder)
 
 
@@ -182,7 +182,7 @@ def test_alpha_of_several_numbers(world: fuzz.World, tmp_path: Path) -> None:
     ("change", "words"),
     [
         (lambda tensors, name: {**tensors, "x": torch.ones(1)}, "holds x, which the base does not have"),
-        (lambda tensors, name: {**tensors, name: tensors[name].to(torch.int32)}, "no floating-point number"),
+        (lambda tensors, name: {**tensors, name: tensors[name].to(torch.int32)}, "not a floating-point number"),
         (lambda tensors, name: {**tensors, name: tensors[name] * torch.inf}, "NaN or infinite"),
     ],
 )
@@ -190,7 +190,7 @@ def test_transformer_of_other_tensors(world: fuzz.World, tmp_path: Path, change:
     folder, tensors, file = copied(world, "whole", tmp_path)
     save_file(change(tensors, "proj_out.bias"), file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=words):
-        load_with_origin(world.model, str(folder), what="weights")
+        load_with_source(world.model, str(folder), what="weights")
 
 
 def test_results_in_the_repository_have_no_fault() -> None:

@@ -227,7 +227,7 @@ class Call:
 
 
 def joined(parts: Sequence[tuple[int, slice, Conditioning]]) -> tuple[Call, ...]:
-    """The forwards that `teachers.Course.parts` need: one, or one for each value of an embedded guidance.
+    """The forwards that `teachers.TeacherConditioning.parts` need: one, or one for each value of an embedded guidance.
 
     The guidance of such families is one number of a call. Parts without rows are left out.
     """

@@ -38,7 +38,7 @@ class Conditioning:
     text: TextEmbeds
     """B rows, or 2B when guided: all prompts, then the negative prompt B times."""
     guidance: Guidance | None = None
-    """Of two branches (classifier-free guidance); None where there is one."""
+    """How two branches combine (classifier-free guidance); None where there is one branch."""
     embedded: float = 1.0
     """Guidance that goes into the transformer, where the family has it there."""
 
@@ -49,7 +49,7 @@ class Conditioning:
 
     @property
     def branch_guidance(self) -> float:
-        """g with which the branches of `velocities` combine; 1 where it returns one branch, the guided velocity."""
+        """g with which the branches of `predict_velocities` combine; 1 where it returns the guided velocity alone."""
         return 1.0 if self.guidance is None or self.guidance.rescaled else self.guidance.strength
 
     @classmethod
@@ -73,7 +73,7 @@ class Conditioning:
 
 
 def in_rows(parts: Sequence[tuple[slice, Velocities]]) -> Velocities:
-    """The velocities of a batch from those of its parts, which follow one another: (rows, what is theirs).
+    """Join the velocities of a batch's parts, (rows, their velocities), which follow one another.
 
     Rows of unguided parts are left unset in `uncond`, which is None where no part is guided.
     """
@@ -89,7 +89,7 @@ def in_rows(parts: Sequence[tuple[slice, Velocities]]) -> Velocities:
     return Velocities(cond, uncond)
 
 
-def velocities(
+def predict_velocities(
     model: DiffusionModel, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning
 ) -> Velocities:
     """What `transformer` predicts at x (B, C, H, W) float32 and sigma (0-dim float32), both branches in one forward."""
@@ -100,9 +100,9 @@ def velocities(
 
 
 def combined(model: DiffusionModel, guidance: Guidance, cond: Tensor, uncond: Tensor) -> Velocities:
-    """Both branches as they are, for the step's kernel to combine; one, the guided velocity, where it is rescaled.
+    """Leave both branches as they are, for the step's kernel to combine, or rescale the guided velocity into one.
 
-    The kernel's guidance is linear, so a rescaled velocity is formed here, in float32 and with autograd.
+    The kernel's guidance is linear, so that a rescaled velocity is formed here, in float32 and with autograd.
     """
     if not guidance.rescaled:
         return Velocities(cond, uncond)

@@ -78,7 +78,7 @@ def fetch_variants(repo: str, folder: Path, components: Sequence[str]) -> Path:
 
 
 def resolve_configs(path: str | Path) -> Path:
-    """As ``resolve_pipeline``, where only configuration files are wanted; of a hub model nothing else is fetched, and
+    """As ``resolve_pipeline``, where only configuration files are wanted: nothing else of a hub model is fetched, and
     nothing at all where the package has its configuration.
     """
     if not HUB_ID.fullmatch(str(path)) or Path(path).expanduser().exists():
@@ -116,7 +116,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The content of model_index.json, with at least ``_class_name``.  Raises ValueError if missing or damaged."""
     file = folder / "model_index.json"
     if not file.is_file():
-        raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json; {_instead(folder)}")
+        raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json; {_instead(folder)}")
     index = _read_json(file)
     named = index.get("_class_name")
     if isinstance(named, list):
@@ -130,7 +130,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _instead(folder: Path) -> str:
-    """What to give in place of a folder that is no pipeline."""
+    """What to give in place of a folder that is not a pipeline."""
     if (folder / "config.json").is_file():
         return "it holds one component alone: give the folder above, the pipeline's"
     if files := sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".ckpt", ".gguf")):
@@ -176,9 +176,9 @@ def check_present(
     kinds: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise ValueError for a component without its configuration, of another class than ``kinds`` has, quantised, or,
-    asked for ``weights``, without weights that fit: what is wrong is named before anything large is read, by
-    configurations and the files' headers.  The package's own configurations leave the text encoders out.
+    """Raise ValueError for a component that has no configuration, is of another class than ``kinds`` has, is quantised,
+    or, with ``weights``, has no weights that fit.  Only configurations and the files' headers are read.  The package's
+    own configurations leave the text encoders out.
 
     ``kinds``: diffusers' class of a network, or transformers' model type.  ``dtype``: that the model will have.
     """
@@ -221,8 +221,8 @@ def _check_kind(where: Path, name: str, kind: str | None) -> None:
 
 
 def _check_weights(where: Path, name: str, dtype: torch.dtype | None) -> None:
-    """Raise ValueError for a network's folder without weights that can be read, or with a part of them; of diffusers'
-    networks also for such as do not fit the configuration."""
+    """Raise ValueError for a network's folder without weights that can be read, or with only a part of them, and for
+    weights of diffusers' networks that do not fit the configuration."""
     import diffusers
 
     what = _called(where, name)
@@ -264,7 +264,7 @@ def meta_transformer(folder: Path, ours: type | None = None) -> nn.Module:
 
 
 def _without_weights(kind: Any, where: Path, name: str) -> nn.Module:
-    """A network on the meta device, of its configuration file."""
+    """Make a network on the meta device by its configuration file."""
     config = _read_json(where / "config.json")
     try:
         with torch.device("meta"):
@@ -296,12 +296,12 @@ def has_component(index: dict[str, Any], name: str) -> bool:
 
 
 def load_component(cls: Any, folder: Path, name: str, *, exact: bool = False, **options: Any) -> Any:
-    """``cls.from_pretrained(folder/name)``: the component, or ValueError naming the folder and the remedy.
+    """Load a component by ``cls.from_pretrained(folder/name)``. Raises ValueError naming the folder and the remedy.
 
     Classes with weights must find every one of them: diffusers and transformers fill a missing weight with random
     numbers and go on, which would distil noise.  ``exact`` also refuses weights that the component has no place for,
-    as of layers that its configuration cuts off, and takes weights whose names a wrapper changed; text encoders often
-    come with weights of a head that is not used.  Of variants the one is loaded that ``find_weights`` takes.
+    such as those of layers that its configuration cuts off, and takes weights whose names a wrapper changed; text
+    encoders often come with weights of a head that is not used.  ``find_weights`` chooses among variants.
     """
     where = folder / name
     if not where.is_dir() or not any(where.iterdir()):
@@ -316,9 +316,9 @@ def load_component(cls: Any, folder: Path, name: str, *, exact: bool = False, **
         weights = find_weights(where, _called(where, name), dtype, stem)
         if exact:
             known = shapes_of(_without_weights(cls, where, name))
-            own = check_state(weights.header(), known, _called(where, name), _NOT_TOGETHER)
-            if any(key != plain for key, plain in own.items()):
-                return load_renamed(cls, config, weights.files, own, dtype or torch.float32)
+            names = check_state(weights.header(), known, _called(where, name), _NOT_TOGETHER)
+            if any(key != plain for key, plain in names.items()):
+                return load_renamed(cls, config, weights.files, names, dtype or torch.float32)
         options = {"output_loading_info": True, "use_safetensors": True, "variant": weights.variant, **options}
     try:
         loaded = cls.from_pretrained(where, local_files_only=True, **options)

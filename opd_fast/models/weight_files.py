@@ -21,10 +21,10 @@ from opd_fast.errors import one_line
 from opd_fast.models.lora.module_names import ModuleNames
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
-"""Of each tensor: safetensors' name of its dtype, and its shape."""
+"""Safetensors' name of each tensor's dtype, and its shape."""
 
 TRANSFORMERS_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
-"""How the files begin that the two libraries write."""
+"""The beginnings of the names of the files that the two libraries write."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _VARIANT_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _LIBRARIES = {
@@ -77,11 +77,11 @@ def read_header(file: Path, what: str) -> Header:
 
 
 def find_weights(folder: Path, what: str, dtype: torch.dtype | None = None, stem: str | None = None) -> WeightFiles:
-    """The weights in a network's folder: the plain ones where there are any, else the only variant, else the variant of
-    ``dtype``.
+    """Find the weights in a network's folder: the plain ones where there are any, else the only variant, else the
+    variant of ``dtype``.
 
-    ``what`` names the network in errors; ``stem``, how its files begin, is told from the folder's name where it is
-    None.  Raises ValueError, with the cause and the remedy, where there are none that can be read or a part is missing.
+    ``what`` names the network in errors; ``stem`` is how its files begin, and None takes it from the folder's name.
+    Raises ValueError, with the cause and the remedy, where there are none that can be read or a part is missing.
     """
     if stem is None:
         is_encoder = folder.name.startswith(("text_encoder", "image_encoder"))
@@ -122,8 +122,8 @@ def _index_variant(name: str, stem: str) -> str | None:
 def _choose(variants: list[str], folder: Path, what: str, dtype: torch.dtype | None) -> str:
     if "" in variants or len(variants) == 1:
         return variants[0]
-    if dtype is not None and (own := _VARIANT_OF.get(dtype)) in variants:
-        return own
+    if dtype is not None and (variant := _VARIANT_OF.get(dtype)) in variants:
+        return variant
     raise ValueError(
         f"{what} has no plain weights but the variants {', '.join(variants)}; set model.dtype to that of one of them, "
         f"or keep one alone in {folder}"
@@ -199,21 +199,21 @@ def _detail(settings: Mapping[str, Any]) -> str:
 # --- names and shapes ------------------------------------------------------------------------------------------------
 
 
-def own_keys(header: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+def network_keys(header: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     """The name that each tensor of a file has in the network, whatever wrapped the network when it was saved."""
     names = ModuleNames(known)
-    return {key: names.own(names.plain(key)) or names.plain(key) for key in header}
+    return {key: names.find(names.plain(key)) or names.plain(key) for key in header}
 
 
 def check_state(
     header: Header, known: Mapping[str, tuple[int, ...]], what: str, remedy: str, *, exact: bool = True
 ) -> dict[str, str]:
-    """Hold a file's tensors against a network's: the network's name of each.
+    """Compare a file's tensors with a network's. Returns the network's name of each.
 
-    Raises ValueError for missing and mismatched ones, for such as are no floating-point numbers, and, if ``exact``, for
-    ones that the network has no place for.
+    Raises ValueError for missing and mismatched ones, for those that are not floating-point numbers, and, if ``exact``,
+    for those that the network has no place for.
     """
-    keys = own_keys(header, known)
+    keys = network_keys(header, known)
     if adapters := sorted(key for key in keys if ".lora_" in key or ".base_layer." in key):
         raise ValueError(
             f"{what} was saved with PEFT's adapters on it ({adapters[0]}); merge them (merge_and_unload, or fuse_lora "
@@ -233,12 +233,12 @@ def check_state(
             raise ValueError(f"{what} has {name} of shape {list(shapes[name])}, not {list(shape)}; {remedy}")
     for key, (dtype, _) in header.items():
         if keys[key] in known and not dtype.startswith(("F", "BF")):
-            raise ValueError(f"{what}: {key} is {dtype}, no floating-point number; take it in bfloat16 or float16")
+            raise ValueError(f"{what}: {key} is {dtype}, not a floating-point number; take it in bfloat16 or float16")
     return keys
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of a network's state, without the adapters that sit on it."""
+    """The shapes of a network's state, without the adapters that sit on it."""
     state = module.state_dict()
     return {k.replace(".base_layer.", "."): tuple(v.shape) for k, v in state.items() if ".lora_" not in k}
 
@@ -246,7 +246,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def load_renamed(
     kind: Any, config: Mapping[str, Any], files: Iterable[Path], keys: Mapping[str, str], dtype: torch.dtype
 ) -> nn.Module:
-    """A network from tensors under other names, as ``from_pretrained`` makes it from its own: on the CPU, in ``dtype``.
+    """Load a network from tensors under other names, on the CPU and in ``dtype``, as ``from_pretrained`` would.
 
     ``keys``: the network's name of each tensor in ``files``.
     """

@@ -19,7 +19,7 @@ from opd_fast.rewards import get_reward
 from opd_fast.rewards.runner import RewardRunner
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable
-from opd_fast.training.rollout import sample
+from opd_fast.training.sampling import sample
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Judging:
 
         Returns its row.
         """
-        with self.setup.student.averaged() as transformer:
+        with self.setup.student.ema_weights() as transformer:
             evaluation = self.judge(transformer, self._guidance())
         if self.setup.world.is_main:
             self._draw_grids(evaluation.images, rounds)

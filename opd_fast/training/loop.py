@@ -152,7 +152,7 @@ class Run(RunState):
                 fault = "its gradient is not finite, though its loss is"
             if fault is None:
                 self.scaler.step(self.optimizer)  # where half precision overflowed, the scaler leaves the round out
-                self.setup.student.update_ema(self.rounds, self.config.train.ema)
+                self.setup.student.ema.update(self.rounds, self.config.train.ema)
             self.scaler.update()
             self.optimizer.zero_grad()
         if fault is not None:

@@ -97,7 +97,7 @@ def apply_techniques(
     """
     world, resolved = world or World(), resolved or ResolvedSettings()
     banks = [bank for bank in (teachers, anchor) if bank is not None]
-    own = list({id(t): t for bank in banks for t in bank.own}.values())
+    own = list({id(t): t for bank in banks for t in bank.own_transformers()}.values())
     active = ActiveTechniques(merged_teachers=sum(teacher.adapter is None for teacher in teachers.teachers))
     active.merged_layers = student.merge_in_rounds(settings.merge_student)
     if settings.fuse_projections:

@@ -30,7 +30,8 @@ from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.training.evaluation import EvalTask
 from opd_fast.training.problems import problems
 from opd_fast.training.student_init import MERGED, check_mean, check_start
-from opd_fast.training.teachers import BASE, check_teachers
+from opd_fast.training.teacher_loading import check_teachers
+from opd_fast.training.teachers import BASE
 
 ANCHOR = "the anchor"
 """The anchor's name. A teacher cannot have it, because a teacher's name has no space."""

@@ -25,6 +25,7 @@ from opd_fast.training.methods.base import make_method
 from opd_fast.training.optimizer import make_optimizer, optimizer_state
 from opd_fast.training.preflight import ANCHOR
 from opd_fast.training.setup import Setup
+from opd_fast.training.student_export import student_writer
 from opd_fast.training.teachers import BASE
 
 
@@ -81,7 +82,7 @@ class RunState:
             "sources": self.sources,
             "attention": list(self.setup.engaged.backends),
         }
-        write = self.setup.student.exporter()
+        write = student_writer(self.setup.student)
         self.checkpoints.save(
             self.rounds, tensors, meta, afterwards=lambda: replace_folder(self.run_dir / "student", write)
         )
@@ -109,7 +110,7 @@ class RunState:
         """What identifies the teachers and the anchor, by name."""
         banks = (self.setup.teachers, self.setup.anchor)
         frozen = [teacher for bank in banks if bank is not None for teacher in bank.teachers]
-        return {teacher.name: teacher.origin.sha256 for teacher in frozen if teacher.adapter != BASE}
+        return {teacher.name: teacher.source.sha256 for teacher in frozen if teacher.adapter != BASE}
 
     def _check_frozen(self, folder: Path, meta: dict[str, Any]) -> None:
         """Raise `UserError` where a teacher or the anchor has other weights than when the checkpoint was saved."""

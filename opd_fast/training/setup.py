@@ -27,6 +27,7 @@ from opd_fast.training.float8_check import Float8LossCheck
 from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, ResolvedSettings, apply_techniques
 from opd_fast.training.preflight import anchor_teacher, evaluation_solver, evaluation_task, frozen_teachers, refusals
 from opd_fast.training.student import Student
+from opd_fast.training.teacher_loading import base_teacher, load_teachers
 from opd_fast.training.teachers import BASE, TeacherBank
 from opd_kernels.philox import INITIAL_NOISE, philox_normal
 
@@ -89,11 +90,11 @@ def prepare(
     turns = schedule.turns(config.train.rounds)
     text = _encode(model, config, _texts(config, prompts, sources, turns, tasks), world, log)
 
-    teachers = TeacherBank.load(
+    teachers = load_teachers(
         model, frozen_teachers(config), config.engine.placement, offload=config.parallel.offload_teachers
     )
     for teacher in teachers.teachers:
-        log(f"teacher {teacher.name}: {teacher.origin}")
+        log(f"teacher {teacher.name}: {teacher.source}")
     anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
     loss_check = (
@@ -113,7 +114,7 @@ def prepare(
     if engaged.fp8:
         log(loss_check.after() if loss_check is not None else "precision: fp8, its change of the losses not measured")
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
-    teachers.together = world.sharded and config.engine.placement == "shared"
+    teachers.distribute(world)
     shape = model.latent_shape(model.resolution(config.model.resolution))
     sigma = table.sigmas[0].float().to(resolved.device)
     probe = philox_normal(noise_keys(config.train.seed, samples=1).to(resolved.device), shape, INITIAL_NOISE)
@@ -219,8 +220,8 @@ def checkpointed_blocks(planner: Planner) -> int:
 def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:
     """The frozen model of `objective.anchor`, with the student's guidance; loaded before the student's adapters."""
     if config.objective.anchor == BASE:
-        return TeacherBank.of_base(model, config.student.guidance)
+        return base_teacher(model, config.student.guidance)
     settings = anchor_teacher(config)
     if settings is None:
         return None
-    return TeacherBank.load(model, [settings], config.engine.placement, offload=config.parallel.offload_teachers)
+    return load_teachers(model, [settings], config.engine.placement, offload=config.parallel.offload_teachers)

@@ -1,8 +1,8 @@
 """Where a student begins, if not at the base: at a LoRA, or at the mean of its teachers.
 
-The mean is that of the teachers' weight differences, D = sum_i share_i * (W_i - W), the shares in the ratio of
-teachers[].weight. A LoRA student takes each module's D as its best approximation of the student's rank, the truncated
-singular value decomposition D = U S V^T (Eckart and Young): with the adapter's scale s = alpha / rank,
+The mean task vector is that of the teachers' weight differences, D = sum_i share_i * (W_i - W), with the shares in the
+ratio of teachers[].weight. A LoRA student takes each module's D as its best approximation of the student's rank, the
+truncated singular value decomposition D = U S V^T (Eckart and Young): with the adapter's scale s = alpha / rank,
 A = (S/s)^(1/2) V^T and B = U (S/s)^(1/2), so that s*B@A = D where the rank suffices.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from opd_fast.config import StudentConfig
 from opd_fast.models.base import DiffusionModel
+from opd_fast.models.lora.adapters import factors_by_module
 from opd_fast.models.lora.files import LoraWeights, delta, find_lora, read_lora
 from opd_fast.training.teachers import TeacherBank
 
@@ -23,7 +24,7 @@ MERGED = "merged"
 Factors = list[tuple[Tensor, Tensor, float]]
 
 
-class MeanDifference:
+class MeanTaskVector:
     """D of every parameter that some teacher changes, one at a time; names are those of the base without adapters.
 
     A LoRA counts by its own factors, unrounded; a whole transformer by its weights less the base's.
@@ -41,10 +42,10 @@ class MeanDifference:
         total = sum(teacher.weight for teacher in bank.teachers)
         for teacher in bank.teachers:
             share = teacher.weight / total
-            if teacher.origin.format == "transformer":
+            if teacher.source.format == "transformer":
                 self._whole.append((dict(teacher.transformer.named_parameters()), share))
                 continue
-            lora = read_lora(teacher.origin.source, model)
+            lora = read_lora(teacher.source.name, model)
             for module, (a, b) in lora.tensors.items():
                 name = f"{module}.weight"
                 if name in self._base:  # else a partial match, which the bank was asked for
@@ -67,23 +68,23 @@ class MeanDifference:
         if not self._whole:
             return None
         base = self._base[name].detach().float()
-        found = torch.zeros_like(base)
+        difference = torch.zeros_like(base)
         for parameters, share in self._whole:
-            found.add_(parameters[name].detach().float() - base, alpha=share)
-        return found
+            difference.add_(parameters[name].detach().float() - base, alpha=share)
+        return difference
 
     def __call__(self, name: str) -> Tensor:
         """D of one parameter, in its shape, float32."""
-        found = self.dense(name)
-        if found is None:
-            found = torch.zeros_like(self._base[name], dtype=torch.float32)
+        difference = self.dense(name)
+        if difference is None:
+            difference = torch.zeros_like(self._base[name], dtype=torch.float32)
         for factor in self.factors(name):
-            found += delta(*factor)
-        return found
+            difference += delta(*factor)
+        return difference
 
 
 @torch.no_grad()
-def add_mean(transformer: nn.Module, mean: MeanDifference) -> None:
+def add_mean(transformer: nn.Module, mean: MeanTaskVector) -> None:
     """Add D in full to a transformer's own float32 weights."""
     parameters = dict(transformer.named_parameters())
     for name in mean.names:
@@ -91,13 +92,13 @@ def add_mean(transformer: nn.Module, mean: MeanDifference) -> None:
 
 
 @torch.no_grad()
-def start_from_mean(transformer: nn.Module, adapter: str, config: StudentConfig, mean: MeanDifference) -> float:
-    """Put D into the adapter's factors; the share of its square that they hold.
+def start_from_mean(transformer: nn.Module, adapter: str, config: StudentConfig, mean: MeanTaskVector) -> float:
+    """Put D into the adapter's factors. Returns the share of its square that they hold.
 
     What lies outside the adapter's modules or beyond its rank is left out. Rows that D does not need keep their random
     A and zero B, so that they can still learn. Raises ValueError where the adapter has none of the modules.
     """
-    adapters = _adapters(transformer, adapter)
+    adapters = factors_by_module(dict(transformer.named_parameters()), adapter)
     scale = config.alpha / config.rank
     kept = total = 0.0
     for name in mean.names:
@@ -144,23 +145,23 @@ def singular(factors: Factors, dense: Tensor | None) -> tuple[Tensor, Tensor, Te
 @torch.no_grad()
 def start_from_lora(model: DiffusionModel, adapter: str, config: StudentConfig) -> None:
     """Put a LoRA of the same or a lower rank into the first rows of the student's."""
-    adapters = _adapters(model.transformer, adapter)
+    adapters = factors_by_module(dict(model.transformer.named_parameters()), adapter)
     lora = check_start(model, config, {m: (a.shape[1], b.shape[0]) for m, (a, b) in adapters.items()})
     for module, (a, b) in lora.tensors.items():
-        mine_a, mine_b = adapters[module]
-        mine_a[: len(a)] = a
-        mine_b[:, : len(a)] = b.float() * (lora.scale[module] * config.rank / config.alpha)
+        student_a, student_b = adapters[module]
+        student_a[: len(a)] = a
+        student_b[:, : len(a)] = b.float() * (lora.scale[module] * config.rank / config.alpha)
 
 
 def check_start(model: DiffusionModel, config: StudentConfig, layers: Mapping[str, tuple[int, int]]) -> LoraWeights:
-    """The LoRA that a LoRA student begins at. ``layers``: (inputs, outputs) of each that the student trains; ``model``
-    may be an outline. Raises ValueError for what is no LoRA, or has no room in the student.
+    """Read the LoRA that a LoRA student begins at. ``layers`` has (inputs, outputs) of each layer that the student
+    trains; ``model`` may be a meta model. Raises ValueError for what is not a LoRA, or has no room in the student.
     """
     assert config.start is not None
     if find_lora(config.start) is None:
         raise ValueError(
-            f"student.start {config.start} is no LoRA, so that a LoRA student cannot begin there and still be exported "
-            f"on this base; name a LoRA, or merge it into model.path"
+            f"student.start {config.start} is not a LoRA, so that a LoRA student cannot begin there and still be "
+            f"exported on this base; name a LoRA, or merge it into model.path"
         )
     lora = read_lora(config.start, model)
     for module, (a, b) in lora.tensors.items():
@@ -173,14 +174,6 @@ def check_start(model: DiffusionModel, config: StudentConfig, layers: Mapping[st
     return lora
 
 
-def _adapters(transformer: nn.Module, adapter: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """An adapter's A and B by module."""
-    parameters = dict(transformer.named_parameters())
-    suffix = f".lora_A.{adapter}.weight"
-    modules = [name.removesuffix(suffix) for name in parameters if name.endswith(suffix)]
-    return {m: (parameters[m + suffix], parameters[m + suffix.replace("lora_A", "lora_B")]) for m in modules}
-
-
 def passed_over() -> str:
-    """What to say where `merged` could also have meant a folder."""
+    """Say so where `merged` could also have meant a folder."""
     return f" (the folder {MERGED} is not read; write ./{MERGED} for it)" if Path(MERGED).exists() else ""

@@ -55,7 +55,7 @@ def test_a_row(family: str, kind: str, tmp_path: Path) -> None:
         return tensor
 
     text = model.encode(["a red circle"])
-    with student.at_rest() as transformer:
+    with student.merged_for_round() as transformer:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             model.velocity(transformer, x, torch.tensor(0.5), text)
         # The counter does not know the CPU's fused attention.
@@ -111,7 +111,7 @@ def test_a_round(options: list[str], least: float, most: float) -> None:
         "trained weights": student.parameters(),
         "gradients": [p.grad for p in student.parameters() if p.grad is not None],
         "optimizer": [t for state in optimizer.state.values() for t in state.values() if t.dim()],
-        "average": student._ema_parameters,
+        "average": student.ema.values,
         "working copy": [],
     }
     for purpose, tensors in held.items():

@@ -26,6 +26,7 @@ from opd_fast.training.optimize import (
 )
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
+from opd_fast.training.teacher_loading import load_teachers
 from opd_fast.training.teachers import TeacherBank
 from tests.recorded import RecordedBackend
 from tests.runs import write_world
@@ -41,7 +42,7 @@ def _team(folder: Path, placement: Literal["merged", "shared"]) -> Team:
     world = write_world(folder / "world").parent
     model = load_model(str(world / "pipeline"), device="cpu", dtype=torch.float32)
     teacher = TeacherConfig(name="words", weights=str(world / "words"), prompts="")
-    bank = TeacherBank.load(model, [teacher], placement)
+    bank = load_teachers(model, [teacher], placement)
     return model, Student.build(model, StudentConfig(rank=4, alpha=8.0)), bank
 
 

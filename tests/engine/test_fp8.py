@@ -260,7 +260,7 @@ def through(student: Student) -> tuple[Tensor, Tensor]:
     x, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, 32, generator=generator)
     for parameter in student.parameters():
         parameter.grad = None
-    with student.at_rest() as transformer:
+    with student.merged_for_round() as transformer:
         y = transformer(x, text, torch.randn(3, 32, generator=generator), torch.full((3,), 500.0), return_dict=False)[0]
         y.square().mean().backward()
     return y.detach(), torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])

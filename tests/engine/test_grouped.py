@@ -17,13 +17,13 @@ from opd_fast.engine.grouped_lora import GroupedAdapters, Span, describe, groupe
 from opd_fast.errors import UserError
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.adapters import use_adapter
-from opd_fast.models.lora.load import Origin
+from opd_fast.models.lora.load import WeightsSource
 from opd_fast.objectives import step_weights
 from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import BASE, Course, Teacher, TeacherBank
+from opd_fast.training.teachers import BASE, SharedTeachers, Teacher, TeacherBank, TeacherConditioning
 from tests.grouping import FAMILIES, SHAPE, add, add_all, small, states, text
 from tests.tiny import tiny_transformer
 
@@ -93,9 +93,9 @@ def test_leaves_no_trace(model: DiffusionModel, grouped: GroupedAdapters) -> Non
 
 
 def test_within_the_students_merged_weights(model: DiffusionModel, grouped: GroupedAdapters) -> None:
-    """The student's own layers come back as they were: merged, inside `at_rest`."""
+    """The student's own layers come back as they were: merged, inside `merged_for_round`."""
     student = Student(model, model.transformer, StudentConfig(rank=4, alpha=8.0))
-    with student.at_rest():
+    with student.merged_for_round():
         merged = velocity(model, slice(0, 3), "student")
         with torch.no_grad(), grouped.active(GROUPS["equal"]) as transformer:
             found = model.velocity(transformer, states(12)[:6], SIGMA, text(model, 12).index(slice(0, 6)))
@@ -118,22 +118,22 @@ def test_factors_are_stacked_once(model: DiffusionModel) -> None:
 def test_half_precision_factors(tmp_path: Path) -> None:
     model = small(tmp_path, "sd3", torch.bfloat16)
     names = add_all(model)
-    parts = course(model, (1.0, 1.0, 1.0)).parts
+    parts = teacher_condition(model, (1.0, 1.0, 1.0)).parts
     grouped = GroupedAdapters(model.transformer, names)
     found = grouped_velocities(model, grouped, states(9), SIGMA, joined(parts)).cond
-    truth = bank(model, (1.0, 1.0, 1.0)).velocities(states(9), SIGMA, course(model, (1.0, 1.0, 1.0))).cond
+    truth = bank(model, (1.0, 1.0, 1.0)).velocities(states(9), SIGMA, teacher_condition(model, (1.0, 1.0, 1.0))).cond
     assert found.dtype == torch.bfloat16
     assert (found - truth).norm() < 0.02 * truth.norm()
 
 
-# --- velocities of a course ------------------------------------------------------------------------------------------
+# --- velocities under a teacher conditioning --------------------------------------------------------------------------
 
 
 def bank(model: DiffusionModel, guidance: tuple[float, ...]) -> TeacherBank:
-    origin = Origin("random", "lora", 0, 0, 0, (), "")
+    source = WeightsSource("random", "lora", 0, 0, 0, (), "")
     names = ["first", "second", "third", BASE][: len(guidance)]
-    return TeacherBank(
-        model, [Teacher(n, g, model.transformer, n, origin) for n, g in zip(names, guidance, strict=True)]
+    return SharedTeachers(
+        model, [Teacher(n, g, model.transformer, n, source) for n, g in zip(names, guidance, strict=True)]
     )
 
 
@@ -152,15 +152,17 @@ def batch(model: DiffusionModel, sizes: tuple[int, ...]) -> RoundBatch:
     )
 
 
-def course(model: DiffusionModel, guidance: tuple[float, ...], sizes: tuple[int, ...] = (2, 3, 4)) -> Course:
-    return bank(model, guidance).course(batch(model, sizes))
+def teacher_condition(
+    model: DiffusionModel, guidance: tuple[float, ...], sizes: tuple[int, ...] = (2, 3, 4)
+) -> TeacherConditioning:
+    return bank(model, guidance).condition(batch(model, sizes))
 
 
 @pytest.mark.parametrize("guidance", [(1.0, 1.0, 1.0), (4.5, 1.0, 2.0), (4.5, 4.5, 4.5), (2.0, 1.0, 4.5, 3.0)])
 @pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (2, 0, 4, 1), (0, 0, 2, 0)])
 def test_velocities_of_a_course(model: DiffusionModel, guidance: tuple[float, ...], sizes: tuple[int, ...]) -> None:
     sizes = sizes[: len(guidance)]
-    asked, x = course(model, guidance, sizes), states(sum(sizes))
+    asked, x = teacher_condition(model, guidance, sizes), states(sum(sizes))
     grouped = GroupedAdapters(model.transformer, ["first", "second", "third", None])
     calls = joined(asked.parts)
     values = {guidance[t] for t, size in enumerate(sizes) if size}
@@ -179,8 +181,11 @@ def test_velocities_of_a_course(model: DiffusionModel, guidance: tuple[float, ..
 def test_what_the_user_is_told(tmp_path: Path) -> None:
     model = small(tmp_path, "flux")
     add_all(model)
-    assert describe(joined(course(model, (3.5, 3.5, 3.5)).parts)) == "teachers: 3 in one forward on the shared base"
-    told = describe(joined(course(model, (3.5, 4.0, 3.5)).parts))
+    assert (
+        describe(joined(teacher_condition(model, (3.5, 3.5, 3.5)).parts))
+        == "teachers: 3 in one forward on the shared base"
+    )
+    told = describe(joined(teacher_condition(model, (3.5, 4.0, 3.5)).parts))
     assert told.startswith("teachers: 3 in 2 forwards")
     assert "(3.5, 4)" in told
 

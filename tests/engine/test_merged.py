@@ -41,7 +41,7 @@ def _run(student: Student) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch
 
 def test_merged_equals_unmerged(student: Student) -> None:
     plain, gradients, slope = _run(student)
-    with student.at_rest():
+    with student.merged_for_round():
         merged, theirs, their_slope = _run(student)
     torch.testing.assert_close(merged, plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(their_slope, slope, rtol=1e-4, atol=1e-8)
@@ -52,11 +52,11 @@ def test_merged_equals_unmerged(student: Student) -> None:
 
 
 def test_merging_follows_the_weights_and_ends(student: Student) -> None:
-    with student.at_rest():
+    with student.merged_for_round():
         before, _, _ = _run(student)
     for parameter in student.parameters():
         parameter.data.mul_(1.5)
-    with student.at_rest():
+    with student.merged_for_round():
         after, _, _ = _run(student)
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(_run(student)[0], after, rtol=1e-5, atol=1e-6)
@@ -72,5 +72,5 @@ def test_other_adapters_and_the_base_are_not_merged(student: Student) -> None:
             return velocity
 
     expected = {name: output(name) for name in ("other", None)}
-    with student.at_rest():
+    with student.merged_for_round():
         assert all(torch.equal(output(name), value) for name, value in expected.items())

@@ -16,7 +16,7 @@ from opd_fast.engine.grouped_lora import GroupedAdapters, grouped_velocities, jo
 from opd_fast.engine.modulation_cache import ModulationCache
 from opd_fast.models import meta_model
 from opd_fast.models.base import DiffusionModel
-from opd_fast.models.guidance import Conditioning, Velocities, velocities
+from opd_fast.models.guidance import Conditioning, Velocities, predict_velocities
 from opd_fast.models.lora.adapters import use_adapter
 from opd_fast.training.student import Student
 from tests.grouping import FAMILIES, add_all, small, states, text
@@ -61,9 +61,9 @@ def test_equals_the_plain_forward_at_every_step(model: DiffusionModel, guidance:
     for j, sigma in enumerate(SIGMAS):
         tables.step.copy_(torch.tensor(j))
         with torch.no_grad():
-            plain = velocities(model, model.transformer, states(ROWS), sigma, asked)
+            plain = predict_velocities(model, model.transformer, states(ROWS), sigma, asked)
             with tables.active():
-                found = velocities(model, model.transformer, states(ROWS), sigma, asked)
+                found = predict_velocities(model, model.transformer, states(ROWS), sigma, asked)
         assert_velocities(found, plain)
         if before is not None:
             assert (plain.cond - before).abs().max() > 1e-2 * plain.cond.abs().max()
@@ -76,7 +76,7 @@ def test_nothing_of_it_is_computed_again(model: DiffusionModel) -> None:
     asked, tables = condition(model), cache_of(model)
     tables.fill(SIGMAS, asked)
     with torch.no_grad():
-        plain = velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked)
+        plain = predict_velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked)
         names = ("time_text_embed", "context_embedder", "norm1.linear", "norm1_context.linear", "norm_out.linear")
         names += ("norm.linear",) if model.name == "flux" else ()
         touched = set()
@@ -86,8 +86,8 @@ def test_nothing_of_it_is_computed_again(model: DiffusionModel) -> None:
                 parameter.fill_(float("nan"))
         assert touched == set(names)
         with tables.active():
-            assert_velocities(velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked), plain)
-        assert velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked).cond.isnan().any()
+            assert_velocities(predict_velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked), plain)
+        assert predict_velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked).cond.isnan().any()
 
 
 def test_filled_again_in_place(model: DiffusionModel) -> None:
@@ -108,9 +108,9 @@ def test_filled_again_in_place(model: DiffusionModel) -> None:
     assert addresses() == first
     tables.step.fill_(1)
     with torch.no_grad():
-        plain = velocities(model, model.transformer, states(ROWS), SIGMAS[2], asked)
+        plain = predict_velocities(model, model.transformer, states(ROWS), SIGMAS[2], asked)
         with tables.active():
-            assert_velocities(velocities(model, model.transformer, states(ROWS), SIGMAS[2], asked), plain)
+            assert_velocities(predict_velocities(model, model.transformer, states(ROWS), SIGMAS[2], asked), plain)
 
 
 def test_embedded_guidance_is_the_filled_one(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_embedded_guidance_is_the_filled_one(tmp_path: Path) -> None:
         asked = condition(model, guidance)
         tables.fill(SIGMAS, asked)
         with torch.no_grad(), tables.active():
-            found.append(velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked).cond)
+            found.append(predict_velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked).cond)
     assert (found[0] - found[1]).abs().max() > 1e-3 * found[0].abs().max()
 
 
@@ -153,7 +153,7 @@ def test_gradients_of_the_student(model: DiffusionModel, targets: Any, merged: b
     tables.step.fill_(2)
     plain, wanted = gradients(model, student, asked, 2)
     if merged:
-        with student.at_rest(), tables.active():
+        with student.merged_for_round(), tables.active():
             found, theirs = gradients(model, student, asked, 2)
     else:
         with tables.active():
@@ -191,9 +191,9 @@ def test_the_adapter_that_was_switched_on(model: DiffusionModel) -> None:
     for name in ("third", None):
         with torch.no_grad(), use_adapter(model.transformer, name):
             tables.fill(SIGMAS, asked)
-            plain = velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked)
+            plain = predict_velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked)
             with tables.active():
-                assert_velocities(velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked), plain)
+                assert_velocities(predict_velocities(model, model.transformer, states(ROWS), SIGMAS[0], asked), plain)
 
 
 def test_with_grouped_adapters(model: DiffusionModel) -> None:
@@ -274,7 +274,7 @@ def test_mistakes(model: DiffusionModel) -> None:
     with tables.active(), pytest.raises(RuntimeError, match="outside of active"):
         tables.fill(SIGMAS, asked)
     with tables.active(), torch.no_grad(), pytest.raises(ValueError, match="filled for 3 rows and asked for 2"):
-        velocities(model, model.transformer, states(2), SIGMAS[0], condition(model, 1.0, rows=2))
+        predict_velocities(model, model.transformer, states(2), SIGMAS[0], condition(model, 1.0, rows=2))
     add_all(model)
     with pytest.raises(RuntimeError, match="make it afterwards"), tables.active():
         pass

@@ -20,7 +20,7 @@ from opd_fast.training.batch import RoundBatch
 from opd_fast.training.optimize import compile_blocks
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import TeacherBank
+from opd_fast.training.teacher_loading import load_teachers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
@@ -45,7 +45,7 @@ class Team:
                 std=0.5,
             )
             configs.append(TeacherConfig(name=f"t{i}", weights=str(lora), prompts="", guidance=guidance))
-        self.bank = TeacherBank.load(self.model, configs, placement)  # type: ignore[arg-type]
+        self.bank = load_teachers(self.model, configs, placement)  # type: ignore[arg-type]
         settings = StudentConfig(kind=kind, rank=4, alpha=8.0, guidance=GUIDANCE[0])  # type: ignore[arg-type]
         self.student = Student.build(self.model, settings)
         with torch.no_grad():

@@ -20,7 +20,7 @@ from opd_fast.training.batch import RoundBatch
 from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, ResolvedSettings, apply_techniques
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import TeacherBank
+from opd_fast.training.teacher_loading import load_teachers
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 
@@ -90,7 +90,7 @@ def toy_round(folder: Path, settings: EngineConfig, checkpointed: int) -> tuple[
     """What was at work in a round, its losses and its gradients."""
     model = load_toy(folder)
     teacher = TeacherConfig(name="a", weights=str(folder / "teacher"), prompts="", guidance=2.0)
-    bank = TeacherBank.load(model, [teacher])
+    bank = load_teachers(model, [teacher])
     student = Student.build(model, StudentConfig(rank=4, alpha=8.0))
     generator = torch.Generator().manual_seed(2)
     for parameter in student.parameters():

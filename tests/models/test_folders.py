@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub.utils import filter_repo_objects
 
 from opd_fast.models import load_model, meta_model
-from opd_fast.models.lora.load import load_with_origin
+from opd_fast.models.lora.load import load_with_source
 from opd_fast.models.pipeline_folder import fetch
 from tests import tiny_qwen, tiny_z_image
 from tests.family_checks import edit
@@ -121,7 +121,7 @@ def test_weights_that_the_configuration_cuts_off(family: str, whole: Path, copy:
 
     save_file({**load_file(file), "layers.9.weight": torch.zeros(2)}, file, metadata={"format": "pt"})
     refused(
-        lambda folder: load_with_origin(model, str(folder), what="teacher"),
+        lambda folder: load_with_source(model, str(folder), what="teacher"),
         copy,
         r"holds layers\.9\.weight, which the base does not have",
     )

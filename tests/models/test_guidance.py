@@ -34,7 +34,7 @@ from opd_fast.training.preflight import refusals
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.setup import prepare
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import TeacherBank
+from opd_fast.training.teacher_loading import load_teachers
 from tests import tiny_qwen, tiny_z_image
 from tests.runs import change
 from tests.tiny_flux import save_tiny_flux
@@ -117,8 +117,8 @@ class Team:
             TeacherConfig(name=name, weights=str(lora), prompts="", guidance=g)
             for name, lora, g in zip(names, loras, (*guidance[1:], guidance[0]), strict=True)
         ]
-        self.teachers = TeacherBank.load(self.model, self.configs[:2], placement)
-        self.anchor = TeacherBank.load(self.model, self.configs[2:], placement)
+        self.teachers = load_teachers(self.model, self.configs[:2], placement)
+        self.anchor = load_teachers(self.model, self.configs[2:], placement)
         self.student = Student.build(self.model, StudentConfig(rank=2, alpha=4.0, guidance=guidance[0]))
         if placement == "shared":
             assert self.teachers.group() == 2
@@ -291,7 +291,7 @@ def test_a_run_takes_the_convention_from_its_settings(z_image: Path, tmp_path: P
         batch = RoundBatch(
             setup.text.negative, setup.text.negative, ((0, slice(0, 1)),), torch.arange(1), torch.ones(1), setup.shape
         )
-        found[convention] = (asked.branch_guidance, float(setup.teachers.course(batch).guidance))
+        found[convention] = (asked.branch_guidance, float(setup.teachers.condition(batch).guidance))
         plan = make_plan(config)
         assert (plan.student_rows, plan.teacher_rows["t"]) == (8, 8 if convention == "pipeline" else 4)
     assert found == {"pipeline": (3.0, 2.0), "linear": (2.0, 1.0)}

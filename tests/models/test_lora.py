@@ -333,21 +333,24 @@ FIRST = "base_model.model.transformer_blocks.0.attn.to_q"
         (lambda f: edit_tensors(f, lambda t: t.pop(FIRST + ".lora_B.weight")), "attn.to_q has only lora_A"),
         (
             lambda f: edit_tensors(f, lambda t: t.update({FIRST + ".lora_magnitude_vector": torch.ones(32)})),
-            "no plain LoRA weight",
+            "not a plain LoRA weight",
         ),
         (
             lambda f: edit_tensors(f, lambda t: t.update({"text_encoder.q.lora_A.weight": torch.ones(4, 4)})),
             "changes the text encoders",
         ),
         (lambda f: edit_tensors(f, lambda t: t.update({FIRST + ".alpha": torch.ones(())})), ".alpha tensors"),
-        (lambda f: edit_tensors(f, lambda t: t.update({FIRST + ".alpha": torch.ones(2)})), "alpha is no single number"),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({FIRST + ".alpha": torch.ones(2)})),
+            "alpha is not a single number",
+        ),
         (
             lambda f: edit_tensors(f, lambda t: t.update({FIRST + ".lora_A.other.weight": torch.ones(4, 32)})),
             "attn.to_q has lora_A twice",
         ),
         (
             lambda f: edit_tensors(f, lambda t: t.update({FIRST + ".lora_A.weight": torch.ones(4, 32).to(torch.int8)})),
-            "lora_A.weight is torch.int8, no floating-point number; quantized",
+            "lora_A.weight is torch.int8, not a floating-point number; quantized",
         ),
         (
             lambda f: edit_tensors(
@@ -414,7 +417,7 @@ def test_foreign_paths_are_named(saved, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"named/by_hand\.safetensors is one; name that file"):
         read_lora(tmp_path / "named")
     monkeypatch.setattr("opd_fast.models.lora.files.ASSETS", tmp_path)
-    with pytest.raises(ValueError, match=r"bundled/text is no LoRA: build them: python -m opd_fast\.worlds\.build"):
+    with pytest.raises(ValueError, match=r"bundled/text is not a LoRA: build them: python -m opd_fast\.worlds\.build"):
         read_lora("bundled/text")
     shutil.copytree(saved, tmp_path / "teachers" / "text")
     assert read_lora("bundled/text").sha256 == read_lora(saved).sha256

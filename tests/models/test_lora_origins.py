@@ -300,10 +300,10 @@ def test_text_encoder_keys_are_refused_in_every_layout(models: Models, tmp_path:
 def test_other_adapters_are_refused(models: Models, tmp_path: Path, leaf: str) -> None:
     tensors = as_original(numbers(models["flux"]), {"img_in": ["x_embedder"]})
     message = refused(tmp_path, {**tensors, f"lora_unet_img_in.{leaf}": torch.ones(2)}, models["flux"])
-    assert "no plain LoRA weight" in message
+    assert "not a plain LoRA weight" in message
     if leaf.startswith(("lokr", "hada")):  # a file without a single LoRA key is named for what it is
         alone = {f"diffusion_model.img_in.{leaf}": torch.ones(2)}
-        assert "no plain LoRA weight" in refused(tmp_path, alone, models["flux"])
+        assert "not a plain LoRA weight" in refused(tmp_path, alone, models["flux"])
 
 
 def test_what_a_converter_would_drop_is_refused(models: Models, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_files_of_other_families_are_refused(models: Models, tmp_path: Path) -> 
     assert "fits" in refused(tmp_path, OWN_NAMES["diffusers"](numbers(models["sd3"])), models["qwen_image"])
     # diffusers has no converter for SD3's original names.
     original = {f"lora_unet_joint_blocks_0_x_block_attn_qkv.{half}.weight": torch.ones(2, 2) for half in DOWN_UP}
-    assert "none that diffusers converts for this one" in refused(tmp_path, original, models["sd3"])
+    assert "diffusers does not convert its names for this one" in refused(tmp_path, original, models["sd3"])
 
 
 def test_a_missing_module_is_named_as_the_transformer_would(models: Models, tmp_path: Path) -> None:

@@ -30,9 +30,11 @@ from opd_fast.models.guidance import Conditioning
 from opd_fast.objectives import step_weights
 from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch
-from opd_fast.training.rollout import one_pass, sample
+from opd_fast.training.rollout import one_pass
+from opd_fast.training.sampling import sample
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import TeacherBank
+from opd_fast.training.student_export import student_writer
+from opd_fast.training.teacher_loading import load_teachers
 from tests.family_checks import COMPILERS, check_captured, check_compiled, check_outline, check_reads_nothing_back, edit
 from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
 
@@ -234,7 +236,7 @@ class World:
             TeacherConfig(name=f"t{i}", weights=str(lora), prompts="bundled/colour", guidance=self.guidance[1][i])
             for i, lora in enumerate(self.loras)
         ]
-        bank = TeacherBank.load(ours, configs, placement)
+        bank = load_teachers(ours, configs, placement)
         config = StudentConfig(rank=RANK, alpha=ALPHA, targets="all", guidance=self.guidance[0])
         student = Student.build(ours, config)
         copy_parameters(dict(self.policy.parameters()), dict(student.named_parameters()))
@@ -321,10 +323,10 @@ def test_the_pipeline_draws_with_the_exported_student(folder: Path, tmp_path: Pa
         for name, parameter in student.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
-    student.update_ema(0, 0.0)
-    student.export(tmp_path)
+    student.ema.update(0, 0.0)
+    student_writer(student)(tmp_path)
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2))
-    with student.averaged() as transformer:
+    with student.ema_weights() as transformer:
         images = draw(ours, transformer, x, 3.5)
     pipe = pipeline(folder)
     base = draw_by(pipe, x, 3.5)
@@ -466,7 +468,7 @@ def test_a_lora_of_another_width(folder: Path, tmp_path: Path, placement: Any) -
     lora = write_random_lora(wider, tmp_path / "lora", rank=2, alpha=2.0, targets=["attn.to_q"], std=0.1)
     teacher = TeacherConfig(name="wide", weights=str(lora), prompts="bundled/colour")
     with pytest.raises(ValueError, match=r"teacher 'wide'.*changes .*attn\.to_q by \(64, 64\).*\(32, 32\)") as caught:
-        TeacherBank.load(load(folder), [teacher], placement)
+        load_teachers(load(folder), [teacher], placement)
     assert "\n" not in str(caught.value)
 
 

@@ -27,7 +27,7 @@ from opd_fast.models.lora.files import (
     read_lora,
     save_lora,
 )
-from opd_fast.models.lora.load import Origin
+from opd_fast.models.lora.load import WeightsSource
 from tests.models.test_lora_origins import (
     A_B,
     ALPHA,
@@ -217,7 +217,7 @@ def test_z_image_with_redundant_keys(models: Models, tmp_path: Path, alpha: floa
     assert_equal(found, clean)
     repeated = "out in 1 blocks beside its parts; qkv in 1 blocks beside its parts"
     assert found.note == f"left out, as diffusers leaves it out: {repeated}"
-    assert found.note in str(Origin.of_lora("file", found, list(found.tensors)))
+    assert found.note in str(WeightsSource.of_lora("file", found, list(found.tensors)))
     assert_as_diffusers(found, tensors)
 
 
@@ -279,7 +279,7 @@ def test_partial_says_what_it_would_leave_out(models: Models, tmp_path: Path) ->
 def test_other_adapters_are_named(models: Models, tmp_path: Path, leaf: str, kind: str) -> None:
     tensors = with_alphas(numbers(models["sd3"], ATTENTION["sd3"]), lambda m: f"lycoris_{m.replace('.', '_')}", DOWN_UP)
     tensors["lycoris_norm_out_linear." + leaf] = torch.ones(2)
-    assert f"no plain LoRA weight but {kind}" in refused(tmp_path, tensors, models["sd3"])
+    assert f"not a plain LoRA weight but {kind}" in refused(tmp_path, tensors, models["sd3"])
 
 
 def test_one_module_wrapped_and_not_is_refused(models: Models, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from opd_fast.models import load_model, meta_model
 from opd_fast.models.base import DiffusionModel
-from opd_fast.models.lora.load import check_weights, load_with_origin
+from opd_fast.models.lora.load import check_weights, load_with_source
 from opd_fast.models.pipeline_folder import check_index, resolve_pipeline
 from opd_fast.models.sd3 import SD3
 from opd_fast.models.weight_files import find_weights
@@ -98,7 +98,7 @@ def test_variants_load(family: str, shards: str | None, tmp_path: Path) -> None:
         state_equal(found.transformer, want.transformer)
         state_equal(found.vae, want.vae)
         assert torch.equal(found.encode(["a red circle"]).sequence, want.encode(["a red circle"]).sequence)
-    teacher, _ = load_with_origin(want, str(tmp_path / "variant"), what="weights")
+    teacher, _ = load_with_source(want, str(tmp_path / "variant"), what="weights")
     state_equal(teacher, want.transformer)
 
 
@@ -182,7 +182,7 @@ def test_a_transformers_own_repository_of_variants(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    state_equal(load_with_origin(base, "owner/transformer", what="weights")[0], base.transformer)
+    state_equal(load_with_source(base, "owner/transformer", what="weights")[0], base.transformer)
 
 
 # --- what cannot be read ---------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_headers_tell_what_loading_would(folder: Path) -> None:
         ({k: t for k, t in tensors.items() if k != key}, f"1 missing keys, e.g. {key}"),
         ({**tensors, "more": torch.ones(1)}, "1 unexpected keys, e.g. more"),
         ({**tensors, key: torch.ones(3, 3)}, f"{key} of shape [3, 3], not [32, 32]"),
-        ({**tensors, key: tensors[key].to(torch.int8)}, f"{key} is I8, no floating-point number"),
+        ({**tensors, key: tensors[key].to(torch.int8)}, f"{key} is I8, not a floating-point number"),
     ):
         save_file(changed, file, metadata={"format": "pt"})
         refused(check, "component 'transformer'", said)
@@ -328,9 +328,9 @@ def test_whole_weights_under_wrapped_names(folder: Path, base: DiffusionModel, t
     state_equal(low.transformer, want)
     for weights in (folder, folder / "transformer", file):
         check_weights(base, str(weights), what="weights")
-        loaded, origin = load_with_origin(base, str(weights), what="weights")
+        loaded, source = load_with_source(base, str(weights), what="weights")
         state_equal(loaded, base.transformer)
-        assert origin.format == "transformer"
+        assert source.format == "transformer"
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "model.diffusion_model.", "diffusion_model.module."])
@@ -338,9 +338,9 @@ def test_a_file_of_all_weights(plain: Path, base: DiffusionModel, tmp_path: Path
     file = tmp_path / "teacher.safetensors"
     tensors = {k: t + 1 for k, t in load_file(plain / "transformer" / WEIGHTS).items()}
     save_file({prefix + key: tensor for key, tensor in tensors.items()}, file)
-    loaded, origin = load_with_origin(base, str(file), what="weights")
+    loaded, source = load_with_source(base, str(file), what="weights")
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded.state_dict().items())
-    assert len(loaded.state_dict()) == len(tensors) == origin.tensors
+    assert len(loaded.state_dict()) == len(tensors) == source.tensors
     assert next(loaded.parameters()).requires_grad is False
 
 
@@ -369,4 +369,4 @@ def test_files_that_are_no_transformer_of_the_base(plain: Path, base: DiffusionM
     )
     shutil.copy(plain / "transformer" / WEIGHTS, file)
     refused(lambda: check_weights(base, str(tmp_path), what="weights"), "it holds teacher.safetensors: name that file")
-    assert isinstance(load_with_origin(base, str(file), what="weights")[0], SD3Transformer2DModel)
+    assert isinstance(load_with_source(base, str(file), what="weights")[0], SD3Transformer2DModel)

@@ -111,14 +111,14 @@ class State:
         self.x = states[STEP]
         sigma = self.table.sigmas[STEP].float()
         self.parameters = self.student.parameters()
-        with self.student.at_rest():
+        with self.student.merged_for_round():
             v = self.student_velocity(self.x, STEP)
             rows = [
                 torch.autograd.grad(e, self.parameters, retain_graph=True, materialize_grads=True) for e in v.flatten()
             ]
         self.jacobian = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows]).double()  # (D, P)
         self.v = v.detach()
-        self.target = self.teachers.velocities(self.x, sigma, self.teachers.course(batch)).cond.detach()
+        self.target = self.teachers.velocities(self.x, sigma, self.teachers.condition(batch)).cond.detach()
         # An isometry from gradients, which lie in the Jacobian's rows, to D coordinates.
         squares, axes = torch.linalg.eigh(self.jacobian @ self.jacobian.T)
         self.coordinates = axes * squares.clamp(min=0).sqrt()  # (D, D)
@@ -229,7 +229,7 @@ def test_accumulated_gradients_are_the_jacobian_s(state: State, kind: Any) -> No
     wanted = slopes.sum(0) @ state.jacobian
     if kind == "return_to_go":  # the later step's own path, without anything after it
         x = next_states(state, noise)
-        with state.student.at_rest():
+        with state.student.merged_for_round():
             later_kl(state, x).mean(1).sum().backward()
         wanted = wanted + gradient(state.setup)
     assert apart(found, wanted) < 1e-4
@@ -440,7 +440,7 @@ def test_guard_is_the_mean_of_noise_times_change(rewarded: Setup) -> None:
     move(setup, 0.05)
     columns = torch.stack((table.a, table.b, table.h, table.std, table.weight, table.sigmas[:-1]), 1)
     guidance = torch.full((len(rows),), GUIDANCE, dtype=torch.float64)
-    with torch.no_grad(), setup.student.at_rest():
+    with torch.no_grad(), setup.student.merged_for_round():
         for i, j in enumerate(method.trained_steps(0)):
             x, sample, old = (drawn[name][:, i] for name in ("x", "sample", "mean"))
             v = setup.student.velocities(setup.model, x, table.sigmas[j].float(), method.condition(0, rows))
@@ -469,7 +469,7 @@ def test_steps_outside_the_window_are_euler_s(rewarded: Setup) -> None:
     window, rows, keys = method.trained_steps(epoch), torch.arange(method.images), method.keys(epoch)
     x = philox_normal(keys, setup.shape, grpo.INITIAL_NOISE)
     drawn = 0
-    with torch.no_grad(), setup.student.at_rest():
+    with torch.no_grad(), setup.student.merged_for_round():
         for j in range(table.steps):
             v = setup.student.velocities(setup.model, x, table.sigmas[j].float(), method.condition(epoch, rows))
             assert v.uncond is not None

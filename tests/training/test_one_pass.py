@@ -34,10 +34,12 @@ from opd_fast.models.text import TextEmbeds
 from opd_fast.objectives import step_weights
 from opd_fast.solvers import SOLVERS, solver_table
 from opd_fast.training.batch import RoundBatch
-from opd_fast.training.rollout import INITIAL_NOISE, one_pass
+from opd_fast.training.rollout import one_pass
 from opd_fast.training.student import Student
+from opd_fast.training.teacher_loading import load_teachers
 from opd_fast.training.teachers import TeacherBank
 from opd_kernels import philox_normal
+from opd_kernels.philox import INITIAL_NOISE
 
 STEPS, ETA = 4, 0.7
 RANK, ALPHA = 4, 8.0
@@ -124,7 +126,7 @@ class World:
             TeacherConfig(name=f"t{i}", weights=str(folder), prompts="bundled/composition", guidance=guidance[1][i])
             for i, folder in enumerate(self.folders[teachers])
         ]
-        bank = TeacherBank.load(model, configs, placement)  # type: ignore[arg-type]
+        bank = load_teachers(model, configs, placement)  # type: ignore[arg-type]
         config = StudentConfig(kind=kind, rank=RANK, alpha=ALPHA, guidance=guidance[0])  # type: ignore[arg-type]
         student = Student.build(model, config)
         policy = self._student_policy(kind, guidance[0])

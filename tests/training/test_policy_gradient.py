@@ -28,6 +28,7 @@ from opd_fast.training.methods.opd import OPD
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.setup import prepare
 from opd_fast.training.student import Student
+from opd_fast.training.teacher_loading import base_teacher, load_teachers
 from opd_fast.training.teachers import TeacherBank
 from tests.runs import settings
 from tests.tiny import tiny_transformer
@@ -267,12 +268,12 @@ class World:
             configs = [
                 TeacherConfig(name=f"t{i}", weights=str(self.folders[i]), prompts="", guidance=guidance) for i in names
             ]
-            return TeacherBank.load(model, configs)
+            return load_teachers(model, configs)
 
         taught = bank([0, 1], teachers)
         held = None
         if anchor is not None:
-            held = TeacherBank.of_base(model, guidance) if anchor == "base" else bank([2], guidance)
+            held = base_teacher(model, guidance) if anchor == "base" else bank([2], guidance)
         student = Student.build(model, StudentConfig(rank=4, alpha=8.0, guidance=guidance))
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
@@ -302,9 +303,9 @@ def written_round(
     assert batch.x is not None
     assert batch.noise is not None
     condition = Conditioning.build(model, batch.text, batch.negative, student.guidance)
-    course = teachers.course(batch)
+    teacher_condition = teachers.condition(batch)
     whole = dataclasses.replace(batch, tasks=((0, slice(0, len(batch))),))
-    anchored = None if anchor is None else anchor.course(whole)
+    anchored = None if anchor is None else anchor.condition(whole)
 
     def mix(v: Velocities, guidance: Tensor) -> Tensor:
         if v.uncond is None:
@@ -320,7 +321,10 @@ def written_round(
     for j in range(table.steps - 1):
         sigma = table.sigmas[j].float()
         v = mix(student.velocities(model, x, sigma, condition), guidance)
-        gaps.append(weight[j].float() * over((v - mix(teachers.velocities(x, sigma, course), course.guidance)) ** 2))
+        gaps.append(
+            weight[j].float()
+            * over((v - mix(teachers.velocities(x, sigma, teacher_condition), teacher_condition.guidance)) ** 2)
+        )
         if anchored is not None:
             a = mix(anchor.velocities(x, sigma, anchored), anchored.guidance)
             held.append(weight[j].float() * over((v - a) ** 2))

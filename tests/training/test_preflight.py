@@ -151,7 +151,7 @@ FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "cut short": (file_of("text_encoder", lambda f: f.write_bytes(f.read_bytes()[:-9])), ("damaged or cut short",)),
     "keys of the base": (file_of("transformer", without), ("component 'transformer'", "1 missing keys")),
     "keys of the VAE": (file_of("vae", without), ("component 'vae'", "1 missing keys")),
-    "DoRA": (adapter(use_dora=True), ("teacher 'words'", "use_dora is set, which is no plain LoRA")),
+    "DoRA": (adapter(use_dora=True), ("teacher 'words'", "use_dora is set, which is not a plain LoRA")),
     "another rank": (adapter(r=5), ("teacher 'words'", "rank 5, its lora_A has 3 rows")),
     "no rank": (adapter(r=None), ("teacher 'words'", "no rank r and lora_alpha")),
     "FLUX under SD3's teachers": (flux_base, ("teacher 'words'", "fits 3 of its 6 modules")),
@@ -168,14 +168,14 @@ FAULTS: dict[str, tuple[Change, tuple[str, ...]]] = {
         start(more="norm_out.linear"),
         ("student.start changes norm_out.linear, which student.targets leave out",),
     ),
-    "start that is no LoRA": (given("--student.start", "WORLD/pipeline"), ("student.start", "is no LoRA")),
+    "start that is not a LoRA": (given("--student.start", "WORLD/pipeline"), ("student.start", "is not a LoRA")),
     "mean of nothing": (
         given("--student.start", "merged", "--student.targets", '["attn.to_out.0"]'),
         ("change nothing in student.targets",),
     ),
-    "anchor that is no LoRA": (
+    "anchor that is not a LoRA": (
         given("--objective.anchor", "WORLD/pipeline", "--engine.placement", "shared"),
-        ("'the anchor'", "is no LoRA, and engine.placement shared"),
+        ("'the anchor'", "is not a LoRA, and engine.placement shared"),
     ),
     "offloaded to no GPU": (
         given("--parallel.offload_teachers", "true"),

@@ -89,8 +89,8 @@ def test_loss_of_the_released_code(tmp_path: Path, solver: str, eta: float) -> N
     batch = method.batch(0)
     table = solver_table(solver, setup.table.sigmas, eta)
     losses: list[Any] = []
-    from opd_fast.training.rollout import INITIAL_NOISE
     from opd_kernels import philox_normal
+    from opd_kernels.philox import INITIAL_NOISE
 
     with torch.no_grad(), setup.student.base() as student:  # a new student is the base
         x = philox_normal(batch.keys, batch.shape, INITIAL_NOISE)

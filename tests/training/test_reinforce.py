@@ -362,7 +362,7 @@ def test_gradient_of_an_nft_update(world: Path) -> None:
     found = gradient(method)
     keys, levels = method.keys(0, Stream.NFT_NOISE), method.noise_levels(0)
     olds = []
-    with torch.no_grad(), setup.student.holding(method.old) as transformer:
+    with torch.no_grad(), setup.student.with_weights(method.old) as transformer:
         for j in range(table.steps):
             some, t = levels[:, j].nonzero().flatten(), table.sigmas[j].float()
             x = (1 - t) * drawn["x0"][some] + t * philox_normal(keys[some], setup.shape, j)

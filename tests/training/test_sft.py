@@ -24,7 +24,7 @@ from opd_fast.training.loop import train
 from opd_fast.training.methods.sft import SFT, flow_matching_loss, squared_gap
 from opd_fast.training.optimizer import make_optimizer
 from opd_fast.training.problems import problems
-from opd_fast.training.rollout import sample
+from opd_fast.training.sampling import sample
 from opd_fast.training.setup import prepare
 from opd_kernels import philox_normal
 from opd_kernels.philox import INITIAL_NOISE

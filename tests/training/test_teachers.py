@@ -1,4 +1,4 @@
-"""Teachers of any origin: the released layout, mixed ranks and targets, their accounts, students of their mean."""
+"""Teachers of any source: the released layout, mixed ranks and targets, their accounts, students of their mean."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from opd_fast.models.sd3 import SD3
 from opd_fast.training import setup
 from opd_fast.training.problems import problems
 from opd_fast.training.student import Student
-from opd_fast.training.teachers import TeacherBank, check_teachers
+from opd_fast.training.teacher_loading import check_teachers, load_teachers
+from opd_fast.training.teachers import TeacherBank
 from tests.runs import settings, write_world
 
 PLACEMENTS = ["merged", "shared"]
@@ -59,7 +60,7 @@ def load_bank(model: SD3, folders: list[Path], placement: str = "merged", **opti
         TeacherConfig(name=f"t{i}", weights=str(folder), prompts="bundled/composition", **options)
         for i, folder in enumerate(folders)
     ]
-    return TeacherBank.load(model, configs, placement)  # type: ignore[arg-type]
+    return load_teachers(model, configs, placement)  # type: ignore[arg-type]
 
 
 def merged_by_peft(model: SD3, folder: Path) -> nn.Module:
@@ -161,8 +162,8 @@ def test_released_teachers_are_pefts_own(narrow: SD3, released: list[Path], plac
                 found = layer.get_base_layer().weight + layer.get_delta_weight(bank.teachers[i].adapter)
             torch.testing.assert_close(found, want.get_submodule(name).weight, rtol=1e-6, atol=1e-6)
         assert_teaches(model, bank, i, want)
-    assert [(t.origin.modules, t.origin.tensors, t.origin.ranks) for t in bank.teachers] == [(191, 382, (32,))] * 3
-    assert len({t.origin.sha256 for t in bank.teachers}) == 3
+    assert [(t.source.modules, t.source.tensors, t.source.ranks) for t in bank.teachers] == [(191, 382, (32,))] * 3
+    assert len({t.source.sha256 for t in bank.teachers}) == 3
 
 
 # --- ranks, targets, parts -------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_teachers_of_any_rank_and_targets(model: SD3, mixed: list[Path], placeme
     Student.build(mine, StudentConfig(rank=4, alpha=8.0, targets=["attn.to_q", "ff_context.net.2"]))
     for i, folder in enumerate(mixed):
         assert_teaches(mine, bank, i, merged_by_peft(model, folder))
-    assert [t.origin.ranks for t in bank.teachers] == [(2,), (40,), (1, 3, 7)]
+    assert [t.source.ranks for t in bank.teachers] == [(2,), (40,), (1, 3, 7)]
     if placement == "shared":
         wrapped = {name for name, m in mine.transformer.named_modules() if isinstance(m, LoraLinear)}
         student = {f"transformer_blocks.{i}.attn.to_q" for i in range(2)} | {"transformer_blocks.0.ff_context.net.2"}
@@ -232,7 +233,7 @@ def test_offloaded_teachers_teach_the_same(model: SD3, mixed: list[Path]) -> Non
     """Block by block through diffusers' hooks; here from the CPU to the CPU."""
     model = fresh(model)
     configs = [TeacherConfig(name=p.name, weights=str(p), prompts="bundled/composition") for p in mixed]
-    there, here = (TeacherBank.load(model, configs, offload=offload) for offload in (True, False))
+    there, here = (load_teachers(model, configs, offload=offload) for offload in (True, False))
     for a, b in zip(there.teachers, here.teachers, strict=True):
         assert torch.equal(velocity(model, a.transformer), velocity(model, b.transformer))
         assert any(hasattr(m, "_diffusers_hook") for m in model.blocks(a.transformer))
@@ -247,8 +248,8 @@ def test_a_part_is_refused_unless_asked_for(model: SD3, mixed: list[Path], longe
     mine = fresh(model)
     bank = load_bank(mine, [longer], placement, partial=True)
     assert_teaches(mine, bank, 0, merged_by_peft(model, mixed[0]))
-    assert (bank.teachers[0].origin.modules, bank.teachers[0].origin.held) == (2, 3)
-    assert "2 of its 3 modules (4 tensors)" in str(bank.teachers[0].origin)
+    assert (bank.teachers[0].source.modules, bank.teachers[0].source.held) == (2, 3)
+    assert "2 of its 3 modules (4 tensors)" in str(bank.teachers[0].source)
 
 
 @pytest.mark.parametrize("partial", [False, True])
@@ -259,7 +260,7 @@ def test_nothing_that_fits_is_no_part(model: SD3, tmp_path: Path, partial: bool)
             load_bank(fresh(model), [tmp_path], placement, partial=partial)
 
 
-# --- origins ---------------------------------------------------------------------------------------------------------
+# --- sources ---------------------------------------------------------------------------------------------------------
 
 
 def write_full(model: SD3, folder: Path, seed: int) -> Path:
@@ -276,7 +277,7 @@ def write_full(model: SD3, folder: Path, seed: int) -> Path:
 def test_an_origin_tells_its_files_apart(model: SD3, mixed: list[Path], tmp_path: Path) -> None:
     full = write_full(model, tmp_path / "full", 0)
     bank = load_bank(model, [mixed[2], full])
-    lora, whole = (teacher.origin for teacher in bank.teachers)
+    lora, whole = (teacher.source for teacher in bank.teachers)
     files = [(mixed[2] / name).read_bytes() for name in (PEFT_WEIGHTS, PEFT_CONFIG)]
     assert lora.sha256 == hashlib.sha256(b"".join(files)).hexdigest()
     expected = f"PEFT LoRA, {lora.modules} modules ({2 * lora.modules} tensors), rank 1, 3, 7, sha256 "
@@ -298,7 +299,7 @@ def test_a_run_says_what_its_teachers_are(tmp_path: Path) -> None:
     for name, teacher in zip(("words", "plain"), prepared.teachers.teachers, strict=True):
         digest = read_lora(tmp_path / name).sha256[:12]
         assert f"teacher {name}: PEFT LoRA, 6 modules (12 tensors), rank 3, sha256 {digest}" in said
-        assert teacher.origin.source == str(tmp_path / name)
+        assert teacher.source.name == str(tmp_path / name)
     (line,) = [line for line in said if line.startswith("student starts from")]
     assert "the mean of its teachers" in line
 
@@ -346,7 +347,7 @@ def test_whole_transformers_are_held_against_the_outline(model: SD3, tmp_path: P
     next(folder.glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match=r"teacher 't': .* has no weights in safetensors"):
         check(folder)
-    with pytest.raises(ValueError, match=r"teacher 't': .* is no LoRA, and engine\.placement shared"):
+    with pytest.raises(ValueError, match=r"teacher 't': .* is not a LoRA, and engine\.placement shared"):
         check(folder, "shared")
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -396,7 +397,7 @@ def weighted(model: SD3, folders: list[Path], weights: tuple[float, ...], placem
         TeacherConfig(name=f"t{i}", weights=str(folder), prompts="bundled/composition", weight=weight)
         for i, (folder, weight) in enumerate(zip(folders, weights, strict=True))
     ]
-    return TeacherBank.load(model, configs, placement)  # type: ignore[arg-type]
+    return load_teachers(model, configs, placement)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -485,7 +486,7 @@ def test_merged_means_the_teachers_and_says_so(
     model: SD3, overlapping: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = StudentConfig(rank=5, alpha=5.0, start="merged")
-    with pytest.raises(ValueError, match=r"student\.start merged is the mean of the teachers, and here are none"):
+    with pytest.raises(ValueError, match=r"student\.start merged is the teachers' mean, and there are none"):
         Student.build(fresh(model), config)
     monkeypatch.chdir(tmp_path)
     mine = fresh(model)
@@ -544,10 +545,10 @@ def test_hub_ids_are_found_in_the_cache(model: SD3, mixed: list[Path], offline: 
     into_cache(offline, "org/file", tmp_path / "single")
     into_cache(offline, "org/pipeline", write_full(model, tmp_path / "full", 0), "transformer")
     names = ["org/lora", "org/many/checkpoints/lora", "org/file/by_hand.safetensors", "org/pipeline"]
-    origins = [teacher.origin for teacher in load_bank(fresh(model), [Path(name) for name in names]).teachers]
-    assert [origin.source for origin in origins] == names
-    assert [origin.format for origin in origins] == ["peft", "peft", "diffusers", "transformer"]
-    assert origins[1].sha256 == read_lora(mixed[1]).sha256
+    sources = [teacher.source for teacher in load_bank(fresh(model), [Path(name) for name in names]).teachers]
+    assert [source.name for source in sources] == names
+    assert [source.format for source in sources] == ["peft", "peft", "diffusers", "transformer"]
+    assert sources[1].sha256 == read_lora(mixed[1]).sha256
     with pytest.raises(ValueError, match=r"org/file is neither a LoRA nor .*owner/name/FILE\.safetensors"):
         load_bank(model, [Path("org/file")])
 

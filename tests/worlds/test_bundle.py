@@ -17,8 +17,9 @@ from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, merge_into, read_lora
 from opd_fast.solvers import solver_table
 from opd_fast.training.evaluation import EvalTask, ImageSampler, evaluate, task_keys
 from opd_fast.training.loop import train
-from opd_fast.training.rollout import INITIAL_NOISE, sample
+from opd_fast.training.sampling import sample
 from opd_kernels import philox_normal
+from opd_kernels.philox import INITIAL_NOISE
 from tests.runs import settings
 
 TASKS = ("composition", "text", "colour")

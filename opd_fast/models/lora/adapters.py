@@ -6,12 +6,15 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from opd_fast.models.lora.files import LoraWeights, match
+
+T = TypeVar("T")
 
 
 def injected(transformer: nn.Module) -> tuple[str, ...]:
@@ -64,6 +67,13 @@ def add_frozen(transformer: nn.Module, name: str, lora: LoraWeights, *, allow_pa
                 weight.data = value.to(weight.device, torch.float32)
                 weight.requires_grad_(False)
     return modules
+
+
+def factors_by_module(tensors: Mapping[str, T], adapter: str) -> dict[str, tuple[T, T]]:
+    """A and B of an adapter by module, of tensors by their PEFT names."""
+    suffix = f".lora_A.{adapter}.weight"
+    modules = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    return {m: (tensors[m + suffix], tensors[m + suffix.replace("lora_A", "lora_B")]) for m in modules}
 
 
 def plain_copy(transformer: nn.Module) -> nn.Module:

@@ -56,7 +56,7 @@ class LoraWeights:
     scale: dict[str, float]
     sha256: str
     note: str = ""
-    """What of the file was left out, in words; empty for nothing."""
+    """What was left out of the file, in words; empty where nothing was."""
 
     @property
     def ranks(self) -> set[int]:
@@ -67,7 +67,7 @@ class LoraWeights:
 
 
 def find_lora(path: str | Path) -> Path | None:
-    """The file or folder of the LoRA that ``path`` names, or None if it names something else (or nothing).
+    """Find the file or folder of the LoRA that ``path`` names. Returns None if it names something else, or nothing.
 
     ``path``: a PEFT folder, a LoRA file, a folder with diffusers', ``bundled/NAME``, or a hub id, ``owner/name``, with
     an optional folder or file after it (fetched, or found in the hub's cache; ValueError if it can be neither).
@@ -93,12 +93,12 @@ def read_lora(path: str | Path, model: DiffusionModel | None = None) -> LoraWeig
 
     ``model`` is the one that it will change, or its meta model: files in layouts other than these two are read by its
     modules' names and its family's converter, and without it not at all.
-    Raises ValueError, in one line with the file and the remedy, for a missing or damaged file, for what is no plain
+    Raises ValueError, in one line with the file and the remedy, for a missing or damaged file, for what is not a plain
     LoRA of the transformer (DoRA, biases, text-encoder weights, half a pair), and for NaN or infinite weights.
     """
     found = find_lora(path)
     if found is None:
-        raise ValueError(f"{path} is no LoRA: {_why_not(path)}")
+        raise ValueError(f"{path} is not a LoRA: {_why_not(path)}")
     if found.is_file():
         return _read_peft(found.parent, model) if found.name == PEFT_WEIGHTS else _read_file(found, model)
     is_peft = (found / PEFT_CONFIG).is_file() or (found / PEFT_WEIGHTS).is_file()
@@ -143,11 +143,11 @@ def _read_peft(folder: Path, model: DiffusionModel | None) -> LoraWeights:
     if alphas:
         raise ValueError(f"{weights} holds .alpha tensors, which PEFT does not write; convert it again")
 
-    def own(module: str) -> str:
-        return names.own(module) or module.removeprefix(PEFT_PREFIX)
+    def transformer_name(module: str) -> str:
+        return names.find(module) or module.removeprefix(PEFT_PREFIX)
 
-    pairs, _ = rename(weights, raw, {}, own)
-    spelt = {own(names.plain(module)): module.removeprefix(PEFT_PREFIX) for module in modules_of(tensors)}
+    pairs, _ = rename(weights, raw, {}, transformer_name)
+    spelt = {transformer_name(names.plain(module)): module.removeprefix(PEFT_PREFIX) for module in modules_of(tensors)}
     return LoraWeights(folder, "peft", pairs, scales_from_config(file, config, pairs, spelt), sha256(weights, file))
 
 
@@ -163,7 +163,7 @@ def _read_file(file: Path, model: DiffusionModel | None) -> LoraWeights:
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{file}: damaged {_METADATA_KEY} in its header ({error}); save the LoRA again") from None
         names = transformer_names(model)
-        spelt = {names.own(names.plain(m)) or bare(names.plain(m)): bare(m) for m in modules_of(tensors)}
+        spelt = {names.find(names.plain(m)) or bare(names.plain(m)): bare(m) for m in modules_of(tensors)}
         scale = scales_from_config(file, config, pairs, spelt)
     else:
         scale = {module: alphas.get(module, a.shape[0]) / a.shape[0] for module, (a, _) in pairs.items()}
@@ -217,7 +217,7 @@ def sha256(*files: Path) -> str:
 
 
 def match(lora: LoraWeights, transformer: nn.Module, *, allow_partial: bool = False) -> list[str]:
-    """The modules of ``transformer`` that ``lora`` changes, in the transformer's order.
+    """Match a LoRA with a transformer. Returns the modules that it changes, in the transformer's order.
 
     Raises ValueError if it fits none of them, if some of its modules do not exist (unless ``allow_partial``), or if a
     shape differs.
@@ -227,7 +227,7 @@ def match(lora: LoraWeights, transformer: nn.Module, *, allow_partial: bool = Fa
     if not modules:
         raise ValueError(
             f"LoRA {lora.path} fits no module of the transformer (its first: {absent[0]}); "
-            f"it was made for another model family, or its names are none that diffusers converts for this one"
+            f"it was made for another model family, or diffusers does not convert its names for this one"
         )
     if absent and not allow_partial:
         raise ValueError(

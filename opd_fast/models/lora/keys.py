@@ -9,8 +9,7 @@
 
 Names are brought back to the transformer's own before anything is judged (``opd_fast.models.lora.module_names``).
 The last kind names modules that diffusers' transformer does not have, such as fused projections: those files go
-through the converter of the family's own pipeline in diffusers, and what it makes of them is held against what they
-held.
+through the converter of the family's own pipeline in diffusers, and what it returns is compared with what went in.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _HALVES = (
     re.compile(r"(?P<module>.+\.processor\.\w+)\.(?P<half>down|up)\.weight"),  # XLabs
     re.compile(r"(?P<module>.+)\.(?P<half>alpha)"),
 )
-# What a key that is no LoRA weight belongs to, by how its last part begins.
+# What a key that is not a LoRA weight belongs to, by how its last part begins.
 _ADAPTERS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -76,7 +75,7 @@ _OTHER_ADAPTERS = (
 
 
 def _split(key: str) -> tuple[str, str] | None:
-    """(module, "A" | "B" | "alpha") of a key, or None for what is no LoRA weight."""
+    """(module, "A" | "B" | "alpha") of a key, or None for what is not a LoRA weight."""
     for pattern in _HALVES:
         if found := pattern.fullmatch(key):
             return found["module"], {"down": "A", "up": "B"}.get(found["half"], found["half"])
@@ -113,13 +112,13 @@ def read_pairs(file: Path, tensors: Mapping[str, Tensor]) -> tuple[Pairs, dict[s
         module, half = found
         if half == "alpha":
             if tensor.numel() != 1 or tensor.is_complex():
-                raise ValueError(f"{file}: {key} is no single number but {tuple(tensor.shape)}; save the LoRA again")
+                raise ValueError(f"{file}: {key} is not a single number but {tuple(tensor.shape)}; save the LoRA again")
             alphas[module] = float(tensor)
             continue
         if not tensor.is_floating_point():
             raise ValueError(
-                f"{file}: {key} is {tensor.dtype}, no floating-point number; quantized weights are not read: save it "
-                f"in bfloat16"
+                f"{file}: {key} is {tensor.dtype}, not a floating-point number; quantized weights are not read: save "
+                f"it in bfloat16"
             )
         if halves.setdefault(module, {}).setdefault(half, tensor) is not tensor:
             raise ValueError(f"{file}: module {module} has lora_{half} twice (the second: {key}); keep one adapter")
@@ -138,12 +137,12 @@ def read_pairs(file: Path, tensors: Mapping[str, Tensor]) -> tuple[Pairs, dict[s
 
 
 def _not_plain(file: Path, key: str) -> str:
-    """What to say of a key that is no LoRA weight."""
+    """What to say of a key that is not a LoRA weight."""
     leaf = key.removesuffix(".weight").rpartition(".")[2]
     kind = next((kind for begin, kind in _ADAPTERS.items() if leaf.startswith(begin)), None)
     what = f" but of {kind}" if kind is not None else ""
     return (
-        f"{file}: key {key} is no plain LoRA weight{what}; supported are MODULE.lora_A.weight and lora_B.weight "
+        f"{file}: key {key} is not a plain LoRA weight{what}; supported are MODULE.lora_A.weight and lora_B.weight "
         f"(no DoRA, no biases, no other adapters): convert the file, or merge it into a full transformer"
     )
 
@@ -151,8 +150,8 @@ def _not_plain(file: Path, key: str) -> str:
 def read_keys(
     file: Path, tensors: Mapping[str, Tensor], model: DiffusionModel | None
 ) -> tuple[Pairs, dict[str, float], Format, str]:
-    """Pairs and alphas of a file outside PEFT's layout, by the modules' names in ``model.transformer``; its layout; and
-    in words what the file repeats, which is left out.
+    """Read a file outside PEFT's layout. Returns pairs and alphas by the modules' names in ``model.transformer``, the
+    layout, and in words what the file repeats, which is left out.
 
     Names that the transformer does not have go through diffusers' converter for ``model.pipeline_class``; those that
     it does not know either are returned as they are.  Without a model only diffusers' layout is understood.
@@ -169,7 +168,7 @@ def read_keys(
     pairs = {module: pair for module, pair in pairs.items() if module not in repeated}
     alphas = {module: alpha for module, alpha in alphas.items() if bare(module).replace(".", "_") not in gone}
     layout: Format = "kohya" if any(map(is_underscored, pairs)) else "diffusers"
-    if not all(names.own(module) for module in pairs):
+    if not all(names.find(module) for module in pairs):
         pairs, alphas = rename(file, pairs, alphas, names.for_converter)
         tensors = _keys(pairs, alphas, tensors, names)
         converted = _converted(file, tensors, pairs, alphas, model.pipeline_class)
@@ -181,21 +180,21 @@ def read_keys(
                 f"{file}: diffusers' {model.pipeline_class} converts only a part of it; save it with diffusers' or "
                 f"PEFT's names"
             )
-    pairs, alphas = rename(file, pairs, alphas, lambda module: names.own(module) or bare(module))
+    pairs, alphas = rename(file, pairs, alphas, lambda module: names.find(module) or bare(module))
     return pairs, alphas, layout, note
 
 
 def transformer_names(model: DiffusionModel | None) -> ModuleNames:
-    """The names of the modules of a model's transformer; of no model: none."""
+    """The names of the modules of a model's transformer; without a model there are none."""
     return ModuleNames(name for name, _ in model.transformer.named_modules()) if model is not None else ModuleNames()
 
 
 def rename(
     file: Path, pairs: Pairs, alphas: Mapping[str, float], name: Callable[[str], str]
 ) -> tuple[Pairs, dict[str, float]]:
-    """Pairs and alphas under other names.
+    """Put pairs and alphas under other names.
 
-    Raises ValueError where two modules would get one name, and for an alpha of no module.
+    Raises ValueError where two modules would get one name, and for an alpha without a module.
     """
     renamed: Pairs = {}
     for module, pair in pairs.items():
@@ -211,41 +210,41 @@ def rename(
 
 
 def _repeated(pairs: Pairs, fused: Mapping[str, Sequence[str]], names: ModuleNames) -> dict[str, tuple[str, list[str]]]:
-    """The fused modules of a file all of whose parts it holds as well: to which kind each belongs, and the file's names
-    of the parts."""
-    held = {own: module for module in pairs if (own := names.own(module))}
-    found: dict[str, tuple[str, list[str]]] = {}
+    """Find the fused modules of a file that holds all of their parts as well. Returns the kind of each, and the file's
+    names of its parts."""
+    in_file = {known: module for module in pairs if (known := names.find(module))}
+    repeated: dict[str, tuple[str, list[str]]] = {}
     for module in pairs:
         for kind, parts in fused.items():
             beside = [names.part(module, kind, part) for part in parts]
-            if names.own(module) is None and all(name in held for name in beside):
-                found[module] = kind, [held[name] for name in beside if name is not None]
-    return found
+            if names.find(module) is None and all(name in in_file for name in beside):
+                repeated[module] = kind, [in_file[name] for name in beside if name is not None]
+    return repeated
 
 
 def _account(
     pairs: Pairs, alphas: Mapping[str, float], repeated: Mapping[str, tuple[str, list[str]]], names: ModuleNames
 ) -> str:
-    """In words: what of a file is left out because it stands there twice, and whether the two say the same."""
+    """Say what is left out of a file because it stands there twice, and whether the two agree."""
     by_name = {bare(module).replace(".", "_"): alpha for module, alpha in alphas.items()}
 
     def scaled(module: str) -> tuple[Tensor, Tensor]:
         a, b = (half.double() for half in pairs[module])
-        return a, b * (by_name.get(bare(names.own(module) or module).replace(".", "_"), a.shape[0]) / a.shape[0])
+        return a, b * (by_name.get(bare(names.find(module) or module).replace(".", "_"), a.shape[0]) / a.shape[0])
 
     counts: dict[str, list[bool]] = {}
     for module, (kind, parts) in repeated.items():
         counts.setdefault(kind, []).append(_alike(scaled(module), [scaled(part) for part in parts]))
-    told = []
+    repetitions = []
     for kind, alike in sorted(counts.items()):
         differ = "" if all(alike) else f", {alike.count(False)} of which differ from them"
-        told.append(f"{kind} in {len(alike)} blocks beside its parts{differ}")
-    return f"left out, as diffusers leaves it out: {'; '.join(told)}" if told else ""
+        repetitions.append(f"{kind} in {len(alike)} blocks beside its parts{differ}")
+    return f"left out, as diffusers leaves it out: {'; '.join(repetitions)}" if repetitions else ""
 
 
 def _alike(whole: tuple[Tensor, Tensor], parts: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Whether the deltas of parts, one below the other, are that of the fused module, but for rounding and a common
-    factor: an alpha is often written for one of the two alone."""
+    """Whether the parts' deltas, one below the other, equal the fused module's but for rounding and a common factor,
+    because an alpha is often written for one of the two alone."""
     a, b = whole
     if len(b) != sum(len(up) for _, up in parts):
         return False
@@ -259,13 +258,13 @@ def _keys(
     pairs: Pairs, alphas: Mapping[str, float], tensors: Mapping[str, Tensor], names: ModuleNames
 ) -> dict[str, Tensor]:
     """The tensors that pairs and alphas came from, under keys of their new names; each keeps how its half is spelt."""
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         module, half = _split(key) or ("", "")
         new = names.for_converter(module)
         if new in (alphas if half == "alpha" else pairs):
-            found[new + key.removeprefix(module)] = tensor
-    return found
+            renamed[new + key.removeprefix(module)] = tensor
+    return renamed
 
 
 def _converted(
@@ -299,7 +298,7 @@ def _converted(
 
 
 def _size(pairs: Pairs, alphas: Mapping[str, float]) -> float:
-    """Sum of the squares of every delta's elements: splitting and permuting rows keep it, losing any lowers it."""
+    """Sum of the squares of every delta's elements, which splitting or permuting rows keeps and losing one lowers."""
     total = 0.0
     for module, (a, b) in pairs.items():
         a, b = a.double(), b.double() * (alphas.get(module, a.shape[0]) / a.shape[0])
@@ -308,10 +307,7 @@ def _size(pairs: Pairs, alphas: Mapping[str, float]) -> float:
 
 
 def scales_from_config(
-    file: Path,
-    config: Mapping[str, Any],
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
-    spelt: Mapping[str, str] | None = None,
+    file: Path, config: Mapping[str, Any], pairs: Pairs, spelt: Mapping[str, str] | None = None
 ) -> dict[str, float]:
     """alpha/r per module (alpha/sqrt(r) with rsLoRA), patterns as PEFT resolves them.
 
@@ -322,7 +318,7 @@ def scales_from_config(
         raise ValueError(f"{file}: a {kind} adapter; only LORA is supported: merge it into a full transformer")
     for option in _OTHER_ADAPTERS:
         if config.get(option):
-            raise ValueError(f"{file}: {option} is set, which is no plain LoRA; merge it into a full transformer")
+            raise ValueError(f"{file}: {option} is set, which is not a plain LoRA; merge it into a full transformer")
     begun = config.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower().startswith(_BASE_CHANGING):
         raise ValueError(

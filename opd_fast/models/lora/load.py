@@ -24,7 +24,7 @@ from opd_fast.models.weight_files import (
     check_state,
     find_weights,
     load_renamed,
-    own_keys,
+    network_keys,
     read_header,
     shapes_of,
 )
@@ -39,10 +39,10 @@ _FORMATS = {
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where weights come from, and what of them was taken.  ``sha256`` identifies their files."""
+class WeightsSource:
+    """Where weights come from, and what was taken from there.  ``sha256`` identifies their files."""
 
-    source: str
+    name: str
     """As the user named it."""
     format: str
     """A LoRA's `peft`, `diffusers`, `kohya` or `converted` layout, or `transformer`: all of the weights."""
@@ -56,10 +56,10 @@ class Origin:
     """A LoRA's, ascending; empty for a whole transformer."""
     sha256: str
     note: str = ""
-    """What of the files was left out beside modules that the model does not have."""
+    """What was left out of the files, beside modules that the model does not have."""
 
     @classmethod
-    def of_lora(cls, source: str, lora: LoraWeights, modules: list[str]) -> Origin:
+    def of_lora(cls, source: str, lora: LoraWeights, modules: list[str]) -> WeightsSource:
         ranks = tuple(sorted({lora.tensors[module][0].shape[0] for module in modules}))
         return cls(
             source, lora.format, len(modules), len(lora.tensors), 2 * len(modules), ranks, lora.sha256, lora.note
@@ -75,24 +75,24 @@ class Origin:
 
 
 def load_transformer(model: DiffusionModel, weights: str | None, *, what: str) -> nn.Module:
-    """A frozen transformer of its own, in the model's dtype: the base with a LoRA merged, or loaded whole.
+    """Load a frozen transformer of its own, in the model's dtype: the base with a LoRA merged, or all of its weights.
 
-    `weights` None gives a copy of the base. `what` names the setting in errors. Raises
-    ValueError where the weights are missing, damaged, or of another shape than the base.
+    `weights` None gives a copy of the base. `what` names the setting in errors. Raises ValueError where the weights are
+    missing, damaged, or of another shape than the base.
     """
-    return plain_copy(model.transformer) if weights is None else load_with_origin(model, weights, what=what)[0]
+    return plain_copy(model.transformer) if weights is None else load_with_source(model, weights, what=what)[0]
 
 
-def load_with_origin(
+def load_with_source(
     model: DiffusionModel, weights: str, *, what: str, partial: bool = False
-) -> tuple[nn.Module, Origin]:
-    """As `load_transformer`, with the account of it; `partial` takes a LoRA of which only some modules exist."""
+) -> tuple[nn.Module, WeightsSource]:
+    """As `load_transformer`, and where it came from; `partial` takes a LoRA of which only some modules exist."""
     if find_lora(weights) is not None:
         lora = read_lora(weights, model)
         match(lora, unwrapped(model.transformer), allow_partial=partial)  # before the copy
         transformer = plain_copy(model.transformer)
         modules = merge_into(transformer, lora, allow_partial=partial)
-        return transformer, Origin.of_lora(weights, lora, modules)
+        return transformer, WeightsSource.of_lora(weights, lora, modules)
     place = _find_transformer(weights, what)
     keys = _check_whole(model, place, weights, what)
     kind: Any = type(model.transformer)
@@ -109,13 +109,13 @@ def load_with_origin(
             raise ValueError(f"{what}: {name} of {weights} has NaN or infinite values; take another checkpoint")
     modules = [name for name, m in loaded.named_modules() if any(True for _ in m.parameters(recurse=False))]
     count = len(loaded.state_dict())
-    return loaded, Origin(weights, "transformer", len(modules), len(modules), count, (), digest)
+    return loaded, WeightsSource(weights, "transformer", len(modules), len(modules), count, (), digest)
 
 
 def check_weights(model: DiffusionModel, weights: str, *, what: str, partial: bool = False) -> None:
-    """What `load_with_origin` would refuse about names and shapes, without loading: `model` may be a meta model.
+    """What `load_with_source` would refuse about names and shapes, without loading: `model` may be a meta model.
 
-    A LoRA's own tensors are read, of a whole transformer its configuration and its files' headers.
+    A LoRA's own tensors are read; of a whole transformer only its configuration and its files' headers are.
     """
     if find_lora(weights) is not None:
         match(read_lora(weights, model), unwrapped(model.transformer), allow_partial=partial)
@@ -137,7 +137,7 @@ def _find_transformer(weights: str, what: str) -> Path:
     if path.is_file():
         if path.suffix == ".safetensors":
             return path
-        unread = "holds GGUF's quantised weights" if path.suffix == ".gguf" else "is no safetensors file"
+        unread = "holds GGUF's quantised weights" if path.suffix == ".gguf" else "is not a safetensors file"
         raise ValueError(f"{what}: {weights} {unread}, which is not read; {SAVE_AGAIN}")
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():
@@ -152,7 +152,7 @@ def _find_transformer(weights: str, what: str) -> Path:
 
 
 def _check_whole(model: DiffusionModel, place: Path, weights: str, what: str) -> dict[str, str]:
-    """Hold a transformer's configuration and its files' headers against the base; the base's name of each tensor."""
+    """Compare a transformer's configuration and its files' headers with the base. Returns the base's names."""
     base = shapes_of(model.transformer)
     if place.is_file():
         return _check_header(model, read_header(place, f"{what}: {weights}"), place, what)
@@ -186,9 +186,11 @@ def _check_whole(model: DiffusionModel, place: Path, weights: str, what: str) ->
 
 
 def _check_header(model: DiffusionModel, header: Header, place: Path, what: str) -> dict[str, str]:
-    """Hold tensors' names, shapes and dtypes against the base's; the base's name of each."""
+    """Compare tensors' names, shapes and dtypes with the base's. Returns the base's name of each."""
     known = shapes_of(model.transformer)
-    unknown = sorted(key for key, own in own_keys(header, known).items() if own not in known and ".lora_" not in key)
+    unknown = sorted(
+        key for key, name in network_keys(header, known).items() if name not in known and ".lora_" not in key
+    )
     kind = type(model.transformer).__name__
     if len(unknown) > len(header) / 2:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Module names as trainers write them into files, brought back to the names of the transformer's own modules.
 
 A name may carry the segments of wrappers (torch.compile, activation checkpointing, FSDP, DDP), the prefix of a layout,
-and underscores for dots. All of that is taken off before a name is compared with the model, so that a file is never
-called another model's because of how it was saved.
+and underscores for dots. All of that is taken off before a name is compared with the model, so that how a file was
+saved never makes it look like another model's.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ UNDERSCORED = (_KOHYA, "lora_transformer_", "lora_dit_", "lycoris_")
 class ModuleNames:
     """The names of a transformer's modules (or parameters), and how names in files lead to them."""
 
-    def __init__(self, own: Iterable[str] = ()) -> None:
-        self._exact = {name for name in own if name}
-        self._own = {_flat(name): name for name in self._exact}
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._exact = {name for name in names if name}
+        self._by_flat = {_flat(name): name for name in self._exact}
         segments = {segment for name in self._exact for segment in name.split(".")}
         self._dropped = {*WRAPPERS, DATA_PARALLEL} - segments
 
@@ -45,12 +45,12 @@ class ModuleNames:
     def _without(self, key: str) -> str:
         return ".".join(segment for segment in key.split(".") if segment not in self._dropped)
 
-    def own(self, module: str) -> str | None:
+    def find(self, module: str) -> str | None:
         """The transformer's name of a module that a file names; None for one that it does not have."""
         name = module
         while True:
-            if found := name if name in self._exact else self._own.get(_flat(name)):
-                return found
+            if known := name if name in self._exact else self._by_flat.get(_flat(name)):
+                return known
             if (shorter := _stripped(name)) == name:
                 return None
             name = shorter
@@ -58,19 +58,19 @@ class ModuleNames:
     def part(self, module: str, fused: str, part: str) -> str | None:
         """The transformer's name of the module `part` beside a module of a file that ends in `fused`."""
         name = _flat(bare(module))
-        return self._own.get(name.removesuffix(fused) + _flat(part)) if name.endswith(f"_{fused}") else None
+        return self._by_flat.get(name.removesuffix(fused) + _flat(part)) if name.endswith(f"_{fused}") else None
 
     def for_converter(self, module: str) -> str:
-        """A name of a file as diffusers' converters know its layout: one prefix, and dots where the transformer has
-        underscores (`to.q`) made underscores again."""
+        """A name of a file as diffusers' converters know its layout: it has one prefix, and where the transformer has
+        underscores (`to_q`) its dots become underscores again."""
         name = module
         while (shorter := _stripped(name)) != name and _stripped(shorter) != shorter:
             name = shorter
         name = name.replace("model.diffusion_model.", "diffusion_model.", 1)
         if prefix := next((prefix for prefix in UNDERSCORED if name.startswith(prefix)), None):
             return _KOHYA + name.removeprefix(prefix)
-        found = self.own(name)
-        return name if found is None else name.removesuffix(bare(name)) + found
+        known = self.find(name)
+        return name if known is None else name.removesuffix(bare(name)) + known
 
 
 def bare(module: str) -> str:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from opd_fast.seeds import Stream, noise_keys
 from opd_fast.solvers import SolverTable, solver_table
+from opd_fast.training.guided_step import Prediction, guided_step
 from opd_fast.training.methods.reward_learning import Reinforcement
 from opd_fast.training.setup import Setup
-from opd_kernels import fused_step, log_prob, philox_normal
+from opd_kernels import log_prob, philox_normal
 from opd_kernels.philox import INITIAL_NOISE
 
 CLIP = {False: 1e-4, True: 2e-6}
@@ -125,18 +126,16 @@ class GRPO(Reinforcement):
         rows, keys = self.rows(epoch), self.keys(epoch)
         kept = {name: [self.no_images(len(trained))] for name in ("x", "sample", "mean")}
         latents = [self.no_images()]
-        with torch.no_grad(), setup.student.at_rest():
+        with torch.no_grad(), setup.student.merged_for_round():
             for part in self.micro_batches(self.rank_indices):
                 condition, part_keys = self.condition(epoch, part), keys[part.to(keys.device)]
                 guidance = torch.full((len(part),), condition.branch_guidance, device=keys.device)
                 x = philox_normal(part_keys, setup.shape, INITIAL_NOISE)
                 path: dict[str, list[Tensor]] = {name: [] for name in kept}
                 for j in range(setup.table.steps):
-                    v = setup.student.velocities(setup.model, x, rows[j, -1], condition)
-                    branches, ones = (v.cond, v.uncond), torch.ones_like(guidance)
-                    step = fused_step(
-                        *(x, *branches, *branches, guidance, guidance, rows, j, ones), keys=part_keys, return_means=True
-                    )
+                    v = Prediction(setup.student.velocities(setup.model, x, rows[j, -1], condition), guidance)
+                    scale = torch.ones_like(guidance)
+                    step = guided_step(x, v, v, rows, j, scale, keys=part_keys, return_means=True)
                     if j in trained and step.mean_s is not None:
                         for name, tensor in zip(kept, (x, step.x_next, step.mean_s), strict=True):
                             path[name].append(tensor)
@@ -152,7 +151,7 @@ class GRPO(Reinforcement):
         setup, steps, drawn = self.setup, self.trained_steps(epoch), self._drawn
         losses = torch.zeros(len(steps), self.images, device=rows.device)
         counts = {name: torch.zeros((), device=rows.device) for name in ("kl", "clipped")}
-        with setup.student.at_rest():
+        with setup.student.merged_for_round():
             for part, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
                 condition = self.condition(epoch, part)
                 guidance = torch.full((len(part),), condition.branch_guidance, device=rows.device)
@@ -171,11 +170,9 @@ class GRPO(Reinforcement):
                         log_prob=self.rl.log_prob,
                     )
                     if self.kl > 0:
-                        base = self.base_velocities(x, sigma, condition)
-                        pull = fused_step(
-                            *(x, v.cond, v.uncond, base.cond, base.uncond, guidance, guidance, self.kl_rows, j),
-                            torch.full_like(guidance, self.kl),
-                        )
+                        base = Prediction(self.base_velocities(x, sigma, condition), guidance)
+                        scale = torch.full_like(guidance, self.kl)
+                        pull = guided_step(x, Prediction(v, guidance), base, self.kl_rows, j, scale)
                         loss = loss + pull.loss
                         counts["kl"] += (share * pull.loss.detach()).sum() / (self.kl * len(steps))
                     weighed = share * loss / len(steps)

@@ -18,7 +18,7 @@ from opd_fast.models.text import TextEmbeds
 from opd_fast.rewards.runner import RewardRunner
 from opd_fast.seeds import Stream, noise_keys
 from opd_fast.training.setup import Setup
-from opd_fast.training.teachers import TeacherBank
+from opd_fast.training.teacher_loading import base_teacher
 
 
 class ImageBuffer(ABC):
@@ -44,7 +44,7 @@ class ImageBuffer(ABC):
         self.samples = self.images / updates
         """Images that a round learns from, on average."""
         self.reward_runner = RewardRunner("raise", config.evaluation.reward_timeout)
-        self._base = TeacherBank.of_base(setup.model, guidance)
+        self._base = base_teacher(setup.model, guidance)
         self._drawn: dict[str, Tensor] = {}
         """The images in hand: a tensor's first dimension counts those of this process, in the order of `rank_indices`,
         or all images where its name is in `replicated`."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from opd_fast.seeds import Stream
 from opd_fast.training.methods.image_buffer import generator
 from opd_fast.training.methods.reward_learning import Reinforcement
-from opd_fast.training.rollout import sample
+from opd_fast.training.sampling import sample
 from opd_fast.training.setup import Setup
 from opd_kernels import philox_normal
 
@@ -113,7 +113,7 @@ class NFT(Reinforcement):
         if epoch:
             decay = old_policy_decay(self.rl.decay, epoch * self.rl.updates)
             move_old_policy(self.old, [p.detach() for p in setup.student.parameters()], decay)
-        with setup.student.holding(self.old) as transformer:
+        with setup.student.with_weights(self.old) as transformer:
             for part in self.micro_batches(self.rank_indices):
                 part_keys = keys[part.to(keys.device)]
                 text = self.text(epoch, part)
@@ -152,7 +152,7 @@ class NFT(Reinforcement):
             return setup.student.velocities(setup.model, noised(j, part), sigmas[j], self.condition(epoch, part)).cond
 
         moved = any(not torch.equal(old, p) for old, p in zip(self.old, setup.student.parameters(), strict=True))
-        with torch.no_grad(), setup.student.holding(self.old) if moved else nullcontext():
+        with torch.no_grad(), setup.student.with_weights(self.old) if moved else nullcontext():
             for part, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
                 for j in range(setup.table.steps):
                     here = levels[part.cpu(), j].to(part.device)
@@ -161,7 +161,7 @@ class NFT(Reinforcement):
                         points.append((j, some, share[here], velocity(j, some) if moved else None))
         losses = torch.zeros(setup.table.steps, self.images, device=rows.device)
         change = torch.zeros((), device=rows.device)
-        with setup.student.at_rest():
+        with setup.student.merged_for_round():
             for j, part, share, before in points:
                 x = noised(j, part)
                 base = self.base_velocities(x, sigmas[j], self.condition(epoch, part)).cond if self.kl > 0 else None

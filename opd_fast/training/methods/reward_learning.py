@@ -20,7 +20,7 @@ from opd_fast.rewards.runner import task_reward
 from opd_fast.training.methods.advantages import advantages
 from opd_fast.training.methods.image_buffer import ImageBuffer
 from opd_fast.training.setup import Setup
-from opd_fast.training.teachers import Course
+from opd_fast.training.teachers import TeacherConditioning
 
 
 class Reinforcement(ImageBuffer):
@@ -73,8 +73,8 @@ class Reinforcement(ImageBuffer):
     def base_velocities(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
         """Returns the base's velocities, without gradient."""
         guidance = torch.full((len(x),), condition.branch_guidance, device=x.device)
-        course = Course(((0, slice(0, len(x)), condition),), guidance)
-        return self._base.velocities(x, sigma, course)
+        teacher_condition = TeacherConditioning(((0, slice(0, len(x)), condition),), guidance)
+        return self._base.velocities(x, sigma, teacher_condition)
 
     def _draw(self, epoch: int) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
-from opd_fast.models.guidance import Conditioning, velocities
+from opd_fast.models.guidance import Conditioning, predict_velocities
 from opd_fast.rewards.runner import task_reward
 from opd_fast.seeds import SftDraw, Stream, noise_keys
 from opd_fast.training.methods.image_buffer import ImageBuffer
-from opd_fast.training.rollout import sample
+from opd_fast.training.sampling import sample
 from opd_fast.training.setup import Setup
 from opd_kernels import philox_normal
 
@@ -124,7 +124,7 @@ class SFT(ImageBuffer):
         model, device = setup.model, setup.model.device
         keys = self.keys(epoch, Stream.SFT_NOISE)
         losses, gap = torch.zeros(1, self.images, device=device), torch.zeros((), device=device)
-        with setup.student.at_rest():
+        with setup.student.merged_for_round():
             for part, share in zip(self.micro_batches(rows), self.micro_batches(shares), strict=True):
                 x0 = self._drawn["x0"][self.positions(part)]
                 noise = philox_normal(keys[part], setup.shape, SftDraw.NOISE)
@@ -136,7 +136,7 @@ class SFT(ImageBuffer):
                 loss = flow_matching_loss(v, x0, noise)
                 if weight > 0:
                     with torch.no_grad(), self._base.active(0) as transformer:
-                        base = velocities(model, transformer, x, level, condition).cond
+                        base = predict_velocities(model, transformer, x, level, condition).cond
                     away = squared_gap(v, base)
                     loss = loss + weight * away
                     gap += (share * away.detach()).sum()
