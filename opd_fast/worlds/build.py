@@ -429,7 +429,8 @@ def train_generator(recipe: Recipe, out: Path, work: Path, *, stage: str) -> Non
 
 def make_teacher(recipe: Recipe, out: Path, work: Path, task: str) -> None:
     """The LoRA of one task: what its recipe's run ends with. One that was cut off goes on."""
-    from opd_fast.config.command_line import parse, prepare_run_dir
+    from opd_fast.config.command_line import parse
+    from opd_fast.config.run_dir import prepare_run_dir
     from opd_fast.training.loop import train
 
     run_dir = work / f"teacher-{task}"

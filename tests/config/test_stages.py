@@ -13,7 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from opd_fast.config.command_line import Command, parse, prepare_run_dir
+from opd_fast.config.command_line import Command, parse
+from opd_fast.config.run_dir import prepare_run_dir
 from opd_fast.errors import UserError
 from opd_fast.reporting.telemetry import Telemetry, read_metrics
 from opd_fast.train import main

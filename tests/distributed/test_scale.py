@@ -95,7 +95,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
         (["--rate", "fast"], "rate: 'fast' is not a number; the default is 800.0"),
         (["--inter-latency", "-1"], "inter-latency: -1.0 is below 0"),
         (["--reshard", "never"], "reshard: 'never' is not one of round, block"),
-        (["--bandwidth", "3"], "bandwidth: unknown key"),
+        (["--bandwidth", "3"], "bandwidth: unknown option"),
         (["absent"], "RECIPE: no recipe or YAML file 'absent'"),
     ):
         assert scale.main(argv) == 2, argv
