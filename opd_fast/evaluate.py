@@ -22,6 +22,7 @@ from opd_fast.config import DETERMINISTIC, Solver
 from opd_fast.config.options import Option, read_options
 from opd_fast.config.validate import check_text
 from opd_fast.errors import UserError, main_guard
+from opd_fast.files import replace_text
 from opd_fast.reporting.telemetry import quiet_libraries
 from opd_fast.waiting import bound_spinning
 
@@ -149,7 +150,7 @@ def main(argv: list[str]) -> int:
         "settings": {name: getattr(settings, name) for name in RECORDED},
         "seconds": round(time.monotonic() - began, 3),
     }
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    replace_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     _show(settings, tasks, found, out)
     if len(found.unjudged()) == sum(len(task.rewards) for task in tasks):
         reasons = "; ".join(found.failures)

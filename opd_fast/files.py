@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +33,25 @@ def replace_text(path: Path, text: str) -> None:
     """Put a text in the place of a file, in UTF-8."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder, and put it in the place of `folder` once it is whole."""
+    part = folder.with_name(f".{folder.name}.part")
+    for leftover in (part, folder.with_name(f".{folder.name}.old")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    put_in_place(part, folder)
+
+
+def put_in_place(part: Path, folder: Path) -> None:
+    """Rename `part` to `folder`; one that is there steps aside as `.NAME.old`, and is removed last."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def open_to_umask(*files: Path) -> None:

@@ -15,13 +15,13 @@ import datetime
 import functools
 import json
 import math
-import os
 import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opd_fast.files import replace_text
 from opd_fast.reporting.reward_keys import key_words
 
 if TYPE_CHECKING:
@@ -43,11 +43,9 @@ def write_results(run_dir: Path, results: dict[str, Any]) -> None:
     missing += [f"rows.{row}" for row in ("base", "student") if row not in results.get("rows", {})]
     if missing:
         raise ValueError(f"results lack {', '.join(missing)}; fill them in before writing results.json")
-    path = Path(run_dir) / "results.json"
-    temporary = path.with_suffix(".part")
     # NaN is not JSON: a reward that could not be measured is null.
-    temporary.write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
+    replace_text(Path(run_dir) / "results.json", text)
 
 
 def gain_recovered(base: float, teacher: float, student: float) -> float | None:
@@ -264,7 +262,7 @@ def write_report(run_dir: Path, results: dict[str, Any], history: list[dict[str,
         config=settings.read_text(encoding="utf-8") if settings.is_file() else "",
     )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    replace_text(path, page)
     return path
 
 

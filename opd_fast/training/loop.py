@@ -23,11 +23,12 @@ from opd_fast.config.serialize import to_dict
 from opd_fast.config.validate import validate
 from opd_fast.distributed.world import World, whole
 from opd_fast.errors import UserError
+from opd_fast.files import replace_folder
 from opd_fast.reporting.profiler import RoundProfiler
 from opd_fast.reporting.results import gain_recovered, image_grid, new_results, print_table, write_report, write_results
 from opd_fast.reporting.reward_keys import reward_keys
 from opd_fast.reporting.telemetry import Silence, Telemetry, annotate, read_metrics
-from opd_fast.training.checkpoint import Checkpoints, replace_folder
+from opd_fast.training.checkpoint import Checkpoints
 from opd_fast.training.evaluation import Evaluation, evaluate
 from opd_fast.training.identity import compare, identify, judged_otherwise
 from opd_fast.training.methods.grpo import GRPO

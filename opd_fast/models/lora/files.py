@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_fast.files import open_to_umask
+from opd_fast.files import open_to_umask, replace_text, replacing
 from opd_fast.models.base import ASSETS, DiffusionModel
 from opd_fast.models.lora.keys import (
     Format,
@@ -325,7 +324,7 @@ def save_lora(
     _write_tensors(folder / PEFT_WEIGHTS, tensors, PEFT_PREFIX, {"format": "pt"})
     _write_tensors(folder / DIFFUSERS_WEIGHTS, tensors, DIFFUSERS_PREFIX, header)
     text = json.dumps(peft_config, indent=2, sort_keys=True) + "\n"
-    _replace(folder / PEFT_CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_text(folder / PEFT_CONFIG, text)
     return folder
 
 
@@ -339,11 +338,6 @@ def _write_tensors(
         for module, pair in tensors.items()
         for half, tensor in zip("AB", pair, strict=True)
     }
-    _replace(file, lambda temporary: save_file(flat, temporary, metadata=header))
-
-
-def _replace(file: Path, write: Any) -> None:
-    temporary = file.with_name(file.name + ".part")
-    write(temporary)
-    open_to_umask(temporary)
-    os.replace(temporary, file)
+    with replacing(file) as part:
+        save_file(flat, part, metadata=header)
+        open_to_umask(part)
