@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from opd_fast.config import DETERMINISTIC, Solver
 from opd_fast.config.options import Option, read_options
+from opd_fast.config.paths import is_bundled
 from opd_fast.config.validate import check_text
 from opd_fast.errors import UserError, main_guard
 from opd_fast.files import replace_text
@@ -161,7 +162,7 @@ def main(argv: list[str]) -> int:
 def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
     """The source's own name, with a number where a task before it has that: it names a row and a picture."""
     path = Path(source)
-    name = path.name if source.startswith("bundled/") else path.stem or path.resolve().name
+    name = path.name if is_bundled(source) else path.stem or path.resolve().name
     taken = {task.name for task in tasks}
     numbered = (f"{name}-{number}" for number in itertools.count(len(tasks)))
     return name if name not in taken else next(other for other in numbered if other not in taken)

@@ -8,7 +8,7 @@ import os
 from dataclasses import fields
 
 from opd_fast.config import DETERMINISTIC, Config, ObjectiveConfig, RLConfig, SFTConfig
-from opd_fast.config.paths import package_file
+from opd_fast.config.paths import ASSETS, BASE, MERGED, is_bundled
 from opd_fast.config.serialize import flatten, leaves, teacher_leaves
 from opd_fast.errors import UserError, did_you_mean
 
@@ -179,11 +179,11 @@ def _check_reinforcement(config: Config) -> None:
         )
     _check_updates(config, "rl.updates", rl.updates)
     for i, task in enumerate(config.teachers):
-        if task.weights != "base":
+        if task.weights != BASE:
             raise UserError(f"teachers[{i}].weights", f"{task.weights} teaches nothing under {method}", "write base")
         if task.reward is None:
             raise UserError(f"teachers[{i}].reward", f"is missing, which {method} learns from", "name a reward")
-    if config.student.start == "merged":
+    if config.student.start == MERGED:
         raise UserError("student.start", f"merged is the mean of teachers, of which {method} has none", "name weights")
     if method == "nft":
         if (config.student.guidance or 0) > 1:  # up to 1 the model's pipeline decides: plan.check_guidance
@@ -303,13 +303,13 @@ def no_held_out(key: str, prompts: str) -> UserError:
 def _check_bundled(config: Config) -> None:
     """Raise for a bundled LoRA on another pipeline than the bundled one: it is a difference to that base alone, and
     says nothing about another of the same shapes."""
-    own = os.path.abspath(package_file("assets", "pipeline"))
+    own = os.path.abspath(ASSETS / "pipeline")
     if config.model.path == "bundled" or os.path.abspath(os.path.expanduser(config.model.path)) == own:
         return
     named = [("student.start", config.student.start), ("objective.anchor", config.objective.anchor)]
     named += [(f"teachers[{i}].weights", teacher.weights) for i, teacher in enumerate(config.teachers)]
     for key, weights in named:
-        if weights is not None and weights.startswith("bundled/"):
+        if weights is not None and is_bundled(weights):
             raise UserError(
                 key,
                 f"{weights} is a LoRA of the bundled pipeline, and model.path is {config.model.path}",

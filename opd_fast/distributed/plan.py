@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_fast.config import Config, TeacherConfig
-from opd_fast.config.paths import held_out
+from opd_fast.config.paths import BASE, held_out, resolve_source
 from opd_fast.config.serialize import config_hash, to_yaml
 from opd_fast.data.prompt_files import load_prompts
 from opd_fast.distributed.communication import collectives, sent
@@ -196,7 +196,7 @@ def make_plan(config: Config, devices: int | None = None, gpu_memory: float | No
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks(model.transformer)]
     # A teacher that is not on this machine counts as large as the student's LoRA, or as 1 % of full weights.
     o = config.objective
-    anchors = [] if o.anchor is None or o.anchor == "base" else [o.anchor]
+    anchors = [] if o.anchor is None or o.anchor == BASE else [o.anchor]
     frozen = [teacher.weights for teacher in config.teachers if not config.reinforces] + anchors
     adapters = sum(_adapter_values(weights) or adapter or parameters // 100 for weights in frozen)
     row, traced = _row_cost(model, config, layers if lora else None)
@@ -401,10 +401,9 @@ def _adapter_values(weights: str) -> int | None:
     """Values of a LoRA that lies on this machine; None for anything else."""
     from safetensors import SafetensorError, safe_open
 
-    from opd_fast.config.paths import looks_like_hub_id
     from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, PEFT_WEIGHTS, find_lora
 
-    if looks_like_hub_id(weights) and not weights.startswith("bundled/"):
+    if resolve_source(weights, "teachers").where == "hub":
         return None
     found = find_lora(weights)
     if found is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from opd_fast.config import Config, TeacherConfig
-from opd_fast.config.paths import held_out, looks_like_hub_id
+from opd_fast.config.paths import BASE, MERGED, held_out, is_bundled, resolve_source
 from opd_fast.config.validate import no_held_out
 from opd_fast.data.prompt_files import load_prompts
 from opd_fast.distributed.plan import check_guidance, lora_modules, pick_device
@@ -28,8 +28,8 @@ from opd_fast.rewards import judged_rewards
 from opd_fast.solvers import solver_table
 from opd_fast.training.evaluation import EvalTask
 from opd_fast.training.problems import problems
-from opd_fast.training.student_init import MERGED, check_mean, check_start
-from opd_fast.training.teachers import BASE, check_teachers
+from opd_fast.training.student_init import check_mean, check_start
+from opd_fast.training.teachers import check_teachers
 
 ANCHOR = "the anchor"
 """Its name; the space keeps it apart from those that teachers may have."""
@@ -75,18 +75,11 @@ def refusals(config: Config, dtype: torch.dtype, *, sharded: bool, fetches: bool
 
 def unchecked(config: Config) -> list[str]:
     """The settings' weights that lie on the hub, which is asked for them only when they are loaded."""
-    named = [config.model.path, config.student.start, config.objective.anchor]
-    named += [teacher.weights for teacher in frozen_teachers(config)]
-    words = ("bundled", BASE, MERGED)
-    return [
-        name
-        for name in dict.fromkeys(named)
-        if name is not None
-        and name not in words
-        and not name.startswith("bundled/")
-        and not Path(name).expanduser().exists()
-        and looks_like_hub_id(name)
-    ]
+    named = [config.student.start, config.objective.anchor, *(teacher.weights for teacher in frozen_teachers(config))]
+    weights = [name for name in named if name not in (None, BASE, MERGED)]
+    on_hub = [config.model.path] if resolve_source(config.model.path, "pipeline").where == "hub" else []
+    on_hub += [name for name in weights if name is not None and resolve_source(name, "teachers").where == "hub"]
+    return list(dict.fromkeys(on_hub))
 
 
 def _raised(check: Callable[..., object], *arguments: object) -> Iterator[ValueError]:
@@ -134,7 +127,8 @@ def _model_refusals(config: Config, outline: DiffusionModel, dtype: torch.dtype)
     yield from _raised(check_guidance, config, outline)
     yield from _raised(_targets, config, outline)
     path = config.model.path
-    if path == "bundled" or Path(path).expanduser().is_dir():  # else the hub's, which are checked once they are here
+    folder = resolve_source(path, "pipeline").path
+    if folder is not None and folder.is_dir():  # else the hub's, which are checked once they are here
         family = find_family(config.model.family, lambda: resolve_pipeline(path))
         length = config.model.max_sequence_length
         check = partial(family.check_files, resolve_pipeline(path), dtype=dtype, max_sequence_length=length)
@@ -210,7 +204,7 @@ def evaluation_task(teacher: TeacherConfig, config: Config, say: Callable[[str],
     if file is None:
         raise no_held_out(f"teachers.{teacher.name}.eval_prompts", teacher.prompts)
     every, asked = load_prompts(file), config.evaluation.prompts
-    if teacher.eval_prompts is None and not teacher.prompts.startswith("bundled/"):
+    if teacher.eval_prompts is None and not is_bundled(teacher.prompts):
         say(f"task {teacher.name}: held-out prompts from {file}")
     images = config.evaluation.images(len(every))
     if len(every) < asked:

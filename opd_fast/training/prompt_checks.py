@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opd_fast.config import Config, TeacherConfig
-from opd_fast.config.paths import ASSETS, SUFFIXES, Split, bundled_remedy, held_out
+from opd_fast.config.paths import SUFFIXES, Split, bundled_remedy, held_out, is_bundled, resolve_source
 from opd_fast.config.validate import no_held_out
 from opd_fast.data.prompt_files import Prompt, load_prompts
 from opd_fast.errors import UserError, one_line
@@ -19,11 +19,10 @@ def read_prompts(key: str, source: str, split: Split) -> list[Prompt]:
         UserError: the file is missing, or a line of it cannot be read; the message names the setting, file and line.
     """
     remedy = f"give a file ({', '.join(SUFFIXES)}), a folder with one for each split, or bundled/NAME"
-    path = Path(source).expanduser()
-    if source.startswith("bundled/"):
-        path = ASSETS / "prompts" / source.removeprefix("bundled/")
-        if not path.is_dir():
-            raise UserError(key, f"{source} is not in the package", bundled_remedy(source, path.parent))
+    path = resolve_source(source, "prompts").path
+    assert path is not None  # prompts are never on the hub
+    if is_bundled(source) and not path.is_dir():
+        raise UserError(key, f"{source} is not in the package", bundled_remedy(source, "prompts"))
     if path.is_dir() and not any(p.suffix in SUFFIXES for p in path.glob(f"{split}*")):
         raise UserError(key, f"{source} has no prompt file {split}*", remedy)
     if not path.is_dir() and not path.is_file():
@@ -37,7 +36,7 @@ def read_prompts(key: str, source: str, split: Split) -> list[Prompt]:
 
 def read_held_out(key: str, prompts: str) -> None:
     """Raise UserError where the training `prompts`, which are there, have no test split beside them to read."""
-    if prompts.startswith("bundled/") or not Path(prompts).expanduser().exists():
+    if is_bundled(prompts) or not Path(prompts).expanduser().exists():
         return  # `read_prompts` looks after them
     try:
         file = held_out(prompts)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.config import TeacherConfig
+from opd_fast.config.paths import BASE as BASE
 from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.engine.grouped_lora import Call, GroupedAdapters, grouped_velocities, joined
 from opd_fast.engine.modulation_cache import Remembered, recalled
@@ -27,10 +28,6 @@ from opd_fast.reporting.telemetry import annotate
 
 if TYPE_CHECKING:
     from opd_fast.training.batch import RoundBatch
-
-
-BASE = "base"
-"""The frozen base itself, in place of weights."""
 
 
 @dataclass(frozen=True)
