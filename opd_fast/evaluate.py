@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from opd_fast.config import DETERMINISTIC, Solver
 from opd_fast.config.options import Option, read_options
 from opd_fast.config.paths import is_bundled
-from opd_fast.config.validate import check_text
+from opd_fast.config.validate import check_least, check_text
 from opd_fast.errors import UserError, main_guard
 from opd_fast.files import replace_text
 from opd_fast.reporting.telemetry import quiet_libraries
@@ -73,11 +73,15 @@ def _settings(argv: list[str]) -> SimpleNamespace:
             check_text(option.replace("_", "-"), given)
     for source in found.prompts.split(","):
         check_text("prompts", source.strip())
-    at_least = (("steps", 1), ("limit", 1), ("images-per-prompt", 1), ("batch", 1), ("seed", 0), ("guidance", 0))
-    for name, least in (*at_least, ("grid", 0)):
-        value = getattr(found, name.replace("-", "_"))
-        if value is not None and not value >= least:
-            raise UserError(name, f"{value} is below {least}", f"give {least} or more")
+    check_least(
+        ("steps", found.steps, 1),
+        ("limit", found.limit, 1),
+        ("images-per-prompt", found.images_per_prompt, 1),
+        ("batch", found.batch, 1),
+        ("seed", found.seed, 0),
+        ("guidance", found.guidance, 0),
+        ("grid", found.grid, 0),
+    )
     if found.reward_timeout is not None and not found.reward_timeout > 0:
         raise UserError("reward-timeout", f"{found.reward_timeout:g} is not above 0", "give seconds, or null for any")
     for name in ("guidance", "eta"):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from opd_fast.config.options import Option, read_options
+from opd_fast.config.validate import check_positive
 from opd_fast.distributed.communication import Network, RoundTime, Work, collectives, round_time, sent
 from opd_fast.distributed.memory import GIB, RESERVE, Reshard, Strategy, memory
 from opd_fast.errors import UserError, main_guard
@@ -94,12 +95,12 @@ def main(argv: list[str]) -> int:
     recipes = ("recipes", "*", f"recipes or YAML files; without any {', '.join(RECIPES)}")
     given = read_options(argv, DOOR, what, OPTIONS, recipes)
     worlds = _worlds(given.world)
-    for name in ("samples", "rate", "share", "gpu_memory", "ranks_per_node", "intra_bandwidth", "inter_bandwidth"):
-        _positive(name, getattr(given, name))
-    _positive("link_share", given.link_share)
-    for name in ("intra_latency", "inter_latency"):
-        if not 0 <= getattr(given, name) < math.inf:
-            raise UserError(name.replace("_", "-"), f"{getattr(given, name)} is below 0", "give microseconds")
+    latencies = ("intra-latency", "inter-latency")
+    values = {option.name: getattr(given, option.name.replace("-", "_")) for option in OPTIONS}
+    check_positive(*((n, v) for n, v in values.items() if n not in ("world", "reshard", *latencies)))
+    for name in latencies:
+        if not 0 <= values[name] < math.inf:
+            raise UserError(name, f"{values[name]} is below 0", "give microseconds")
     quiet_libraries()
     network = Network(
         ranks_per_node=given.ranks_per_node,
@@ -125,13 +126,10 @@ def _worlds(text: str) -> list[int]:
     except ValueError:
         worlds = []
     if not worlds or min(worlds) < 1:
-        raise UserError("world", f"{text!r} is no list of device counts", "give whole numbers with commas, as 8,64,512")
+        raise UserError(
+            "world", f"{text!r} is not a list of device counts", "give whole numbers with commas, as 8,64,512"
+        )
     return worlds
-
-
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise UserError(name.replace("_", "-"), f"{value} is not above 0", "give a positive number")
 
 
 def _show(found: list[Row], given: SimpleNamespace, network: Network) -> None:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from opd_fast.config.paths import package_file
 from opd_fast.config.serialize import check_known, may_change, refuse_unsafe_changes, sections, to_yaml
 from opd_fast.config.stages import Stage, split, stages_to_yaml
 from opd_fast.config.stages import check as check_stages
-from opd_fast.config.validate import check_text, validate
+from opd_fast.config.validate import check_positive, check_text, validate
 from opd_fast.errors import UserError, did_you_mean
 
 DOOR = "python -m opd_fast.train"
@@ -194,8 +193,7 @@ def _check_plan_options(door: SimpleNamespace) -> None:
             continue
         if not door.dry_run:
             raise UserError(option, "is for a plan", "add --dry-run, or start the run with torchrun on as many devices")
-        if not 0 < value < math.inf:
-            raise UserError(option, f"{value} is not above 0", "give a positive number")
+        check_positive((option, value))
 
 
 def _resumed(given: Sequence[Given], recipe: str | None, door: SimpleNamespace) -> Command:

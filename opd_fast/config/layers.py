@@ -71,7 +71,7 @@ def overlay(base: dict[str, Any], given: Sequence[Given], where: str = "") -> tu
         data[section][name] = value
     teachers = base.get("teachers") or []
     for one in given:
-        if one.option.name == "teachers" and not one.owner:
+        if one.key == "teachers":
             teachers = one.value(teachers)
         elif "." in one.option.name:
             section, name = one.option.name.split(".")
@@ -85,13 +85,13 @@ def overlay(base: dict[str, Any], given: Sequence[Given], where: str = "") -> tu
         if one.owner and (place := find_element(names, one.element)) is not None:
             teachers[place][one.option.name] = one.value()
     for one in given:
-        if one.option.name == "seed":
+        if one.key == "seed":
             data["train"]["seed"] = one.value()
     return from_dict({**data, "teachers": teachers}), names
 
 
 def find_element(names: Sequence[str], element: str) -> int | None:
-    """The place of the element that has this name, else this number; None where none has."""
+    """The place of the element with this name, or else with this number; None where there is no such element."""
     if element in names:
         return names.index(element)
     return int(element) if element.isdecimal() and int(element) < len(names) else None

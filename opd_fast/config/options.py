@@ -1,7 +1,7 @@
 """The options of a command line: how they are spelled, how they are told from other words, and how values get types.
 
 A door lists its options as `Option`, reads its words with `read`, and turns the texts into typed values with `typed`.
-A setting is spelled as its key, with underscores (`--train.samples_per_task`), and an option that is no setting with
+A setting is spelled as its key, with underscores (`--train.samples_per_task`), and an option that sets no key with
 hyphens (`--run-dir`); `read` takes either for both. Types and the page of `--help` are jsonargparse's, which is given
 one value at a time: a refusal is then about a known key and text, and its English message is not read.
 """
@@ -153,7 +153,7 @@ def _find(name: str, known: Mapping[str, Option], door: str) -> Given:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    """The remedy that names the nearest known word; empty where none is near."""
+    """The remedy that names the nearest known word; empty where no word is near."""
     remedy = did_you_mean(word, known)
     return remedy if remedy.startswith("did you mean") else ""
 
@@ -196,17 +196,14 @@ def typed(
         raise UserError(key, "has brackets in brackets without end", "fix it") from None
     except ArgumentError:
         kind = f"a list of {option.name}" if option.fields else describe(option.hint)
-        choices = [str(choice) for choice in get_args(option.hint)] if _is_choice(option.hint) else []
+        is_choice = getattr(option.hint, "__origin__", None) is Literal
+        choices = [str(choice) for choice in get_args(option.hint)] if is_choice else []
         raise UserError(
             key, f"{str(value)!r} is not {kind}{where}", _nearest(str(value), choices) or option.example
         ) from None
     if found is None and not option.nullable:
         raise UserError(key, f"null is not {describe(option.hint)}{where}", option.example)
     return found
-
-
-def _is_choice(hint: Any) -> bool:
-    return getattr(hint, "__origin__", None) is Literal
 
 
 @functools.cache

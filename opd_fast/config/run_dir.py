@@ -1,4 +1,4 @@
-"""A run's directory as training needs it, whoever starts the run: made, unused by another run, its settings in it."""
+"""The directory of a run: it is made, holds no other run, is locked, and has the run's settings in it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from opd_fast.errors import UserError
 from opd_fast.files import replace_text
 
 KEY = "run_dir"
-"""What a directory is called in errors: the argument of `train`."""
+"""Errors call the directory by the name of the argument of `train`."""
 
 
 CHECKPOINT_NAME = re.compile(r"round-(\d{6,})")
-"""Of a checkpoint's folder: the rounds that were done."""
+"""Matches the folder of a checkpoint; the group is the number of rounds that were done."""
 
 
 def newest_round(directory: Path) -> int | None:
-    """The rounds done at the newest checkpoint that lies in `directory`, whole or not; None where there is none."""
+    """The number of rounds done at the newest checkpoint in `directory`, whole or not; None where there is none."""
     return max(
         (int(found.group(1)) for p in directory.glob("round-*") if (found := CHECKPOINT_NAME.fullmatch(p.name))),
         default=None,
@@ -59,9 +59,9 @@ def write_settings(run_dir: Path, config: Config) -> None:
         raise _unwritable(run_dir, error) from error
 
 
-def _unwritable(run_dir: Path, error: OSError) -> UserError:
-    problem = f"{run_dir} cannot be written ({error.strerror or error})"
-    return UserError(KEY, problem, "give a directory you may write")
+def _unwritable(run_dir: Path, why: object, key: str = KEY) -> UserError:
+    why = why.strerror or why if isinstance(why, OSError) else why
+    return UserError(key, f"{run_dir} cannot be written ({why})", "give a directory you may write")
 
 
 # --- as a command line names it ------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def check_run_dir(command: Command) -> None:
     nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         why = "Not a directory" if not nearest.is_dir() else "Permission denied"
-        raise UserError(key, f"{run_dir} cannot be written ({why})", "give a directory you may write")
+        raise _unwritable(run_dir, why, key)
 
 
 def prepare_run_dir(command: Command, hold: ExitStack | None = None) -> Path:
@@ -124,7 +124,5 @@ def prepare_run_dir(command: Command, hold: ExitStack | None = None) -> Path:
             hold.enter_context(locked(run_dir))
         replace_text(run_dir / "config.yaml", command.to_yaml())
     except OSError as error:
-        raise UserError(
-            key, f"{run_dir} cannot be written ({error.strerror or error})", "give a directory you may write"
-        ) from error
+        raise _unwritable(run_dir, error, key) from error
     return run_dir

@@ -1,4 +1,4 @@
-"""What keeps a run from beginning that its settings and the disk tell: weights, prompts, resolution, rewards."""
+"""The checks before a run that need its settings and the disk alone: weights, prompts, resolution, rewards."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def check_paths(config: Config) -> None:
 
 
 def problems(config: Config) -> Iterator[UserError]:
-    """What keeps a run from beginning: weights and prompt files in the configuration's order, resolution, rewards, and
-    what the rewards miss in the prompts.
+    """Yield what keeps a run from beginning: mistakes in weights and prompt files, in the order of the configuration,
+    in the resolution, in the rewards, and what the rewards lack in the prompts.
 
-    A name of the form `org/name` that is no local path is taken for a hub id, and is looked up when it is loaded.
+    A repository of the hub is not looked for here, but when it is loaded.
     """
     from opd_fast.training.prompt_checks import metadata_problems, read_held_out, read_prompts
 
@@ -77,7 +77,7 @@ def _check_resolution(config: Config) -> None:
         size = config.model.resolution
         if size % unit:
             raise UserError(
-                "model.resolution", f"{size} is no multiple of {unit}", f"give {max(size // unit, 1) * unit}"
+                "model.resolution", f"{size} is not a multiple of {unit}", f"give {max(size // unit, 1) * unit}"
             )
         if most and size > most:
             raise UserError("model.resolution", f"{size} is above the model's {most}", f"give {most} or less")

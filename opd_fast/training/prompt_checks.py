@@ -65,7 +65,7 @@ def judged_prompts(config: Config) -> Iterator[tuple[str, str, Split, list[str]]
 
 
 def _held_out(teacher: TeacherConfig) -> Path | None:
-    """The file of a task's evaluations; none where it is itself at fault, which `command.problems` says."""
+    """The file of a task's evaluations; None where it cannot be read, which `problems` reports."""
     try:
         return held_out(teacher.prompts, teacher.eval_prompts)
     except ValueError:
@@ -73,8 +73,10 @@ def _held_out(teacher: TeacherConfig) -> Path | None:
 
 
 def metadata_problems(config: Config) -> Iterator[UserError]:
-    """What the rewards miss in the prompts that they judge: the first line of each file. Files and rewards that are
-    themselves at fault are passed over, since `command.problems` names them."""
+    """Yield what the rewards lack in the prompts that they judge, the first line of each file.
+
+    Files and rewards that cannot be read themselves are skipped, because `problems` reports them.
+    """
     from opd_fast.rewards.metadata import check_metadata
 
     for key, source, split, rewards in judged_prompts(config):
