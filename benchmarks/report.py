@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.owed import FILES, Owed, unmeasured
+from opd_fast.files import replacing
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -141,9 +141,8 @@ def write_results(environment: dict[str, Any], rows: list[dict[str, Any]], folde
 
 
 def _replace(path: Path, content: dict[str, Any]) -> Path:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path, shared=True) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
 
 

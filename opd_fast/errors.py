@@ -39,7 +39,7 @@ class UserError(ValueError):
 
 
 def short(text: str, longest: int = LONGEST) -> str:
-    """A line that can be read: of a value that fills pages, its beginning and its end."""
+    """`text`, of which the middle is left out where it is longer than `longest` characters."""
     return text if len(text) <= longest else f"{text[: longest - 100]} ... {text[-95:]}"
 
 
@@ -65,7 +65,7 @@ def is_ours(trace: TracebackType | None) -> bool:
 
 
 def _tell(message: str) -> None:
-    """Print to stderr; of several processes the first at once, the others unless they are ended with it."""
+    """Print to stderr: rank 0 at once, the others a little later, unless the launcher has ended them by then."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(3)  # it mostly says the same, and then the launcher ends this one
@@ -77,9 +77,9 @@ def main_guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     """Wrap a command line's `main(argv) -> exit status`: a user's mistake becomes one line on stderr and status 2.
 
     A `UserError`, and any other `ValueError` that this project raises, is a mistake with its remedy in the message. A
-    `ValueError` from inside a library is a defect and keeps its traceback. A device without memory left is told with
-    the settings that need less. Ctrl-C outside the training loop (which
-    handles its own) ends with status 130.
+    `ValueError` from inside a library is a defect and keeps its traceback. Where a device has no memory left, the
+    message names the settings that need less. Ctrl-C outside the training loop, which handles its own, ends with
+    status 130.
     """
 
     @functools.wraps(main)

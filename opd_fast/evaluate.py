@@ -13,11 +13,17 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Literal
 
 from opd_fast.config import DETERMINISTIC, Solver
+from opd_fast.config.options import Option, read_options
+from opd_fast.config.paths import is_bundled
+from opd_fast.config.validate import check_least, check_text
 from opd_fast.errors import UserError, main_guard
+from opd_fast.files import replace_text
 from opd_fast.reporting.telemetry import quiet_libraries
 from opd_fast.waiting import bound_spinning
 
@@ -30,71 +36,54 @@ RECORDED = ("solver", "eta", "steps", "guidance", "guidance_convention", "resolu
 """Settings of the command line that its results.json repeats."""
 
 
-def build_parser() -> Any:
-    """The jsonargparse parser of the command line."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="python -m opd_fast.evaluate",
-        description="Judge a model, with or without a LoRA, on prompt files.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--model", type=str, default="bundled", help="diffusers pipeline folder, hub id or bundled")
-    add(
-        "--lora", type=str | None, default=None, help="LoRA, or whatever form a teacher may have; null: the model alone"
-    )
-    add("--prompts", type=str, required=True, help="prompt files or bundled/NAME, joined by commas; held-out parts")
-    add("--rewards", type=str, required=True, help="for each prompt file one reward, or several joined by +")
-    add("--steps", type=int, default=20, help="solver steps")
-    add("--solver", type=Solver, default="ode", help="solver")
-    add("--eta", type=float, default=0.7, help="noise level of a stochastic solver")
-    add("--guidance", type=float | None, default=None, help="as the model's pipeline takes it; null: unguided")
-    add(
-        "--guidance-convention",
-        type=Literal["pipeline", "linear"],
-        default="pipeline",
-        help="what --guidance is a value of, as model.guidance_convention",
-    )
-    add("--resolution", type=int | None, default=None, help="pixels; null: what the pipeline was made for")
-    add("--limit", type=int | None, default=None, help="prompts taken from the start of each file; null: all")
-    add("--images-per-prompt", type=int, default=1, help="images of each prompt, with different noise, averaged")
-    add("--text-cache", type=str, default="auto", help="folder for text embeddings, auto or off, as model.text_cache")
-    add("--seed", type=int, default=0, help="of the noise")
-    add("--batch", type=int, default=64, help="images drawn at once")
-    add("--reward_timeout", type=float | None, default=300.0, help="seconds a reward may take for a batch; null: any")
-    add("--dtype", type=Literal["auto", "float32", "bfloat16", "float16"], default="auto", help="of the weights")
-    add("--grid", type=int, default=8, help="images of each file in the image grid; 0: no grid")
-    add("--out", type=str | None, default=None, help="folder for results.json and grids; null: runs/evaluate-TIME")
-    return parser
+DOOR = "python -m opd_fast.evaluate"
+OPTIONS = (
+    Option("model", str, "bundled", "diffusers pipeline folder, hub id or bundled"),
+    Option("lora", str | None, None, "LoRA, or whatever form a teacher may have; null: the model alone"),
+    Option("prompts", str, MISSING, "prompt files or bundled/NAME, joined by commas; held-out parts"),
+    Option("rewards", str, MISSING, "for each prompt file one reward, or several joined by +"),
+    Option("steps", int, 20, "solver steps"),
+    Option("solver", Solver, "ode", "solver"),
+    Option("eta", float, 0.7, "noise level of a stochastic solver"),
+    Option("guidance", float | None, None, "as the model's pipeline takes it; null: unguided"),
+    Option(
+        "guidance-convention",
+        Literal["pipeline", "linear"],
+        "pipeline",
+        "what --guidance is a value of, as model.guidance_convention",
+    ),
+    Option("resolution", int | None, None, "pixels; null: what the pipeline was made for"),
+    Option("limit", int | None, None, "prompts taken from the start of each file; null: all"),
+    Option("images-per-prompt", int, 1, "images of each prompt, with different noise, averaged"),
+    Option("text-cache", str, "auto", "folder for text embeddings, auto or off, as model.text_cache"),
+    Option("seed", int, 0, "of the noise"),
+    Option("batch", int, 64, "images drawn at once"),
+    Option("reward-timeout", float | None, 300.0, "seconds a reward may take for a batch; null: any"),
+    Option("dtype", Literal["auto", "float32", "bfloat16", "float16"], "auto", "of the weights"),
+    Option("grid", int, 8, "images of each file in the image grid; 0: no grid"),
+    Option("out", str | None, None, "folder for results.json and grids; null: runs/evaluate-TIME"),
+)
 
 
-def _settings(argv: list[str]) -> Any:
-    from opd_fast.config.command_line import check_options, strict
-    from opd_fast.config.validate import check_text
-
-    parser = build_parser()
-    hints = {
-        action.dest: (getattr(action, "_typehint", None) or action.type, action.default)
-        for action in parser._actions
-        if action.dest != "help"
-    }
-    known = [option for action in parser._actions if action.dest in hints for option in action.option_strings]
-    check_options(argv, known, "python -m opd_fast.evaluate --help lists all")
-    found = strict(lambda: parser.parse_args(argv), hints=hints)
+def _settings(argv: list[str]) -> SimpleNamespace:
+    """The options' values, checked."""
+    found = read_options(argv, DOOR, "Judge a model, with or without a LoRA, on prompt files.", OPTIONS)
     for option in ("model", "lora", "out", "text_cache"):
         if (given := getattr(found, option)) is not None:
             check_text(option.replace("_", "-"), given)
     for source in found.prompts.split(","):
         check_text("prompts", source.strip())
-    at_least = (("steps", 1), ("limit", 1), ("images-per-prompt", 1), ("batch", 1), ("seed", 0), ("guidance", 0))
-    for name, least in (*at_least, ("grid", 0)):
-        value = getattr(found, name.replace("-", "_"))
-        if value is not None and not value >= least:
-            raise UserError(name, f"{value} is below {least}", f"give {least} or more")
+    check_least(
+        ("steps", found.steps, 1),
+        ("limit", found.limit, 1),
+        ("images-per-prompt", found.images_per_prompt, 1),
+        ("batch", found.batch, 1),
+        ("seed", found.seed, 0),
+        ("guidance", found.guidance, 0),
+        ("grid", found.grid, 0),
+    )
     if found.reward_timeout is not None and not found.reward_timeout > 0:
-        raise UserError("reward_timeout", f"{found.reward_timeout:g} is not above 0", "give seconds, or null for any")
+        raise UserError("reward-timeout", f"{found.reward_timeout:g} is not above 0", "give seconds, or null for any")
     for name in ("guidance", "eta"):
         value = getattr(found, name)
         if value is not None and not math.isfinite(value):
@@ -166,7 +155,7 @@ def main(argv: list[str]) -> int:
         "settings": {name: getattr(settings, name) for name in RECORDED},
         "seconds": round(time.monotonic() - began, 3),
     }
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    replace_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     _show(settings, tasks, found, out)
     if len(found.unjudged()) == sum(len(task.rewards) for task in tasks):
         reasons = "; ".join(found.failures)
@@ -177,13 +166,13 @@ def main(argv: list[str]) -> int:
 def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
     """The source's own name, with a number where a task before it has that: it names a row and a picture."""
     path = Path(source)
-    name = path.name if source.startswith("bundled/") else path.stem or path.resolve().name
+    name = path.name if is_bundled(source) else path.stem or path.resolve().name
     taken = {task.name for task in tasks}
     numbered = (f"{name}-{number}" for number in itertools.count(len(tasks)))
     return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
-def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
+def _judge(settings: SimpleNamespace, tasks: list[EvalTask]) -> Evaluation:
     from opd_fast.data.text_embeddings import EmbeddingCache, encoding_progress
     from opd_fast.data.text_store import TextStore
     from opd_fast.distributed.resolve import pick_device, pick_dtype
@@ -220,7 +209,7 @@ def _judge(settings: Any, tasks: list[EvalTask]) -> Evaluation:
         )
 
 
-def _check_fit(settings: Any, dtype: torch.dtype) -> None:
+def _check_fit(settings: SimpleNamespace, dtype: torch.dtype) -> None:
     """Raise ValueError for settings that the model's configuration files contradict, before any weight is read."""
     from opd_fast.models import meta_model
     from opd_fast.models.lora.load import check_weights
@@ -249,7 +238,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _show(settings: Any, tasks: list[EvalTask], found: Evaluation, out: Path) -> None:
+def _show(settings: SimpleNamespace, tasks: list[EvalTask], found: Evaluation, out: Path) -> None:
     """Print the table and write an image grid for each task."""
     from rich.console import Console
     from rich.markup import escape

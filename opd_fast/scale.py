@@ -10,8 +10,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Literal
 
+from opd_fast.config.options import Option, read_options
+from opd_fast.config.validate import check_positive
 from opd_fast.distributed.communication import Network, RoundTime, Work, collectives, round_time, sent
 from opd_fast.distributed.memory import GIB, RESERVE, Reshard, Strategy, memory
 from opd_fast.errors import UserError, main_guard
@@ -19,31 +22,22 @@ from opd_fast.errors import UserError, main_guard
 RECIPES = ("sd35-mopd", "flux-mopd")
 
 
-def build_parser() -> Any:
-    """The options: what is not a fact of the recipe."""
-    from jsonargparse import ArgumentParser
-
-    n = Network()
-    parser = ArgumentParser(
-        prog="python -m opd_fast.scale",
-        description="Expected efficiency of rounds on many devices, and the numbers that it follows from.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipes", nargs="*", type=str, help=f"recipes or YAML files; without any {', '.join(RECIPES)}")
-    parser.add_argument("--world", type=str, default="8,64,512", help="numbers of devices, with commas")
-    parser.add_argument("--samples", type=int, default=9, help="of a device in a round, whatever the number of devices")
-    parser.add_argument("--reshard", type=Reshard, default="round", help="as parallel.reshard, of fsdp2")
-    parser.add_argument("--rate", type=float, default=800.0, help="TFLOP/s of large bfloat16 products on a device")
-    parser.add_argument("--share", type=float, default=0.5, help="of that rate that a round reaches")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of a device")
-    parser.add_argument("--ranks-per-node", type=int, default=n.ranks_per_node, help="devices of a node")
-    parser.add_argument("--intra-bandwidth", type=float, default=n.intra_bandwidth / 1e9, help="GB/s within a node")
-    parser.add_argument("--inter-bandwidth", type=float, default=n.inter_bandwidth / 1e9, help="GB/s between nodes")
-    parser.add_argument("--intra-latency", type=float, default=n.intra_latency * 1e6, help="microseconds of a hop")
-    parser.add_argument("--inter-latency", type=float, default=n.inter_latency * 1e6, help="the same between nodes")
-    parser.add_argument("--link-share", type=float, default=n.share, help="of the bandwidths that is reached")
-    return parser
+NETWORK = Network()
+DOOR = "python -m opd_fast.scale"
+OPTIONS = (
+    Option("world", str, "8,64,512", "numbers of devices, with commas"),
+    Option("samples", int, 9, "of a device in a round, whatever the number of devices"),
+    Option("reshard", Reshard, "round", "as parallel.reshard, of fsdp2"),
+    Option("rate", float, 800.0, "TFLOP/s of large bfloat16 products on a device"),
+    Option("share", float, 0.5, "of that rate that a round reaches"),
+    Option("gpu-memory", float, 80.0, "GiB of a device"),
+    Option("ranks-per-node", int, NETWORK.ranks_per_node, "devices of a node"),
+    Option("intra-bandwidth", float, NETWORK.intra_bandwidth / 1e9, "GB/s within a node"),
+    Option("inter-bandwidth", float, NETWORK.inter_bandwidth / 1e9, "GB/s between nodes"),
+    Option("intra-latency", float, NETWORK.intra_latency * 1e6, "microseconds of a hop"),
+    Option("inter-latency", float, NETWORK.inter_latency * 1e6, "the same between nodes"),
+    Option("link-share", float, NETWORK.share, "of the bandwidths that is reached"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,22 +89,18 @@ def rows(
 @main_guard
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    from opd_fast.config.command_line import check_options, strict
     from opd_fast.reporting.telemetry import quiet_libraries
 
-    parser = build_parser()
-    options = [action.option_strings[0] for action in parser._actions if action.option_strings]
-    check_options(argv, options, "python -m opd_fast.scale --help lists all")
-    hints: dict[str, tuple[Any, Any]] = {name: (type(v), v) for name, v in parser.get_defaults().items()}
-    hints["reshard"] = (Reshard, "round")
-    given = strict(lambda: parser.parse_args(argv), hints=hints)
+    what = "Expected efficiency of rounds on many devices, and the numbers that it follows from."
+    recipes = ("recipes", "*", f"recipes or YAML files; without any {', '.join(RECIPES)}")
+    given = read_options(argv, DOOR, what, OPTIONS, recipes)
     worlds = _worlds(given.world)
-    for name in ("samples", "rate", "share", "gpu_memory", "ranks_per_node", "intra_bandwidth", "inter_bandwidth"):
-        _positive(name, given[name])
-    _positive("link_share", given.link_share)
-    for name in ("intra_latency", "inter_latency"):
-        if not 0 <= given[name] < math.inf:
-            raise UserError(name.replace("_", "-"), f"{given[name]} is below 0", "give microseconds")
+    latencies = ("intra-latency", "inter-latency")
+    values = {option.name: getattr(given, option.name.replace("-", "_")) for option in OPTIONS}
+    check_positive(*((n, v) for n, v in values.items() if n not in ("world", "reshard", *latencies)))
+    for name in latencies:
+        if not 0 <= values[name] < math.inf:
+            raise UserError(name, f"{values[name]} is below 0", "give microseconds")
     quiet_libraries()
     network = Network(
         ranks_per_node=given.ranks_per_node,
@@ -136,16 +126,13 @@ def _worlds(text: str) -> list[int]:
     except ValueError:
         worlds = []
     if not worlds or min(worlds) < 1:
-        raise UserError("world", f"{text!r} is no list of device counts", "give whole numbers with commas, as 8,64,512")
+        raise UserError(
+            "world", f"{text!r} is not a list of device counts", "give whole numbers with commas, as 8,64,512"
+        )
     return worlds
 
 
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise UserError(name.replace("_", "-"), f"{value} is not above 0", "give a positive number")
-
-
-def _show(found: list[Row], given: Any, network: Network) -> None:
+def _show(found: list[Row], given: SimpleNamespace, network: Network) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

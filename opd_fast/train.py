@@ -10,7 +10,8 @@ import os
 import sys
 from contextlib import ExitStack
 
-from opd_fast.config.command_line import Command, check_run_dir, parse, prepare_run_dir
+from opd_fast.config.command_line import Command, parse
+from opd_fast.config.run_dir import check_run_dir, prepare_run_dir
 from opd_fast.errors import UserError, main_guard
 from opd_fast.reporting.telemetry import quiet_libraries
 from opd_fast.training.problems import check_paths

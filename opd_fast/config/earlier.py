@@ -34,7 +34,7 @@ def is_earlier_run(data: dict[str, Any]) -> bool:
 
 
 def in_todays_settings(data: dict[str, Any]) -> dict[str, Any]:
-    """The same run in today's settings.
+    """The settings of an earlier run as today's version writes them.
 
     Guidance was g of v = u + g (c - u) for every family, which is the convention "linear", and a teacher without
     guidance had 1, which is null now.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,57 @@ def package_file(*parts: str) -> Path:
 ASSETS = package_file("assets")
 
 
+Kind = Literal["pipeline", "teachers", "prompts"]
+"""What a name may stand for: a pipeline, weights, or prompts. The package has a folder of each."""
+BASE = "base"
+"""In a setting of weights: those of the pipeline itself."""
+MERGED = "merged"
+"""In student.start: the mean of the teachers' weight differences."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a name refers to.
+
+    Attributes:
+        where: "package" for `bundled` and `bundled/NAME`, "hub" for a repository, "local" for any other path.
+        path: the file or folder, whether it is there or not; None for the hub.
+        repo: `owner/name` of a repository of the hub, else empty.
+        inside: the folder or file meant in that repository; empty: all of it.
+    """
+
+    where: Literal["package", "local", "hub"]
+    path: Path | None
+    repo: str = ""
+    inside: str = ""
+
+
+def resolve_source(name: str | Path, kind: Kind) -> Source:
+    """What `name` refers to, found without the network.
+
+    A path that exists is that path. Any other text of the form `owner/name` is a repository of the hub, and of weights
+    `owner/name/FOLDER_OR_FILE` is a part of one; prompts are never read from there.
+
+    Raises:
+        RuntimeError, ValueError, OSError: no path can have this name.
+    """
+    text = str(name)
+    if is_bundled(text):
+        inside = text.removeprefix("bundled/") if text != "bundled" or kind != "pipeline" else ""
+        return Source("package", ASSETS / kind / inside)
+    path = Path(name).expanduser()
+    if kind != "prompts" and not path.exists() and looks_like_hub_id(text):
+        owner, repo, *inside_parts = text.split("/")
+        if kind == "teachers" or not inside_parts:
+            return Source("hub", None, f"{owner}/{repo}", "/".join(inside_parts))
+    return Source("local", path)
+
+
+def is_bundled(name: str) -> bool:
+    """Whether `name` refers to a part of the package."""
+    return name == "bundled" or name.startswith("bundled/")
+
+
 def looks_like_hub_id(text: str) -> bool:
     """Whether `text` reads as `organisation/name` (or a folder in it) and not as a path of this machine."""
     head, _, tail = text.partition("/")
@@ -31,9 +83,21 @@ def looks_like_hub_id(text: str) -> bool:
     return shape and not Path(head).exists() and Path(tail).suffix not in files
 
 
-def bundled_remedy(name: str, folder: Path) -> str:
-    known = [f"bundled/{p.name}" for p in sorted(folder.glob("*")) if p.is_dir()]
+def bundled_names(kind: Kind) -> list[str]:
+    """The names `bundled/NAME` of what the package has of a kind."""
+    return sorted(f"bundled/{path.name}" for path in (ASSETS / kind).glob("*") if path.is_dir())
+
+
+def bundled_remedy(name: str, kind: Kind) -> str:
+    """What to do about a `bundled/NAME` that is not in the package."""
+    known = bundled_names(kind)
     return did_you_mean(name, known) if known else "build the bundle with python -m opd_fast.worlds.build"
+
+
+def bundled_choices(kind: Kind) -> str:
+    """What there is of a kind in the package, as a remedy."""
+    known = bundled_names(kind)
+    return f"choose one of {', '.join(known)}" if known else "build them: python -m opd_fast.worlds.build"
 
 
 def prompt_file(source: str | Path, split: Split = "train") -> Path:
@@ -41,19 +105,15 @@ def prompt_file(source: str | Path, split: Split = "train") -> Path:
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; choose train or test")
     name = str(source)
-    if name.startswith("bundled/"):
-        path = ASSETS / "prompts" / name.removeprefix("bundled/")
-        if not path.is_dir():
-            known = sorted(f"bundled/{p.name}" for p in (ASSETS / "prompts").glob("*") if p.is_dir())
-            remedy = f"choose one of {', '.join(known)}" if known else "build them: python -m opd_fast.worlds.build"
-            raise ValueError(f"no prompts named {name}; {remedy}")
-    else:
-        try:
-            path = Path(source).expanduser()
-            path.is_dir()
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"prompt file {name!r} cannot be looked for ({error}); give its path in full") from error
-    if path.is_dir():
+    try:
+        path = resolve_source(source, "prompts").path
+        assert path is not None  # prompts are never on the hub
+        is_folder = path.is_dir()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"prompt file {name!r} cannot be looked for ({error}); give its path in full") from error
+    if is_bundled(name) and not is_folder:
+        raise ValueError(f"no prompts named {name}; {bundled_choices('prompts')}")
+    if is_folder:
         names = [pattern.format(split=split) for pattern in _SPLIT_FILES]
         found = [path / file for file in names if (path / file).is_file()]
         if len(found) != 1:
@@ -80,7 +140,7 @@ def held_out(prompts: str, eval_prompts: str | None = None) -> Path | None:
     if eval_prompts is not None:
         return prompt_file(eval_prompts, "test")
     path = Path(prompts).expanduser()
-    if prompts.startswith("bundled/"):
+    if is_bundled(prompts):
         return prompt_file(prompts, "test")
     if not path.is_dir():
         if not path.is_file() or not path.name.startswith("train"):

@@ -1,25 +1,30 @@
-"""A run's directory as training needs it, whoever starts the run: made, unused by another run, its settings in it."""
+"""The directory of a run: it is made, holds no other run, is locked, and has the run's settings in it."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from opd_fast.config import Config
+from opd_fast.config.command_line import Command
 from opd_fast.config.serialize import to_yaml
 from opd_fast.errors import UserError
+from opd_fast.files import replace_text
 
 KEY = "run_dir"
-"""What a directory is called in errors: the argument of `train`."""
+"""Errors call the directory by the name of the argument of `train`."""
 
 
 CHECKPOINT_NAME = re.compile(r"round-(\d{6,})")
-"""Of a checkpoint's folder: the rounds that were done."""
+"""Matches the folder of a checkpoint; the group is the number of rounds that were done."""
 
 
 def newest_round(directory: Path) -> int | None:
-    """The rounds done at the newest checkpoint that lies in `directory`, whole or not; None where there is none."""
+    """The number of rounds done at the newest checkpoint in `directory`, whole or not; None where there is none."""
     return max(
         (int(found.group(1)) for p in directory.glob("round-*") if (found := CHECKPOINT_NAME.fullmatch(p.name))),
         default=None,
@@ -54,13 +59,70 @@ def write_settings(run_dir: Path, config: Config) -> None:
         raise _unwritable(run_dir, error) from error
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it into it, so that a crash leaves the old one or the new one."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+def _unwritable(run_dir: Path, why: object, key: str = KEY) -> UserError:
+    why = why.strerror or why if isinstance(why, OSError) else why
+    return UserError(key, f"{run_dir} cannot be written ({why})", "give a directory you may write")
 
 
-def _unwritable(run_dir: Path, error: OSError) -> UserError:
-    problem = f"{run_dir} cannot be written ({error.strerror or error})"
-    return UserError(KEY, problem, "give a directory you may write")
+# --- as a command line names it ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep `run_dir` for this process until the block, or the process, ends.
+
+    A launcher that is killed may leave its processes training: a resumed run must not write between them. Where the
+    file system knows no locks the block runs without one.
+
+    Raises:
+        UserError: a living process has it.
+    """
+    import fcntl
+
+    with (run_dir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                "--run-dir", f"{run_dir} is in use by {file.read().strip() or 'another process'}", "end that run first"
+            ) from None
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def check_run_dir(command: Command) -> None:
+    """Raise `UserError` for a run directory that holds another run, or cannot be made or written; write nothing."""
+    run_dir = command.run_dir
+    key = "--resume" if command.resume else "--run-dir"
+    beginning = {"config.yaml", ".config.yaml.part", ".lock"}
+    if not command.resume and run_dir.is_dir() and any(p.name not in beginning for p in run_dir.iterdir()):
+        raise UserError(key, f"{run_dir} is not empty", f"give another, or go on with --resume {run_dir}")
+    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        why = "Not a directory" if not nearest.is_dir() else "Permission denied"
+        raise _unwritable(run_dir, why, key)
+
+
+def prepare_run_dir(command: Command, hold: ExitStack | None = None) -> Path:
+    """Make the run directory, write config.yaml into it and return it; keep it `locked` for as long as `hold` is open.
+
+    Raises:
+        UserError: the directory cannot be made or written, another run is in it, or it holds more than the config.yaml
+            of a run that never began while `command.resume` is false.
+    """
+    run_dir = command.run_dir
+    key = "--resume" if command.resume else "--run-dir"
+    check_run_dir(command)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if hold is not None:
+            hold.enter_context(locked(run_dir))
+        replace_text(run_dir / "config.yaml", command.to_yaml())
+    except OSError as error:
+        raise _unwritable(run_dir, error, key) from error
+    return run_dir

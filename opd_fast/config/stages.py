@@ -19,7 +19,7 @@ from opd_fast.config.serialize import config_hash, dump, to_dict
 from opd_fast.errors import UserError
 
 SHARED = ("model", "parallel", "student")
-"""Sections that all stages have in common, but for `student.start` of the first."""
+"""All stages have these sections in common, except `student.start` of the first."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,13 @@ class Stage:
 
 
 def split(data: dict[str, Any], source: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name, settings) of each stage in a YAML file's content; one without `stages` is a single one without name.
+    """The stages in the content of a YAML file.
 
-    Raises UserError for a list that is none, and for names that are missing, equal or no names of folders.
+    Returns:
+        (name, settings) of each; a file without `stages` gives a single one, whose name is empty.
+
+    Raises:
+        UserError: `stages` is not a list of mappings, or a name is missing, used twice, or cannot name a folder.
     """
     if "stages" not in data:
         return [("", data)]
@@ -45,7 +49,7 @@ def split(data: dict[str, Any], source: str) -> list[tuple[str, dict[str, Any]]]
     for i, stage in enumerate(stages):
         name = stage.get("name")
         if not isinstance(name, str) or not name or not all(c.isalnum() or c in "-_" for c in name):
-            raise UserError(f"stages[{i}].name", f"{name!r} is no name", "use letters, digits, - _")
+            raise UserError(f"stages[{i}].name", f"{name!r} is not a name", "use letters, digits, - _")
         if name in [other for other, _ in found]:
             raise UserError(f"stages[{i}].name", f"{name!r} is used twice", "give each stage its own name")
         found.append((name, _laid_over(common, {key: value for key, value in stage.items() if key != "name"})))
@@ -53,7 +57,7 @@ def split(data: dict[str, Any], source: str) -> list[tuple[str, dict[str, Any]]]
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Sections key by key; whatever is no section (`teachers`, mistakes) as a whole."""
+    """`below` with the sections of `above` laid over it key by key, and the rest (`teachers`, mistakes) replaced."""
     merged = dict(below)
     for section, values in above.items():
         mine = below.get(section)
@@ -112,7 +116,7 @@ def _check_one_table(stages: Sequence[Stage]) -> None:
 
 
 def _held_out(task: TeacherConfig) -> Path | str:
-    """The file of a task's held-out prompts, or what names it, where it is not there."""
+    """The file of a task's held-out prompts, or the setting that names it where there is no such file."""
     from opd_fast.config.paths import held_out
 
     with contextlib.suppress(ValueError):
@@ -122,10 +126,10 @@ def _held_out(task: TeacherConfig) -> Path | str:
 
 
 def stages_to_yaml(stages: Sequence[Stage]) -> str:
-    """The stages as YAML, each in full; `split` reads it again."""
+    """The stages as YAML, each with all of its settings; `split` reads it again."""
     return dump({"stages": [{"name": stage.name, **to_dict(stage.config)} for stage in stages]})
 
 
 def stages_hash(stages: Sequence[Stage]) -> str:
-    """Twelve hexadecimal digits over the settings of all stages, as `config_hash` of one."""
+    """Twelve hexadecimal digits that identify the settings of all stages, as those of `config_hash` identify one."""
     return hashlib.sha256(" ".join(config_hash(stage.config) for stage in stages).encode()).hexdigest()[:12]

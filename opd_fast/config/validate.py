@@ -1,4 +1,4 @@
-"""What a configuration may not say: values out of range, and combinations that cannot work. Looks at no file."""
+"""Refuses values out of range and combinations that cannot work, without looking at any file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 
 from opd_fast.config import DETERMINISTIC, Config, ObjectiveConfig
 from opd_fast.config.methods.spec import method_spec, refuse_unread_settings
-from opd_fast.config.paths import package_file
+from opd_fast.config.paths import ASSETS, is_bundled
 from opd_fast.config.serialize import flatten
 from opd_fast.errors import UserError, did_you_mean
 
@@ -46,6 +46,20 @@ def check_text(key: str, text: str) -> None:
         raise UserError(key, f"{text!r} names a user who has no home here", "write the path in full")
 
 
+def check_least(*values: tuple[str, float | None, float]) -> None:
+    """Raise `UserError` for the first (key, value, least) whose value is below the least one."""
+    for key, value, least in values:
+        if value is not None and not value >= least:
+            raise UserError(key, f"{value} is below {least:g}", f"give {least:g} or more")
+
+
+def check_positive(*values: tuple[str, float | None]) -> None:
+    """Raise `UserError` for the first (key, value) whose value is not a positive number."""
+    for key, value in values:
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(key, f"{value} is not above 0", "give a positive number")
+
+
 def _check_ranges(config: Config) -> None:
     t = config.train
     at_least: list[tuple[str, float | None, float]] = [
@@ -74,19 +88,15 @@ def _check_ranges(config: Config) -> None:
         ("parallel.shard_size", config.parallel.shard_size, 1),
         ("engine.recompute", config.engine.recompute, 0),
     ]
-    for key, value, least in at_least:
-        if value is not None and value < least:
-            raise UserError(key, f"{value} is below {least:g}", f"give {least:g} or more")
-    for key, positive in (
+    check_least(*at_least)
+    check_positive(
         ("student.alpha", config.student.alpha),
         ("train.lr", t.lr),
         ("train.clip", t.clip),
         ("train.eps", t.eps),
         ("engine.fp8_tolerance", config.engine.fp8_tolerance),
         ("evaluation.reward_timeout", config.evaluation.reward_timeout),
-    ):
-        if positive is not None and positive <= 0:
-            raise UserError(key, f"{positive} is not above 0", "give a positive number")
+    )
     for key, share in (("train.ema", t.ema), ("train.betas[0]", t.betas[0]), ("train.betas[1]", t.betas[1])):
         if not 0 <= share < 1:
             raise UserError(key, f"{share} is not in [0, 1)", "give a decay below 1")
@@ -126,10 +136,8 @@ def _check_objective(config: Config) -> None:
         for name in names:
             if not read and getattr(o, name) != getattr(default, name):
                 raise UserError(f"objective.{name}", "has no reader", f"set {reader}, or leave it out")
-    for name in ("kl_scale", "clamp", "anchor_weight", "query_alpha", "query_beta"):
-        value = getattr(o, name)
-        if value is not None and value <= 0:
-            raise UserError(f"objective.{name}", f"{value} is not above 0", "give a positive number")
+    positive = ("kl_scale", "clamp", "anchor_weight", "query_alpha", "query_beta")
+    check_positive(*((f"objective.{name}", getattr(o, name)) for name in positive))
     if o.kind == "ppo" and s.solver in DETERMINISTIC:
         raise UserError(
             "objective.kind", f"ppo needs log-probabilities, and {s.solver} draws nothing", "use solver flow_sde, or kl"
@@ -154,7 +162,7 @@ def _check_teachers(config: Config) -> None:
     if config.train.tasks is not None:
         for name in config.train.tasks:
             if name not in names:
-                raise UserError("train.tasks", f"{name!r} is no task", did_you_mean(name, names))
+                raise UserError("train.tasks", f"{name!r} is not a task", did_you_mean(name, names))
         if not config.train.tasks:
             raise UserError("train.tasks", "is empty, so that nothing is trained", "name one, or give null")
     most = len(config.trained)
@@ -165,7 +173,7 @@ def _check_teachers(config: Config) -> None:
     seen: set[str] = set()
     for i, teacher in enumerate(config.teachers):
         if not teacher.name or not all(c.isalnum() or c in "-_." for c in teacher.name):
-            raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is no name", "use letters, digits, - _ .")
+            raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is not a name", "use letters, digits, - _ .")
         if teacher.name in seen:
             raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is used twice", "give each teacher its own name")
         seen.add(teacher.name)
@@ -188,21 +196,21 @@ def _check_teachers(config: Config) -> None:
 
 
 def no_held_out(key: str, prompts: str) -> UserError:
-    """The mistake of a task that a reward judges, on prompts that are nowhere."""
+    """The error for a task that a reward judges and that has no held-out prompts."""
     why = f"is missing while a reward is set, and {prompts} has no test split beside it"
     return UserError(key, why, "name held-out prompts")
 
 
 def _check_bundled(config: Config) -> None:
-    """Raise for a bundled LoRA on another pipeline than the bundled one: it is a difference to that base alone, and
-    says nothing about another of the same shapes."""
-    own = os.path.abspath(package_file("assets", "pipeline"))
+    """Raise for a bundled LoRA on another pipeline than the bundled one, because it is a difference to that base alone
+    and means nothing for another one of the same shapes."""
+    own = os.path.abspath(ASSETS / "pipeline")
     if config.model.path == "bundled" or os.path.abspath(os.path.expanduser(config.model.path)) == own:
         return
     named = [("student.start", config.student.start), ("objective.anchor", config.objective.anchor)]
     named += [(f"teachers[{i}].weights", teacher.weights) for i, teacher in enumerate(config.teachers)]
     for key, weights in named:
-        if weights is not None and weights.startswith("bundled/"):
+        if weights is not None and is_bundled(weights):
             raise UserError(
                 key,
                 f"{weights} is a LoRA of the bundled pipeline, and model.path is {config.model.path}",

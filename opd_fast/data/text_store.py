@@ -13,7 +13,6 @@ import importlib.metadata
 import inspect
 import json
 import os
-import secrets
 import sys
 import time
 import zlib
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 
 from opd_fast.errors import UserError, one_line
-from opd_fast.files import open_to_umask
+from opd_fast.files import open_to_umask, replacing
 from opd_fast.models.base import DiffusionModel, TextEmbeds
 
 FORMAT = 1
@@ -143,18 +142,15 @@ class TextStore:
             "checksums": json.dumps(_checksums(texts, host)),
         }
         name = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
-        part = self.folder / f".{name}-{secrets.token_hex(6)}.part"
         try:
-            save_file({k: t.contiguous() for k, t in host.tensors.items()}, part, metadata=facts)
-            open_to_umask(part)  # others may share the folder
-            with part.open("rb") as file:
-                os.fsync(file.fileno())  # else a crash could leave the name without the bytes
-            os.replace(part, self.folder / f"{name}.safetensors")
+            with replacing(self.folder / f"{name}.safetensors", shared=True) as part:
+                save_file({k: t.contiguous() for k, t in host.tensors.items()}, part, metadata=facts)
+                open_to_umask(part)  # others may share the folder
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())  # else a crash could leave the name without the bytes
         except (OSError, SafetensorError) as error:
             self._writable = False
             _warn(f"{self.folder} cannot be written ({one_line(error)}); embeddings are not kept")
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def cache_root() -> Path:

@@ -17,7 +17,7 @@ from torch import nn
 
 from opd_fast.config import Config, TeacherConfig
 from opd_fast.config.methods.spec import RoundSize, method_spec
-from opd_fast.config.paths import held_out, looks_like_hub_id
+from opd_fast.config.paths import BASE, held_out, resolve_source
 from opd_fast.data.prompt_files import load_prompts
 from opd_fast.data.schedule import TaskSchedule
 from opd_fast.distributed.communication import collectives, sent
@@ -217,7 +217,7 @@ def _workload(
     # A teacher that is not on this machine counts as large as the student's LoRA, or as 1 % of full weights.
     anchor, method = config.objective.anchor, method_spec(config)
     frozen = [teacher.weights for teacher in config.teachers if method.has_teachers]
-    frozen += [] if anchor is None or anchor == "base" else [anchor]
+    frozen += [] if anchor is None or anchor == BASE else [anchor]
     samples, steps = config.train.samples_per_task * tasks, method.trained_steps(config)
     resolution, rows = model.resolution(config.model.resolution), branches(model, method.student_guidance(config))
     return Workload(
@@ -299,7 +299,7 @@ def _strategy(
 
 def _adapter_values(weights: str) -> int | None:
     """Values of a LoRA that lies on this machine; None for anything else."""
-    if looks_like_hub_id(weights) and not weights.startswith("bundled/"):
+    if resolve_source(weights, "teachers").where == "hub":
         return None
     found = find_lora(weights)
     if found is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from opd_fast.models.base import ASSETS, DiffusionModel
+from opd_fast.config.paths import ASSETS, resolve_source
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.weight_files import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
@@ -23,7 +23,6 @@ from opd_fast.models.weight_files import (
     shapes_of,
 )
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights are read from safetensors only: the other formats can run code when they are opened.
 _NEVER_READ = ["*.bin", "*.msgpack", "*.onnx*", "*.ckpt", "*.pt", "*.gguf"]
 _VARIANTS = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*"]
@@ -37,19 +36,17 @@ def resolve_pipeline(path: str | Path, components: Sequence[str] = ()) -> Path:
     ``components`` limits what is fetched from the hub (folder names; empty: model_index.json alone).
     Raises ValueError when there is no such folder.
     """
-    if str(path) == "bundled":
-        folder = ASSETS / "pipeline"
-        if not folder.is_dir():
-            raise ValueError(f"the bundled pipeline is not at {folder}; build it with: python -m opd_fast.worlds.build")
-        return folder
-    folder = Path(path).expanduser()
+    source = resolve_source(path, "pipeline")
+    folder = source.path
+    if folder is None:
+        fetched = fetch(source.repo, ["model_index.json", *(f"{name}/*" for name in components)])
+        return fetch_variants(source.repo, fetched, components)
     if folder.is_dir():
         return folder
+    if source.where == "package":
+        raise ValueError(f"the bundled pipeline is not at {folder}; build it with: python -m opd_fast.worlds.build")
     if folder.exists():
         raise ValueError(f"model path {folder} is a file; give the pipeline's folder {_of_file(folder)}")
-    if HUB_ID.fullmatch(str(path)):
-        folder = fetch(str(path), ["model_index.json", *(f"{name}/*" for name in components)])
-        return fetch_variants(str(path), folder, components)
     raise ValueError(
         f"model path {path} does not exist; give a diffusers pipeline folder, a hub id (owner/name), or bundled"
     )
@@ -81,12 +78,13 @@ def resolve_configs(path: str | Path) -> Path:
     """As ``resolve_pipeline``, where only configuration files are wanted: nothing else of a hub model is fetched, and
     nothing at all where the package has its configuration.
     """
-    if not HUB_ID.fullmatch(str(path)) or Path(path).expanduser().exists():
+    repo = resolve_source(path, "pipeline").repo
+    if not repo:
         return resolve_pipeline(path)
-    shipped = ASSETS / "configs" / str(path).replace("/", "--")
+    shipped = ASSETS / "configs" / repo.replace("/", "--")
     if shipped.is_dir():
         return shipped
-    return fetch(str(path), ["model_index.json", "*/config.json", "scheduler/*", "tokenizer*/tokenizer_config.json"])
+    return fetch(repo, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer*/tokenizer_config.json"])
 
 
 def fetch(repo: str, patterns: Sequence[str], *, variants: bool = False) -> Path:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from opd_fast.files import replace_text
 from opd_fast.reporting import curves
 from opd_fast.reporting.image_grid import newest_grids
 from opd_fast.reporting.reward_keys import key_words
@@ -63,7 +64,7 @@ def write_report(run_dir: Path, results: dict[str, Any], history: list[dict[str,
         config=settings.read_text(encoding="utf-8") if settings.is_file() else "",
     )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    replace_text(path, page)
     return path
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from opd_fast.config import Config
 from opd_fast.config.serialize import config_hash
+from opd_fast.files import replace_text
 
 KEYS = ("rows", "recovered", "rounds", "seconds", "seed", "commit", "config_hash")
 
@@ -48,11 +48,9 @@ def write_results(run_dir: Path, results: dict[str, Any]) -> None:
     missing += [f"rows.{row}" for row in ("base", "student") if row not in results.get("rows", {})]
     if missing:
         raise ValueError(f"results lack {', '.join(missing)}; fill them in before writing results.json")
-    path = Path(run_dir) / "results.json"
-    temporary = path.with_suffix(".part")
     # NaN is not JSON: a reward that could not be measured is null.
-    temporary.write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
+    replace_text(Path(run_dir) / "results.json", text)
 
 
 def _finite(value: Any) -> Any:

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from opd_fast.config import LoggingConfig
 from opd_fast.errors import UserError
+from opd_fast.files import replace_text
 
 PLAIN_SECONDS = 5.0  # between lines where there is no terminal
 
@@ -51,9 +52,7 @@ class Telemetry:
         if self.start_round == 0:
             kept = []
         self._time_before = kept[-1]["time"] if kept else 0.0
-        temporary = path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = path.open("a", encoding="utf-8")
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -241,7 +240,7 @@ def _start_wandb(run_dir: Path) -> Any:
     if not file.is_file():
         # A run of an earlier version was known by the name of its directory.
         earlier = run_dir.name if (run_dir / "wandb").is_dir() else f"{run_dir.name}-{secrets.token_hex(4)}"
-        file.write_text(earlier + "\n", encoding="utf-8")
+        replace_text(file, earlier + "\n")
     identity = file.read_text(encoding="utf-8").strip()
     name = f"{run_dir.parent.name}/{run_dir.name}" if (run_dir.parent / "config.yaml").is_file() else run_dir.name
     return wandb.init(project="opd_fast", name=name, dir=str(run_dir), id=identity, resume="allow")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd_fast.config.run_dir import CHECKPOINT_NAME
 from opd_fast.errors import UserError, one_line
+from opd_fast.files import put_in_place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -215,7 +216,7 @@ class Checkpoints:
         (temporary / "meta.json").write_text(text, encoding="utf-8")
         for path in (temporary / "meta.json", temporary):
             _sync(path)
-        _put_in_place(temporary, final)
+        put_in_place(temporary, final)
         _sync(self.directory)
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -263,25 +264,6 @@ class Checkpoints:
             if (found := CHECKPOINT_NAME.fullmatch(p.name)) and p.is_dir()
         ]
         return [p for _, p in sorted(named, key=lambda pair: int(pair[0].group(1)))]
-
-
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder, and put it in the place of `folder` once it is whole."""
-    part = folder.with_name(f".{folder.name}.part")
-    for leftover in (part, folder.with_name(f".{folder.name}.old")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part.mkdir(parents=True)
-    write(part)
-    _put_in_place(part, folder)
-
-
-def _put_in_place(part: Path, folder: Path) -> None:
-    """Rename `part` to `folder`; one that is there steps aside as `.NAME.old`, and is removed last."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _verify(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from opd_fast.config import Config, TeacherConfig
 from opd_fast.config.methods.spec import method_spec
-from opd_fast.config.paths import package_file
+from opd_fast.config.paths import BASE, MERGED, is_bundled, resolve_source
 from opd_fast.config.serialize import from_dict, refuse_unsafe_changes, sections
 from opd_fast.errors import UserError
 
@@ -107,8 +107,8 @@ def identify(config: Config) -> Sources:
     found["libraries"] = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     found["model.dtype"] = {"": str(resolve(config).dtype).removeprefix("torch.")}
     for key, weights, own in (
-        ("student.start", config.student.start, "merged"),
-        ("objective.anchor", config.objective.anchor, "base"),
+        ("student.start", config.student.start, MERGED),
+        ("objective.anchor", config.objective.anchor, BASE),
     ):
         found[key] = {} if weights in (None, own) else _weights(str(weights))
     for teacher in config.teachers:
@@ -117,7 +117,7 @@ def identify(config: Config) -> Sources:
 
 
 def _task(teacher: TeacherConfig, config: Config) -> Sources:
-    held_out = teacher.eval_prompts or (teacher.prompts if teacher.prompts.startswith("bundled/") else None)
+    held_out = teacher.eval_prompts or (teacher.prompts if is_bundled(teacher.prompts) else None)
     return {
         "weights": _weights(teacher.weights) if method_spec(config).has_teachers else {},
         "prompts": _prompts(teacher.prompts, "train"),
@@ -128,7 +128,7 @@ def _task(teacher: TeacherConfig, config: Config) -> Sources:
 
 def _pipeline(path: str) -> dict[str, str]:
     """The files that a pipeline's components are loaded from; a folder of another kind counts with its own files."""
-    folder = package_file("assets", "pipeline") if path == "bundled" else _local(path)
+    folder = _pipeline_folder(path)
     with contextlib.suppress(OSError):
         if folder is None or not folder.is_dir():
             return {} if folder is None else {"": digest(folder)}
@@ -148,17 +148,15 @@ def _loaded(folder: Path) -> list[Path]:
     return [file for file in files if not any(fnmatch(file.name, variant) for variant in _VARIANTS)]
 
 
-def _local(path: str) -> Path | None:
-    """The file or folder that a path or a hub id names, nothing being fetched; None where there is none."""
-    from opd_fast.models.pipeline_folder import HUB_ID
-
-    local = Path(path).expanduser()
-    if local.exists() or not HUB_ID.fullmatch(path):
-        return local if local.exists() else None
+def _pipeline_folder(name: str) -> Path | None:
+    """The file or folder that a name refers to, where it is on this machine already; nothing is fetched."""
+    source = resolve_source(name, "pipeline")
+    if source.path is not None:
+        return source.path if source.path.exists() else None
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, local_files_only=True))
+        return Path(snapshot_download(source.repo, local_files_only=True))
     except Exception:  # the hub's errors share no base
         return None
 
@@ -167,9 +165,9 @@ def _weights(path: str) -> dict[str, str]:
     """The files of a LoRA or of a whole transformer on this machine."""
     from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 
-    local = Path(path).expanduser()
-    if path.startswith("bundled/"):
-        local = package_file("assets", "teachers", path.removeprefix("bundled/"))
+    local = resolve_source(path, "teachers").path
+    if local is None:
+        return {}
     with contextlib.suppress(OSError):
         if local.is_file():
             return {"": digest(local)}

@@ -15,7 +15,7 @@ import torch
 
 from opd_fast.config import Config, TeacherConfig
 from opd_fast.config.methods.spec import method_spec
-from opd_fast.config.paths import held_out, looks_like_hub_id
+from opd_fast.config.paths import BASE, MERGED, held_out, is_bundled, resolve_source
 from opd_fast.config.validate import no_held_out
 from opd_fast.data.prompt_files import load_prompts
 from opd_fast.distributed.plan import Planner, check_guidance, lora_modules, rollout_solver
@@ -29,9 +29,8 @@ from opd_fast.rewards import judged_rewards
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.training.evaluation import EvalTask
 from opd_fast.training.problems import problems
-from opd_fast.training.student_init import MERGED, check_mean, check_start
+from opd_fast.training.student_init import check_mean, check_start
 from opd_fast.training.teacher_loading import check_teachers
-from opd_fast.training.teachers import BASE
 
 ANCHOR = "the anchor"
 """The anchor's name. A teacher cannot have it, because a teacher's name has no space."""
@@ -86,18 +85,11 @@ def _model_checks(config: Config, meta: DiffusionModel, passed_over: set[str]) -
 
 def unchecked(config: Config) -> list[str]:
     """The weights of the settings that lie on the hub; the hub is asked for them only when they are loaded."""
-    named = [config.model.path, config.student.start, config.objective.anchor]
-    named += [teacher.weights for teacher in frozen_teachers(config)]
-    words = ("bundled", BASE, MERGED)
-    return [
-        name
-        for name in dict.fromkeys(named)
-        if name is not None
-        and name not in words
-        and not name.startswith("bundled/")
-        and not Path(name).expanduser().exists()
-        and looks_like_hub_id(name)
-    ]
+    named = [config.student.start, config.objective.anchor, *(teacher.weights for teacher in frozen_teachers(config))]
+    weights = [name for name in named if name not in (None, BASE, MERGED)]
+    on_hub = [config.model.path] if resolve_source(config.model.path, "pipeline").where == "hub" else []
+    on_hub += [name for name in weights if name is not None and resolve_source(name, "teachers").where == "hub"]
+    return list(dict.fromkeys(on_hub))
 
 
 def _raised(*checks: Callable[[], object]) -> Iterator[ValueError]:
@@ -141,7 +133,8 @@ def _check_sampling(config: Config, meta: DiffusionModel) -> None:
 def _check_files(config: Config, dtype: torch.dtype) -> None:
     """Check a folder on this machine; a hub model's files are checked once they are here."""
     path, length = config.model.path, config.model.max_sequence_length
-    if path == "bundled" or Path(path).expanduser().is_dir():
+    folder = resolve_source(path, "pipeline").path
+    if folder is not None and folder.is_dir():
         family = find_family(config.model.family, lambda: resolve_pipeline(path))
         family.check_files(resolve_pipeline(path), dtype=dtype, max_sequence_length=length)
 
@@ -199,7 +192,7 @@ def evaluation_task(teacher: TeacherConfig, config: Config, log: Callable[[str],
     if file is None:
         raise no_held_out(f"teachers.{teacher.name}.eval_prompts", teacher.prompts)
     every, asked = load_prompts(file), config.evaluation.prompts
-    if teacher.eval_prompts is None and not teacher.prompts.startswith("bundled/"):
+    if teacher.eval_prompts is None and not is_bundled(teacher.prompts):
         log(f"task {teacher.name}: held-out prompts from {file}")
     images = config.evaluation.images(len(every))
     if len(every) < asked:

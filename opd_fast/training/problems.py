@@ -1,16 +1,15 @@
-"""What keeps a run from beginning that its settings and the disk tell: weights, prompts, resolution, rewards."""
+"""The checks before a run that need its settings and the disk alone: weights, prompts, resolution, rewards."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from opd_fast.config import Config
 from opd_fast.config.methods.spec import method_spec
-from opd_fast.config.paths import bundled_remedy, looks_like_hub_id, package_file
+from opd_fast.config.paths import BASE, MERGED, Kind, bundled_remedy, resolve_source
 from opd_fast.errors import UserError, did_you_mean
 
 
@@ -21,18 +20,18 @@ def check_paths(config: Config) -> None:
 
 
 def problems(config: Config) -> Iterator[UserError]:
-    """What keeps a run from beginning: weights and prompt files in the configuration's order, resolution, rewards, and
-    what the rewards miss in the prompts.
+    """Yield what keeps a run from beginning: mistakes in weights and prompt files, in the order of the configuration,
+    in the resolution, in the rewards, and what the rewards lack in the prompts.
 
-    A name of the form `org/name` that is no local path is taken for a hub id, and is looked up when it is loaded.
+    A repository of the hub is not looked for here, but when it is loaded.
     """
     from opd_fast.training.prompt_checks import metadata_problems, read_held_out, read_prompts
 
     checks: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     checks.append((_check_weights, ("model.path", config.model.path, "pipeline")))
-    if config.student.start not in (None, "merged"):
+    if config.student.start not in (None, MERGED):
         checks.append((_check_weights, ("student.start", config.student.start, "teachers")))
-    if config.objective.anchor not in (None, "base"):
+    if config.objective.anchor not in (None, BASE):
         checks.append((_check_weights, ("objective.anchor", config.objective.anchor, "teachers")))
     for i, teacher in enumerate(config.teachers):
         of = f" of teacher {teacher.name!r}"
@@ -54,29 +53,23 @@ def problems(config: Config) -> Iterator[UserError]:
     yield from metadata_problems(config)
 
 
-def _check_weights(key: str, path: str, kind: str, of: str = "") -> None:
-    if path == "bundled" or path.startswith("bundled/"):
-        folder = package_file("assets", kind)
-        target = folder if path == "bundled" else folder / path.removeprefix("bundled/")
-        if not target.exists() or (path == "bundled" and kind != "pipeline"):
-            raise UserError(key, f"{path}{of} is not in the package", bundled_remedy(path, folder))
+def _check_weights(key: str, name: str, kind: Kind, of: str = "") -> None:
+    source = resolve_source(name, kind)
+    if source.path is None:
         return
-    target = Path(path).expanduser()
-    if target.exists():
-        if target.is_dir() and not any(target.iterdir()):
-            raise UserError(key, f"{path}{of} is an empty folder", "name the folder that holds the weights")
-        return
-    if not looks_like_hub_id(path):
-        raise UserError(key, f"{path}{of} does not exist", "give a path that does, a hub id org/name or bundled/NAME")
+    if not source.path.exists():
+        if source.where == "package":
+            raise UserError(key, f"{name}{of} is not in the package", bundled_remedy(name, kind))
+        raise UserError(key, f"{name}{of} does not exist", "give a path that does, a hub id org/name or bundled/NAME")
+    if source.where == "local" and source.path.is_dir() and not any(source.path.iterdir()):
+        raise UserError(key, f"{name}{of} is an empty folder", "name the folder that holds the weights")
 
 
 def _check_resolution(config: Config) -> None:
     """Latents must be whole patches: pixels divide by (VAE factor * patch size). The pipeline's own is asked later."""
-    if config.model.resolution is None:
+    root = resolve_source(config.model.path, "pipeline").path
+    if config.model.resolution is None or root is None:
         return
-    root = (
-        package_file("assets", "pipeline") if config.model.path == "bundled" else Path(config.model.path).expanduser()
-    )
     with contextlib.suppress(OSError, KeyError, TypeError, json.JSONDecodeError):  # a broken folder: the loader says so
         vae = json.loads((root / "vae" / "config.json").read_text())
         transformer = json.loads((root / "transformer" / "config.json").read_text())
@@ -85,7 +78,7 @@ def _check_resolution(config: Config) -> None:
         size = config.model.resolution
         if size % unit:
             raise UserError(
-                "model.resolution", f"{size} is no multiple of {unit}", f"give {max(size // unit, 1) * unit}"
+                "model.resolution", f"{size} is not a multiple of {unit}", f"give {max(size // unit, 1) * unit}"
             )
         if most and size > most:
             raise UserError("model.resolution", f"{size} is above the model's {most}", f"give {most} or less")

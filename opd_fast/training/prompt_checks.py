@@ -7,7 +7,7 @@ from pathlib import Path
 
 from opd_fast.config import Config, TeacherConfig
 from opd_fast.config.methods.spec import method_spec
-from opd_fast.config.paths import ASSETS, SUFFIXES, Split, bundled_remedy, held_out
+from opd_fast.config.paths import SUFFIXES, Split, bundled_remedy, held_out, is_bundled, resolve_source
 from opd_fast.config.validate import no_held_out
 from opd_fast.data.prompt_files import Prompt, load_prompts
 from opd_fast.errors import UserError, one_line
@@ -20,11 +20,10 @@ def read_prompts(key: str, source: str, split: Split) -> list[Prompt]:
         UserError: the file is missing, or a line of it cannot be read; the message names the setting, file and line.
     """
     remedy = f"give a file ({', '.join(SUFFIXES)}), a folder with one for each split, or bundled/NAME"
-    path = Path(source).expanduser()
-    if source.startswith("bundled/"):
-        path = ASSETS / "prompts" / source.removeprefix("bundled/")
-        if not path.is_dir():
-            raise UserError(key, f"{source} is not in the package", bundled_remedy(source, path.parent))
+    path = resolve_source(source, "prompts").path
+    assert path is not None  # prompts are never on the hub
+    if is_bundled(source) and not path.is_dir():
+        raise UserError(key, f"{source} is not in the package", bundled_remedy(source, "prompts"))
     if path.is_dir() and not any(p.suffix in SUFFIXES for p in path.glob(f"{split}*")):
         raise UserError(key, f"{source} has no prompt file {split}*", remedy)
     if not path.is_dir() and not path.is_file():
@@ -38,7 +37,7 @@ def read_prompts(key: str, source: str, split: Split) -> list[Prompt]:
 
 def read_held_out(key: str, prompts: str) -> None:
     """Raise UserError where the training `prompts`, which are there, have no test split beside them to read."""
-    if prompts.startswith("bundled/") or not Path(prompts).expanduser().exists():
+    if is_bundled(prompts) or not Path(prompts).expanduser().exists():
         return  # `read_prompts` looks after them
     try:
         file = held_out(prompts)
@@ -67,7 +66,7 @@ def judged_prompts(config: Config) -> Iterator[tuple[str, str, Split, list[str]]
 
 
 def _held_out(teacher: TeacherConfig) -> Path | None:
-    """The file of a task's evaluations; none where it is itself at fault, which `command.problems` says."""
+    """The file of a task's evaluations; None where it cannot be read, which `problems` reports."""
     try:
         return held_out(teacher.prompts, teacher.eval_prompts)
     except ValueError:
@@ -75,8 +74,10 @@ def _held_out(teacher: TeacherConfig) -> Path | None:
 
 
 def metadata_problems(config: Config) -> Iterator[UserError]:
-    """What the rewards miss in the prompts that they judge: the first line of each file. Files and rewards that are
-    themselves at fault are passed over, since `command.problems` names them."""
+    """Yield what the rewards lack in the prompts that they judge, the first line of each file.
+
+    Files and rewards that cannot be read themselves are skipped, because `problems` reports them.
+    """
     from opd_fast.rewards.metadata import check_metadata
 
     for key, source, split, rewards in judged_prompts(config):

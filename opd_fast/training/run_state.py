@@ -14,11 +14,12 @@ import torch
 
 from opd_fast.config.serialize import to_dict
 from opd_fast.errors import UserError
+from opd_fast.files import replace_folder
 from opd_fast.reporting.html import write_report
 from opd_fast.reporting.results import gain_recovered, new_results, write_results
 from opd_fast.reporting.table import print_table
 from opd_fast.reporting.telemetry import read_metrics
-from opd_fast.training.checkpoint import Checkpoints, replace_folder
+from opd_fast.training.checkpoint import Checkpoints
 from opd_fast.training.identity import identify, judged_otherwise
 from opd_fast.training.judging import Judging
 from opd_fast.training.methods.base import make_method

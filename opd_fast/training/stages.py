@@ -15,6 +15,7 @@ from opd_fast.config.serialize import to_yaml
 from opd_fast.config.stages import Stage, stages_hash
 from opd_fast.distributed.plan import Planner
 from opd_fast.distributed.world import World
+from opd_fast.files import replace_folder, replace_text
 from opd_fast.reporting.html import write_report
 from opd_fast.reporting.image_grid import newest_grids
 from opd_fast.reporting.results import new_results, write_results
@@ -22,7 +23,6 @@ from opd_fast.reporting.reward_keys import reward_keys
 from opd_fast.reporting.table import print_table
 from opd_fast.reporting.telemetry import read_metrics
 from opd_fast.rewards import judged_rewards
-from opd_fast.training.checkpoint import replace_folder
 from opd_fast.training.loop import train
 
 Row = dict[str, Any]
@@ -92,7 +92,7 @@ def _begin(folder: Path, config: Config) -> bool:
     """Make a stage's folder. Returns whether one was there."""
     again = (folder / "config.yaml").is_file()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    replace_text(folder / "config.yaml", to_yaml(config))
     return again
 
 

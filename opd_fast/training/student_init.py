@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.config import StudentConfig
+from opd_fast.config.paths import MERGED as MERGED
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.adapters import factors_by_module
 from opd_fast.models.lora.files import LoraWeights, delta, find_lora, read_lora
 from opd_fast.training.teachers import TeacherBank
 
-MERGED = "merged"
 Factors = list[tuple[Tensor, Tensor, float]]
 
 

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from opd_fast.config.paths import BASE as BASE
 from opd_fast.distributed.world import World
 from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.engine.grouped_lora import Call, GroupedAdapters, grouped_velocities, joined
@@ -28,8 +29,6 @@ from opd_fast.models.lora.load import WeightsSource
 from opd_fast.reporting.telemetry import annotate
 from opd_fast.training.batch import RoundBatch
 
-BASE = "base"
-"""The frozen base itself, in place of weights."""
 Part = tuple[int, slice, Conditioning]
 """(teacher, its rows, their text)."""
 

@@ -158,7 +158,8 @@ def save_pipeline(model: TextToVelocity, tokenizer: Any, out: Path) -> None:
 
 def make_teacher(recipe: Recipe, out: Path, work: Path, task: str) -> None:
     """Train the LoRA of one task by its recipe and keep it. A run that was cut off goes on."""
-    from opd_fast.config.command_line import parse, prepare_run_dir
+    from opd_fast.config.command_line import parse
+    from opd_fast.config.run_dir import prepare_run_dir
     from opd_fast.training.loop import train
 
     run_dir = work / f"teacher-{task}"

@@ -15,6 +15,7 @@ import yaml
 
 from opd_fast import evaluate, train
 from opd_fast.config import command_line as command
+from opd_fast.config.run_dir import prepare_run_dir
 from opd_fast.errors import UserError, is_ours, main_guard, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,12 +175,12 @@ def test_good_settings_reach_the_loop(world: Path, monkeypatch: pytest.MonkeyPat
 def test_a_run_that_never_began_may_be_started_again(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake found while loading leaves config.yaml behind; mending it must not need another directory."""
     first, second = (command.parse(["good.yaml", "--run-dir", "run", "--seed", seed]) for seed in "12")
-    command.prepare_run_dir(first)
-    command.prepare_run_dir(second)
+    prepare_run_dir(first)
+    prepare_run_dir(second)
     assert command.read_config(Path("run/config.yaml")).train.seed == 2
     (world / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="not empty"):
-        command.prepare_run_dir(second)
+        prepare_run_dir(second)
 
 
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,12 +282,12 @@ def test_a_run_directory_serves_one_run_at_a_time(world: Path) -> None:
 
     named = command.parse(["good.yaml", "--run-dir", "run"])
     with ExitStack() as hold:
-        command.prepare_run_dir(named, hold)
+        prepare_run_dir(named, hold)
         before = (world / "run" / "config.yaml").read_text()
         again = command.parse(["--resume", "run", "--train.rounds", "9"])
         with pytest.raises(UserError, match=rf"run is in use by process {os.getpid()} on .*end that run first"):
-            command.prepare_run_dir(again, ExitStack())
+            prepare_run_dir(again, ExitStack())
         assert (world / "run" / "config.yaml").read_text() == before
     with ExitStack() as hold:
-        command.prepare_run_dir(again, hold)
+        prepare_run_dir(again, hold)
     assert command.read_config(Path("run/config.yaml")).train.rounds == 9

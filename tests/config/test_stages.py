@@ -13,7 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from opd_fast.config.command_line import Command, parse, prepare_run_dir
+from opd_fast.config.command_line import Command, parse
+from opd_fast.config.run_dir import prepare_run_dir
 from opd_fast.errors import UserError
 from opd_fast.reporting.telemetry import Telemetry, read_metrics
 from opd_fast.train import main
@@ -152,8 +153,8 @@ def test_its_settings_are_read_again_as_they_were(world: Path, tmp_path: Path) -
     [
         ([], "stages: is a list of stages"),
         ({"name": "a"}, "stages: is a list of stages"),
-        ([{"train": {"rounds": 2}}], r"stages\[0\].name: None is no name"),
-        ([{"name": "a/b"}], r"stages\[0\].name: 'a/b' is no name"),
+        ([{"train": {"rounds": 2}}], r"stages\[0\].name: None is not a name"),
+        ([{"name": "a/b"}], r"stages\[0\].name: 'a/b' is not a name"),
         ([{"name": "a"}, {"name": "a"}], r"stages\[1\].name: 'a' is used twice"),
         ([{"name": "a"}, {"name": "b", "student": {"rank": 2}}], r"stages\[1\].student.rank: 2 differs from the .* 4"),
         ([{"name": "a"}, {"name": "b", "student": {"start": "c"}}], r"stages\[1\].student.start: is the student of"),
@@ -161,7 +162,7 @@ def test_its_settings_are_read_again_as_they_were(world: Path, tmp_path: Path) -
         ([{"name": "a", "train": {"round": 1}}], "train.round: unknown key"),
         (
             [{"name": "a", "train": {"tasks": ["wrods"]}}],
-            "stage a: train.tasks: 'wrods' is no task; did you mean",
+            "stage a: train.tasks: 'wrods' is not a task; did you mean",
         ),
         ([{"name": "a", "train": {"tasks": []}}], "stage a: train.tasks: is empty"),
         ([{"name": "a", "rl": {"beta": 0.5}}], "stage a: rl.beta: is not read under train.method opd"),

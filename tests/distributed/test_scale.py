@@ -91,13 +91,13 @@ def test_lora_scales_and_more_devices_never_help_a_round() -> None:
 
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, words in (
-        (["--world", "8;64"], "world: '8;64' is no list of device counts"),
-        (["--world", "0"], "world: '0' is no list"),
+        (["--world", "8;64"], "world: '8;64' is not a list of device counts"),
+        (["--world", "0"], "world: '0' is not a list"),
         (["--rate", "-1"], "rate: -1.0 is not above 0"),
         (["--rate", "fast"], "rate: 'fast' is not a number; the default is 800.0"),
         (["--inter-latency", "-1"], "inter-latency: -1.0 is below 0"),
         (["--reshard", "never"], "reshard: 'never' is not one of round, block"),
-        (["--bandwidth", "3"], "bandwidth: unknown key"),
+        (["--bandwidth", "3"], "bandwidth: unknown option"),
         (["absent"], "RECIPE: no recipe or YAML file 'absent'"),
     ):
         assert scale.main(argv) == 2, argv

@@ -416,7 +416,7 @@ def test_foreign_paths_are_named(saved, tmp_path, monkeypatch):
     shutil.copy(saved / DIFFUSERS_WEIGHTS, tmp_path / "named" / "by_hand.safetensors")
     with pytest.raises(ValueError, match=r"named/by_hand\.safetensors is one; name that file"):
         read_lora(tmp_path / "named")
-    monkeypatch.setattr("opd_fast.models.lora.files.ASSETS", tmp_path)
+    monkeypatch.setattr("opd_fast.config.paths.ASSETS", tmp_path)
     with pytest.raises(ValueError, match=r"bundled/text is not a LoRA: build them: python -m opd_fast\.worlds\.build"):
         read_lora("bundled/text")
     shutil.copytree(saved, tmp_path / "teachers" / "text")

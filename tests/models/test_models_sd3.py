@@ -333,7 +333,7 @@ def test_missing_paths_say_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "file.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="is a file; give the pipeline's folder"):
         load(tmp_path / "file.safetensors")
-    monkeypatch.setattr("opd_fast.models.pipeline_folder.ASSETS", tmp_path)
+    monkeypatch.setattr("opd_fast.config.paths.ASSETS", tmp_path)
     with pytest.raises(ValueError, match=r"python -m opd_fast\.worlds\.build"):
         load("bundled")
     save_tiny(tmp_path / "pipeline")

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd_fast.files import open_to_umask
-from opd_fast.models.base import ASSETS, DiffusionModel
+from opd_fast.config.paths import bundled_choices, is_bundled, resolve_source
+from opd_fast.files import open_to_umask, replace_text, replacing
+from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.keys import (
     Format,
     modules_of,
@@ -72,17 +71,13 @@ def find_lora(path: str | Path) -> Path | None:
     ``path``: a PEFT folder, a LoRA file, a folder with diffusers', ``bundled/NAME``, or a hub id, ``owner/name``, with
     an optional folder or file after it (fetched, or found in the hub's cache; ValueError if it can be neither).
     """
-    name = str(path)
-    if name.startswith("bundled/"):
-        local = ASSETS / "teachers" / name.removeprefix("bundled/")
-    else:
-        local = Path(path).expanduser()
-        if not local.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)+", name):
-            owner, repo, *inside = name.split("/")
-            wanted = ["/".join([*inside, file]) for file in _NAMES]
-            if inside and inside[-1].endswith(".safetensors"):
-                wanted = ["/".join(inside)]
-            local = fetch(f"{owner}/{repo}", wanted).joinpath(*inside)
+    source = resolve_source(path, "teachers")
+    local = source.path
+    if local is None:
+        inside = source.inside
+        within = f"{inside}/" if inside else ""
+        wanted = [inside] if inside.endswith(".safetensors") else [within + file for file in _NAMES]
+        local = fetch(source.repo, wanted) / inside
     if local.is_file():
         return local if local.suffix == ".safetensors" and _holds_lora(local) else None
     return local if any((local / file).is_file() for file in _NAMES) else None
@@ -106,9 +101,8 @@ def read_lora(path: str | Path, model: DiffusionModel | None = None) -> LoraWeig
 
 
 def _why_not(source: str | Path) -> str:
-    if str(source).startswith("bundled/"):
-        known = sorted(f"bundled/{p.name}" for p in (ASSETS / "teachers").glob("*") if p.is_dir())
-        return f"choose one of {', '.join(known)}" if known else "build them: python -m opd_fast.worlds.build"
+    if is_bundled(str(source)):
+        return bundled_choices("teachers")
     path = Path(source).expanduser()
     if path.is_file():
         return "the file holds no LoRA weights in safetensors; give a PEFT folder or a LoRA's .safetensors file"
@@ -325,7 +319,7 @@ def save_lora(
     _write_tensors(folder / PEFT_WEIGHTS, tensors, PEFT_PREFIX, {"format": "pt"})
     _write_tensors(folder / DIFFUSERS_WEIGHTS, tensors, DIFFUSERS_PREFIX, header)
     text = json.dumps(peft_config, indent=2, sort_keys=True) + "\n"
-    _replace(folder / PEFT_CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_text(folder / PEFT_CONFIG, text)
     return folder
 
 
@@ -339,11 +333,6 @@ def _write_tensors(
         for module, pair in tensors.items()
         for half, tensor in zip("AB", pair, strict=True)
     }
-    _replace(file, lambda temporary: save_file(flat, temporary, metadata=header))
-
-
-def _replace(file: Path, write: Any) -> None:
-    temporary = file.with_name(file.name + ".part")
-    write(temporary)
-    open_to_umask(temporary)
-    os.replace(temporary, file)
+    with replacing(file) as part:
+        save_file(flat, part, metadata=header)
+        open_to_umask(part)

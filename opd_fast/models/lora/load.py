@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from opd_fast.config.paths import resolve_source
 from opd_fast.errors import one_line
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.adapters import plain_copy, unwrapped
 from opd_fast.models.lora.files import LoraWeights, find_lora, match, merge_into, read_lora, sha256
-from opd_fast.models.pipeline_folder import HUB_ID, fetch, fetch_variants, load_component
+from opd_fast.models.pipeline_folder import fetch, fetch_variants, load_component
 from opd_fast.models.weight_files import (
     DIFFUSERS_STEM,
     SAVE_AGAIN,
@@ -125,15 +126,15 @@ def check_weights(model: DiffusionModel, weights: str, *, what: str, partial: bo
 
 def _find_transformer(weights: str, what: str) -> Path:
     """The folder of a whole transformer, or the file of its weights; fetched where `weights` names the hub's."""
-    path = Path(weights).expanduser()
-    if not path.exists() and HUB_ID.fullmatch(weights):
-        path = fetch(weights, ["transformer/*", "config.json", "diffusion_pytorch_model*"])
-        path = fetch_variants(weights, path, ["transformer"])
+    source = resolve_source(weights, "teachers")
+    path = Path(weights) if source.path is None else source.path
+    if source.repo and not source.inside:
+        path = fetch(source.repo, ["transformer/*", "config.json", "diffusion_pytorch_model*"])
+        path = fetch_variants(source.repo, path, ["transformer"])
         if (path / "config.json").is_file() and not any(path.glob(f"{DIFFUSERS_STEM}*.safetensors")):
-            path = fetch(weights, [f"{DIFFUSERS_STEM}*"], variants=True)  # a transformer's own repository
-    elif not path.exists() and weights.endswith(".safetensors") and weights.count("/") > 1:
-        owner, repo, *inside = weights.split("/")
-        path = fetch(f"{owner}/{repo}", ["/".join(inside)]).joinpath(*inside)
+            path = fetch(source.repo, [f"{DIFFUSERS_STEM}*"], variants=True)  # a transformer's own repository
+    elif source.inside.endswith(".safetensors"):
+        path = fetch(source.repo, [source.inside]) / source.inside
     if path.is_file():
         if path.suffix == ".safetensors":
             return path
