@@ -78,9 +78,8 @@ def circles(found: Mapping[str, Module]) -> list[frozenset[str]]:
             if (following := todo.pop()) not in reach[name]:
                 reach[name].add(following)
                 todo += edges[following]
-    return sorted(
-        {frozenset(b for b in reach[a] if a in reach[b]) for a in edges if a in reach[a]}, key=lambda circle: min(circle)
-    )
+    found_circles = {frozenset(b for b in reach[a] if a in reach[b]) for a in edges if a in reach[a]}
+    return sorted(found_circles, key=min)
 
 
 def too_long(found: Mapping[str, Module]) -> Iterator[str]:

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -146,15 +147,11 @@ def first_level() -> float:
     return float(sd3_sigmas(3)[1])
 
 
-def files_of(title: str) -> list[str]:
-    return list(hunks(PAGE.read_text(), title))
-
-
 def test_a_solver(results: dict) -> None:
     """Its rows are the formula's, and a rollout reaches the state that CPS with the same first row reaches."""
-    assert files_of("A solver") == ["opd_fast/solvers.py", "opd_fast/config/schema.py"]
+    assert list(hunks(PAGE.read_text(), "A solver")) == ["opd_fast/solvers.py", "opd_fast/config/schema.py"]
     levels = [1.0, 0.8, 0.3, 0.0]
-    expected = torch.tensor([ancestral_row(s, n) for s, n in zip(levels, levels[1:], strict=False)]).T
+    expected = torch.tensor([ancestral_row(s, n) for s, n in pairwise(levels)]).T
     rows = torch.tensor([results["rows"][name] for name in ("a", "b", "std")])
     assert_close(rows, expected, rtol=1e-6, atol=1e-6)
     assert results["rows"]["h"] == [0, 0, 0]
@@ -164,14 +161,17 @@ def test_a_solver(results: dict) -> None:
 
 def test_an_objective(results: dict) -> None:
     """The first round's rollout is the base's under either objective; its losses differ by sigma squared."""
-    assert files_of("An objective") == ["opd_fast/objectives.py", "opd_fast/config/schema.py"]
+    assert list(hunks(PAGE.read_text(), "An objective")) == ["opd_fast/objectives.py", "opd_fast/config/schema.py"]
     ratios = [x0 / velocity for x0, velocity in zip(results["x0"], results["velocity"], strict=True)]
     assert ratios == pytest.approx([1.0, first_level() ** 2], rel=1e-5)
 
 
 def test_a_reward(results: dict) -> None:
     """It judges as the same formula from elsewhere does, and one line besides its file names it."""
-    assert files_of("A reward") == ["opd_fast/rewards/brightness.py", "opd_fast/rewards/__init__.py"]
+    assert list(hunks(PAGE.read_text(), "A reward")) == [
+        "opd_fast/rewards/brightness.py",
+        "opd_fast/rewards/__init__.py",
+    ]
     ((old, new),) = hunks(PAGE.read_text(), "A reward")["opd_fast/rewards/__init__.py"]
     assert len(new.splitlines()) == len(old.splitlines()) + 1
     (means,) = results["judged"].values()
