@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 TOP = ("README", "CONTRIBUTING", "CHANGELOG")
 PACKAGES = ("kernels", "opd_fast", "benchmarks", "tests")
-RS = re.DOTALL | re.MULTILINE
 TASKS = ("composition", "text", "colour")
 
 
@@ -210,12 +209,24 @@ def calls(module: Module, function: str) -> bool:
 
 
 def test_every_file_is_named_as_it_is() -> None:
-    """Every Python file in backquotes on a page, by its path or the end of it, is a file of the project."""
+    """Every Python file and module in backquotes, on a page or in the source, is one of the project.
+
+    A file may be named by the end of its path, and a module with what is in it.
+    """
     every = [path.relative_to(ROOT).as_posix() for top in PACKAGES for path in (ROOT / top).rglob("*.py")]
-    for path in [ROOT / f"{name}.md" for name in TOP] + sorted(DOCS.glob("*.md")):
-        named = re.findall(r"`([\w/]+\.py)`", re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=RS))
-        gone = [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in every)]
-        assert not gone, (path.name, gone)
+    pages = [ROOT / f"{name}.md" for name in TOP] + sorted(DOCS.glob("*.md"))
+    gone = []
+    for path in [*pages, *(ROOT / name for name in every if not name.startswith("tests/"))]:
+        text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for name in re.findall(r"`([\w/]+\.py)`", text):
+            if not any(f"/{file}".endswith(f"/{name}") for file in every):
+                gone.append(f"{path.name}: {name}")
+        for name in re.findall(r"`(opd_fast\.[a-z_0-9.]+)", text):
+            parts = name.rstrip(".").split(".")
+            ways = ("/".join(parts[:length]) for length in (len(parts), len(parts) - 1) if length > 1)
+            if not any({f"{way}.py", f"{way}/__init__.py"} & set(every) for way in ways):
+                gone.append(f"{path.name}: {name}")
+    assert not gone
 
 
 def test_pages_name_files_that_exist() -> None:

@@ -1,7 +1,8 @@
-"""Rewards by name, and the types of a reward of one's own: `Reward`, `RewardValues` and `Prompt`.
+"""The registry of rewards, and the types of a reward of one's own: `Reward`, `RewardValues` and `Prompt`.
 
-A reward from elsewhere is named by its dotted path, `package.module:function`. docs/rewards.md says what it is given
-and what it may return; `judge.py` calls a reward and survives it, `values.py` reads what it returns.
+A new reward is a file beside this one and a line of `REWARDS`. A reward from elsewhere is named by its dotted path,
+`package.module:function`. docs/rewards.md says what a reward is given and what it may return. `runner.py` calls a
+reward and survives its failures, `values.py` reads what it returns, `metadata.py` checks what it needs of prompts.
 """
 
 from __future__ import annotations
