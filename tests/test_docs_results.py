@@ -197,6 +197,8 @@ def test_the_files_of_a_step() -> None:
     names = {module.name for module in found.values()}
     assert any(calls(found[file], "fused_step") for file in files if file.startswith("opd_fast"))
     for i, file in enumerate(files[1:], 1):
+        if file.startswith("opd_fast/training/methods/"):
+            continue  # a run finds its method by the name
         name = found[file].name.removesuffix(".step")  # the operator is imported from its package
         assert any(name in {target.module for target in found[f].imports(names)} for f in files[:i]), file
 
