@@ -5,7 +5,10 @@ An exception stands here by name with its reason; one that nothing needs any lon
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -137,6 +140,17 @@ def test_techniques_name_no_family(found: dict[str, Module]) -> None:
     }
     wrong = without(FAMILIES_IN_ENGINE, seen)
     assert not wrong, f"a technique asks the model, and names no family: {sorted(wrong)}"
+
+
+def test_settings_are_read_without_torch(found: dict[str, Module]) -> None:
+    """No file of the room `config` imports torch, nor does anything that is imported with it."""
+    names = [name for name, module in found.items() if module.room == "config"]
+    assert not [name for name in names for i in found[name].imports(set(found)) if i.module.split(".")[0] == "torch"]
+    code = f"import sys, {', '.join(names)}; print('torch' in sys.modules)"
+    path = os.pathsep.join([str(architecture.ROOT), str(architecture.ROOT / "kernels")])
+    command, known = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=known, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "False\n"
 
 
 def test_files_and_functions_are_short(found: dict[str, Module]) -> None:
