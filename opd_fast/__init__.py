@@ -1,0 +1,1 @@
+"""On-policy distillation of diffusion and flow-matching models."""

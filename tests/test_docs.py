@@ -1,4 +1,4 @@
-"""Every fenced block of README.md and docs/*.md is run by a test, or stands in a list with the reason why none runs it.
+"""Every fenced block of the pages is run by a test, or stands in a list with the reason why none runs it.
 
 A page's command is run as it stands but for the replacements that stand beside it here: real weights by small ones,
 folders by those of the test, and sizes by smaller ones. A block that a page gains is in neither list, and fails.
@@ -12,10 +12,12 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from benchmarks import report
 from opd_fast import train
@@ -39,7 +42,8 @@ from tests.benchmarks.test_benchmarks import ENVIRONMENT, row
 from tests.runs import PROMPTS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = ("README", "CONTRIBUTING", "CHANGELOG")
+PAGES = [*(ROOT / f"{name}.md" for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 
 SCALE = "distributed.test_scale:test_the_page_shows_what_the_commands_print"
 RUN: dict[str, str] = {
@@ -58,6 +62,10 @@ RUN: dict[str, str] = {
     "rewards.md: prompt,colour": "test_a_reward_is_learnt_from",
     "rewards.md: # tint.yaml": "test_a_reward_is_learnt_from",
     "rewards.md: python -m opd_fast.evaluate --prompts tint.csv": "training.test_evaluate:test_the_documented_reward",
+    "CONTRIBUTING.md: make test": "test_make_runs_what_continuous_integration_runs",
+    "architecture.md: --- opd_fast/solvers.py": "test_strangers_changes:test_a_solver",
+    "architecture.md: --- opd_fast/objectives.py": "test_strangers_changes:test_an_objective",
+    "architecture.md: --- /dev/null\n+++ opd_fast/rewards/brightness.py": "test_strangers_changes:test_a_reward",
     "scaling.md: python -m opd_fast.train sd35-mopd --dry-run --devices 8": "test_plans",
     "scaling.md: $ python -m opd_fast.scale --reshard block": SCALE,
     "scaling.md: $ python -m opd_fast.scale\n": SCALE,
@@ -69,6 +77,9 @@ NOT_RUN: dict[str, str] = {
     'README.md: python -m venv .venv && . .venv/bin/activate && pip install -e ".[test]"': "it runs these very tests; "
     ".ci/run takes it from the page, word for word",
     "README.md: flowchart LR": "a picture",
+    'CONTRIBUTING.md: python -m venv .venv && . .venv/bin/activate && pip install -e ".[dev]"': "a fresh environment; "
+    ".ci/run installs the same",
+    "CONTRIBUTING.md: pip install pre-commit": "it writes into the checkout; test_hooks holds what the hooks run",
     "gpu.md: benchmarks/gpu.sh 1": "a GPU; test_gpu_script rehearses it",
     "gpu.md: OPD_COMMIT=$(git describe": "a GPU; test_gpu_script rehearses it, test_benchmarks reads OPD_COMMIT",
     "gpu.md: python3.12 -m venv .venv312": "another Python, and 800 MB",
@@ -279,6 +290,44 @@ def test_results_of_a_gpu_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         )
     )
     assert "| `step/1GB` | 1 s |" in (here / "README.md").read_text()
+
+
+def test_make_runs_what_continuous_integration_runs() -> None:
+    """Each target's commands, as make prints them, are those of .ci/run and of the pages."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    expected = {
+        "test": ["pytest -n 2"],
+        "slow": ["pytest -n 2 -m slow"],
+        "lint": ["ruff check .", "ruff format --check ."],
+        "types": ["mypy"],
+        "bench": ["pytest benchmarks --benchmark-only"],
+        "map": ["python -m tests.architecture"],
+    }
+    assert commands(block("CONTRIBUTING.md: make test")) == [["make", target] for target in expected]
+    named = (".ci/run", "README.md", "docs/architecture.md", "benchmarks/README.md")
+    known = re.split(r"[\n`\"]", "\n".join((ROOT / name).read_text() for name in named))
+    for target, lines in expected.items():
+        printed = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert printed.splitlines() == lines
+        assert all(line in known or any(words.endswith(f" && {line}") for words in known) for line in lines), lines
+
+
+def test_hooks() -> None:
+    """A commit is held to what `make lint` holds the checkout to."""
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["entry"] for hook in repo["hooks"]] == ["ruff check --force-exclude", "ruff format --force-exclude"]
+    assert {hook["language"] for hook in repo["hooks"]} == {"system"}
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["title"], citation["version"], citation["license"]) == tuple(
+        project[key] for key in ("name", "version", "license")
+    )
+    versions = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[:2] == ["Unreleased", project["version"]]
 
 
 def test_plans(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ from opd_fast.models import meta_model
 from opd_fast.objectives import step_weights
 from opd_fast.reporting.results import gain_recovered
 from opd_fast.solvers import solver_table
+from tests.architecture import Module, modules
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+TOP = ("README", "CONTRIBUTING", "CHANGELOG")
+PACKAGES = ("kernels", "opd_fast", "benchmarks", "tests")
 TASKS = ("composition", "text", "colour")
 
 
@@ -176,11 +181,59 @@ def test_two_processes_and_a_world_of_one() -> None:
     states(text, f"{alone['ratio']:.3f} of a process alone, {low:.3f} to {high:.3f}, {alone['pairs']} pairs")
 
 
+def test_the_files_of_a_step() -> None:
+    """README and the map list the same files, as many as README says, each reached from those before it.
+
+    One of them calls the step's kernel, so that no file between two of them is left out.
+    """
+    spine = (ROOT / "README.md").read_text(encoding="utf-8").partition("A training step passes through ")[2]
+    number, _, rest = spine.partition(" files, in this order:\n\n")
+    files = re.findall(r"\d\. \[`([\w/]+\.py)`\]", rest.split("\n\n")[0])
+    assert len(files) == {"six": 6, "seven": 7}[number]
+    way = (DOCS / "architecture.md").read_text(encoding="utf-8").partition("## The way of one step\n")[2]
+    assert re.findall(r"\d\. \[`([\w/]+\.py)`\]", way.split("\n## ")[0]) == files
+
+    found = {module.file: module for module in modules().values()}
+    names = {module.name for module in found.values()}
+    assert any(calls(found[file], "fused_step") for file in files if file.startswith("opd_fast"))
+    for i, file in enumerate(files[1:], 1):
+        if file.startswith("opd_fast/training/methods/"):
+            continue  # a run finds its method by the name
+        name = found[file].name.removesuffix(".step")  # the operator is imported from its package
+        assert any(name in {target.module for target in found[f].imports(names)} for f in files[:i]), file
+
+
+def calls(module: Module, function: str) -> bool:
+    return any(
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == function
+        for node in ast.walk(module.tree)
+    )
+
+
+def test_every_file_is_named_as_it_is() -> None:
+    """Every Python file and module in backquotes, on a page or in the source, is one of the project.
+
+    A file may be named by the end of its path, and a module with what is in it.
+    """
+    every = [path.relative_to(ROOT).as_posix() for top in PACKAGES for path in (ROOT / top).rglob("*.py")]
+    pages = [ROOT / f"{name}.md" for name in TOP] + sorted(DOCS.glob("*.md"))
+    gone = []
+    for path in [*pages, *(ROOT / name for name in every if not name.startswith("tests/"))]:
+        text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for name in re.findall(r"`([\w/]+\.py)`", text):
+            if not any(f"/{file}".endswith(f"/{name}") for file in every):
+                gone.append(f"{path.name}: {name}")
+        for name in re.findall(r"`(opd_fast\.[a-z_0-9.]+)", text):
+            parts = name.rstrip(".").split(".")
+            ways = ("/".join(parts[:length]) for length in (len(parts), len(parts) - 1) if length > 1)
+            if not any({f"{way}.py", f"{way}/__init__.py"} & set(every) for way in ways):
+                gone.append(f"{path.name}: {name}")
+    assert not gone
+
+
 def test_pages_name_files_that_exist() -> None:
     """Every relative link of a page, and every file of the package or the tests that it names."""
-    import re
-
-    for name in ["README.md", *(f"docs/{path.name}" for path in DOCS.glob("*.md"))]:
+    for name in [*(f"{name}.md" for name in TOP), *(f"docs/{path.name}" for path in DOCS.glob("*.md"))]:
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
         links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
