@@ -20,28 +20,11 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 80, 10
 
 UPWARD: dict[str, str] = {}
 """`module -> module` of an import that runs up, to the reason."""
-CIRCLES: dict[frozenset[str], str] = {
-    frozenset(
-        f"opd_fast.models.{name}" for name in ("base", "pipeline_folder", "lora.files", "lora.keys")
-    ): "the base class of the families saves LoRA files and checks pipeline folders",
-}
+CIRCLES: dict[frozenset[str], str] = {}
 """Modules that may import each other in a circle, to the reason."""
-FAMILIES_IN_ENGINE: dict[str, str] = {
-    "opd_fast.engine.modulation_cache -> opd_fast.models.flux": "what a block makes of the noise level differs",
-    "opd_fast.engine.modulation_cache -> opd_fast.models.sd3": "what a block makes of the noise level differs",
-    "opd_fast.engine.fused_qkv -> diffusers.models.transformers.transformer_flux": "its processor fuses by itself",
-}
+FAMILIES_IN_ENGINE: dict[str, str] = {}
 """`module -> module` of a technique that knows a family by name, to the reason."""
-LONG: dict[str, str] = {
-    "opd_fast/distributed/plan.py": "the plan and its table are one file",
-    "opd_fast/distributed/plan.py make_plan": "the plan is worked out in one function",
-    "opd_fast/engine/attention.py": "the measurement, its cache and the processors are one file",
-    "opd_fast/training/evaluation.py evaluate": "drawing, judging and averaging are one function",
-    "opd_fast/training/optimize.py engage": "every technique has a parameter",
-    "opd_fast/training/rollout.py one_pass": "the settings of a round are parameters, one by one",
-    "opd_fast/training/setup.py prepare": "the parts of a run are made in one function",
-    "opd_fast/worlds/build.py": "the steps of building the world are one file",
-}
+LONG: dict[str, str] = {}
 """A file, or a file and its function, that is longer than the limit, to the reason."""
 
 OURS = ("opd_kernels", "opd_fast", "benchmarks", "tests")
