@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from opd_fast.config import Config
+from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.serialize import config_hash, to_yaml
 from opd_fast.distributed.plan import Plan
 
@@ -73,7 +74,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     evaluation = "off"
     if plan.evaluations:
         evaluation = f"{plan.evaluations} times; {plan.evaluation_rows:,} forward rows with base and teachers"
-    distils = config.train.method == "opd"
+    distils = method_spec(config).distils
     rounds = f"{config.train.rounds} of {plan.samples} samples: {tasks}"
     if not distils:
         each = "" if plan.updates == 1 else f", which serves {plan.updates} rounds"

@@ -159,7 +159,7 @@ def test_good_settings_reach_the_loop(world: Path, monkeypatch: pytest.MonkeyPat
 
     called: list[Any] = []
     loop = types.ModuleType("opd_fast.training.loop")
-    loop.train = lambda config, run_dir, resume, profile, world: called.append((config, run_dir, resume))  # type: ignore[attr-defined]
+    loop.train = lambda config, run_dir, resume, profile, world, planner: called.append((config, run_dir, resume))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "opd_fast.training.loop", loop)
     monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
     assert train.main(["good.yaml", "--run-dir", "run", "--seed", "4", "--train.rounds", "5"]) == 0

@@ -263,7 +263,7 @@ def test_its_plan_counts_its_rows(world: Path) -> None:
     assert window.round_rows == {"rollout": 16, "student forward": 4, "student backward": 4}
     nft = make_plan(reinforced(world, "nft", rl__updates=1, rl__timestep_fraction=0.5), devices=2)
     assert nft.round_rows["old policy forward"] == nft.round_rows["base forward"] == 8 * 2
-    assert nft.bytes["old policy"] == 4 * nft.trainable
+    assert nft.bytes["old policy"] == 4 * nft.workload.trainable
     assert nft.bytes["rollout"] == 4 * c * h * w * 4  # of half the images their last latents
     assert nft.strategy == "ddp"
 
