@@ -42,6 +42,7 @@ def named_lora(rng: random.Random, tensors: dict[str, Any], file: Path) -> str:
     """A LoRA file under other names; the kind. Each module stands in it once, or twice where that is the kind."""
     kind = rng.choice(["one prefix", "mixed prefixes", "kohya", "dots", "wrapped inside", "twice", "spaces"])
     prefix, half = rng.choice(PREFIXES), rng.choice(HALVES)
+    again = rng.choice([other for other in PREFIXES if other != prefix])
     state: dict[str, torch.Tensor] = {}
     for index, (module, pair) in enumerate(tensors.items()):
         name = module
@@ -59,7 +60,7 @@ def named_lora(rng: random.Random, tensors: dict[str, Any], file: Path) -> str:
         for letter, tensor in zip(half, pair, strict=True):
             state[f"{prefix}{name}.{letter}.weight"] = tensor.contiguous()
             if kind == "twice" and index == 0:
-                state[f"{rng.choice(PREFIXES)}{name}.{letter}.weight"] = tensor * 2
+                state[f"{again}{name}.{letter}.weight"] = tensor * 2
     save_file(state, file, metadata={"format": "pt"})
     return f"{kind} {prefix!r} {half[0]}"
 
