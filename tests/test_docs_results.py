@@ -231,6 +231,18 @@ def test_every_file_is_named_as_it_is() -> None:
     assert not gone
 
 
+def test_the_ways_to_wait() -> None:
+    text, ways = page("docs/engine.md"), result("waiting")["ways"]
+    default = "libgomp's default"
+    named = {default: default, "opd_fast's": "the bound of 1000 turns", "passive": "without spinning"}
+    for way, name in named.items():
+        idle, busy = (ways[way][state]["seconds"] for state in ("idle", "busy"))
+        states(text, f"| {name} | {idle:.2f} s | {busy:.2f} s |")
+    usual = ways[default]["idle"]["seconds"]
+    bound, none = (100 * (ways[way]["idle"]["seconds"] / usual - 1) for way in ("opd_fast's", "passive"))
+    states(text, f"The bound costs {bound:.0f} % of an idle round, and no spinning {none:.0f} %.")
+
+
 def test_pages_name_files_that_exist() -> None:
     """Every relative link of a page, and every file of the package or the tests that it names."""
     for name in [*(f"{name}.md" for name in TOP), *(f"docs/{path.name}" for path in DOCS.glob("*.md"))]:
