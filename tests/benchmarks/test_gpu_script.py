@@ -134,7 +134,7 @@ def test_profile_names_a_tool_that_is_missing(tool: str, tmp_path: Path) -> None
 
 
 def test_counters_leave_the_clocks_alone(tmp_path: Path) -> None:
-    """Locking the clocks, ncu's default, is not ours to do on a lent machine."""
+    """Locking the clocks, ncu's default, is not ours to do on a shared machine."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("ncu", "python"):
