@@ -307,18 +307,17 @@ def replayed(runs: Runs, steps: int) -> Callable[[], None]:
     """One CUDA graph of `steps` steps, `runs` in turn; a call replays it and advances the clock by one step's time.
 
     As many results as there are runs stay alive while capturing: outputs take turns in memory as operands do."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for run in (*runs[:1] * 3, *runs):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    alive: deque[Result] = deque(maxlen=len(runs))
-    with torch.cuda.graph(graph):
+    from opd_kernels.recording import Recorder
+
+    def work() -> None:
+        alive: deque[Result] = deque(maxlen=len(runs))
         for i in range(steps):
             alive.append(runs[i % len(runs)]())
-    alive.clear()
+
+    recorder = Recorder(DEVICE)
+    for run in (*runs[:1] * 3, *runs):
+        recorder.warm_up(run)
+    graph, _ = recorder.record(work)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def replay() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from opd_fast.engine.float8 import Float8Linear, quantize_weight, requantize, supported
 from opd_fast.engine.merged_lora import merged_linear
 from opd_kernels import quantize_rows, quantize_rows_reference
+from opd_kernels.recording import Recorder
 from tests.gpu.test_step_gpu import no_sync
 from tests.kernels.quantize_formula import assert_quantized, hard_rows
 
@@ -35,16 +36,9 @@ def relative(found: Tensor, truth: Tensor) -> float:
 
 def replayed(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """`run` captured after a warm-up on a side stream, and the tensor that replays fill."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph, out
+    recorder = Recorder(torch.device("cuda"))
+    recorder.warm_up(run, 2)
+    return recorder.record(run)
 
 
 # --- quantisation -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning
 from opd_fast.models.lora.adapters import use_adapter
+from opd_kernels.recording import Recorder
 from tests.grouping import FAMILIES, add_all, states, text
 from tests.tiny import save_tiny
 from tests.tiny_flux import save_tiny_flux
@@ -68,16 +69,9 @@ def close(found: Tensor, truth: Tensor) -> None:
 
 
 def captured(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph, out
+    recorder = Recorder(torch.device("cuda"))
+    recorder.warm_up(run, 2)
+    return recorder.record(run)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
