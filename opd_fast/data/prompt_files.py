@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +62,28 @@ def load_prompts(source: str | Path, split: Split = "train") -> list[Prompt]:
     could take (half a character, a NUL, more than ``LONGEST`` characters), and for a file without prompts.
     """
     path = prompt_file(source, split)
-    if path.suffix == ".parquet":
+    if path.suffix == ".parquet":  # `datasets` keeps what it has read
         return _parquet(path)
+    try:
+        digest = hashlib.blake2b(path.read_bytes()).digest()
+    except OSError:  # the parser says what is wrong with the file
+        return list(_parse.__wrapped__(path, b""))
+    return list(_parse(path, digest))
+
+
+@lru_cache(maxsize=32)
+def _parse(path: Path, digest: bytes) -> tuple[Prompt, ...]:
+    """Parse a file of that content.
+
+    A run reads its prompts once for each check before it begins, and once to train; a long file takes seconds.
+    """
     lines = list(_lines(path))
     if path.suffix in (".csv", ".tsv") or (path.suffix == ".txt" and lines and _is_drawbench(lines[0][1])):
-        return _separated(path)
+        return tuple(_separated(path))
     if not lines:
         raise ValueError(f"{path} holds no prompt; write one prompt on each line")
     if path.suffix == ".jsonl":
-        return [_geneval(text, f"{path}, line {number}") for number, text in lines]
+        return tuple(_geneval(text, f"{path}, line {number}") for number, text in lines)
     prompts = [_checked_prompt(text, _target(text), f"{path}, line {number}") for number, text in lines]
     if len(prompts) == 1 and len(parts := prompts[0].text.splitlines()) > 1:
         end = prompts[0].text[len(parts[0])]
@@ -76,7 +91,7 @@ def load_prompts(source: str | Path, split: Split = "train") -> list[Prompt]:
             f"{prompts[0].where}: the only line holds U+{ord(end):04X}, which does not end a line here; end lines with "
             f"a line feed"
         )
-    return prompts
+    return tuple(prompts)
 
 
 def write_geneval(path: str | Path, records: Sequence[dict[str, Any]]) -> None:

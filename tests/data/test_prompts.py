@@ -578,3 +578,22 @@ def test_the_plan_counts_the_tasks_of_a_round(world: Path) -> None:
     assert plan.turns == {"words": 0.75, "plain": 0.25}
     assert plan.teacher_rows == {"words": 2, "plain": 4}
     assert plan.round_rows["teacher forward"] == round((2 * 0.75 + 4 * 0.25) * 3)
+
+
+def test_a_file_is_parsed_once_for_each_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every check of a run reads the prompts; an edit that keeps size and time is seen all the same."""
+    from opd_fast.data import prompt_files
+
+    parsed: list[str] = []
+    original = prompt_files._target
+    monkeypatch.setattr(prompt_files, "_target", lambda text: parsed.append(text) or original(text))  # type: ignore[func-returns-value]
+    file = tmp_path / "a.txt"
+    file.write_text("a cat\n")
+    first = load_prompts(file)
+    first.append(Prompt("another"))
+    assert load_prompts(file) == [Prompt("a cat")], "what a caller does to its list is its own affair"
+    assert parsed == ["a cat"]
+    before = file.stat()
+    file.write_text("a dog\n")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_prompts(file) == [Prompt("a dog")]
