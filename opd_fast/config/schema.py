@@ -297,12 +297,54 @@ class EvaluationConfig:
         "stop",
     )
     vae_tiling: bool = option("decode in overlapping tiles: less memory at high resolutions, faint seams", False)
+    rewards: list[str] = option("rewards reported of every task beside its own, such as pickscore", [])
 
     def images(self, held_out: int) -> int:
         """How many images an evaluation draws of a task that has `held_out` prompts in its file."""
         if self.images_per_prompt is None:
             return self.prompts
         return min(self.prompts, held_out) * self.images_per_prompt
+
+
+@dataclass(kw_only=True)
+class RewardModelsConfig:
+    """The models and servers of the rewards that have one. A path that exists comes before a hub id of that form."""
+
+    clip: str = option(
+        "CLIP ViT-L/14 of clipscore, aesthetic and GenEval's colours: transformers folder or hub id",
+        "openai/clip-vit-large-patch14",
+    )
+    pickscore: str = option("PickScore: transformers folder or hub id", "yuvalkirstain/PickScore_v1")
+    hps: str = option("HPSv2.1: open_clip checkpoint, or that file on the hub", "xswu/HPSv2/HPS_v2.1_compressed.pt")
+    aesthetic: str = option(
+        "linear head of the aesthetic predictor: sac+logos+ava1-l14-linearMSE.pth, or its copy on the hub",
+        "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
+    )
+    image_reward: str = option(
+        "ImageReward: ImageReward.pt, or that file on the hub", "zai-org/ImageReward/ImageReward.pt"
+    )
+    bert: str = option("tokenizer of ImageReward: transformers folder or hub id", "google-bert/bert-base-uncased")
+    detector: str = option(
+        "GenEval's detector, a Mask2Former for COCO instances: transformers folder or hub id",
+        "facebook/mask2former-swin-small-coco-instance",
+    )
+    geneval_server: str | None = option(
+        "address of a GenEval server, such as http://127.0.0.1:18085; null: the detector in this process", None
+    )
+    ocr: Literal["rapidocr", "paddleocr"] = option("engine of ocr; paddleocr is the published one", "rapidocr")
+    judge_server: str | None = option(
+        "address of an OpenAI-compatible server (vLLM, SGLang) for unified_reward, such as http://127.0.0.1:17140/v1",
+        None,
+    )
+    judge: str = option("model that the server serves for unified_reward", "CodeGoat24/UnifiedReward-7b-v1.5")
+    hps3_server: str | None = option("address of an HPSv3 server, as docs/table.md describes it", None)
+    batch: int = option("images that a reward's model takes at once", 16)
+    requests: int = option("requests that a server gets at once", 8)
+    retries: int = option("times that a request is sent again after it failed", 2)
+    device: Literal["auto", "cpu"] = option("of the rewards' models; auto: that of the images", "auto")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
+        "of the rewards' models; auto: float16 on a GPU, float32 on a CPU", "auto"
+    )
 
 
 @dataclass(kw_only=True)
@@ -386,6 +428,7 @@ class Config:
     sft: SFTConfig = field(default_factory=SFTConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    reward_models: RewardModelsConfig = field(default_factory=RewardModelsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -395,3 +438,7 @@ class Config:
         """The tasks that are trained, as places in `teachers`."""
         chosen = self.train.tasks
         return [i for i, teacher in enumerate(self.teachers) if chosen is None or teacher.name in chosen]
+
+    def evaluates(self, teacher: TeacherConfig) -> bool:
+        """Whether evaluations draw images of the task."""
+        return self.evaluation.every > 0 and (teacher.reward is not None or bool(self.evaluation.rewards))

@@ -93,11 +93,11 @@ def _check_one_table(stages: Sequence[Stage]) -> None:
     tasks: dict[str, TeacherConfig] = {}
     teachers: dict[str, TeacherConfig] = {}
     for i, config in enumerate(stage.config for stage in stages):
-        judged = [(j, task) for j, task in enumerate(config.teachers) if task.reward is not None]
-        if not judged or config.evaluation.every == 0:
+        judged = [(j, task) for j, task in enumerate(config.teachers) if config.evaluates(task)]
+        if not judged:
             continue
         evaluation = evaluation or config.evaluation
-        for key in ("prompts", "images_per_prompt", "steps", "guidance", "vae_tiling"):
+        for key in ("prompts", "images_per_prompt", "steps", "guidance", "vae_tiling", "rewards"):
             value, before = getattr(config.evaluation, key), getattr(evaluation, key)
             if value != before:
                 why = f"{value} differs from the {before} of an earlier stage, and their rewards stand in one table"

@@ -85,6 +85,9 @@ def _check_ranges(config: Config) -> None:
         ("evaluation.steps", config.evaluation.steps, 1),
         ("evaluation.guidance", config.evaluation.guidance, 0),
         ("evaluation.batch", config.evaluation.batch, 1),
+        ("reward_models.batch", config.reward_models.batch, 1),
+        ("reward_models.requests", config.reward_models.requests, 1),
+        ("reward_models.retries", config.reward_models.retries, 0),
         ("parallel.shard_size", config.parallel.shard_size, 1),
         ("engine.recompute", config.engine.recompute, 0),
     ]

@@ -356,8 +356,8 @@ def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[
 def _evaluation(config: Config, model: DiffusionModel) -> tuple[int, int]:
     """Returns how often the student is evaluated, and the rows of all evaluations with one of the base and teachers."""
     e = config.evaluation
-    images = sum(_evaluation_images(teacher, config) for teacher in config.teachers if teacher.reward is not None)
-    if e.every == 0 or not images:
+    images = sum(_evaluation_images(teacher, config) for teacher in config.teachers if config.evaluates(teacher))
+    if not images:
         return 0, 0
     started = config.student.start is not None  # else it is the base at first
     student = started + len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end

@@ -1,15 +1,18 @@
 """The registry of rewards, and the types of a reward of one's own: `Reward`, `RewardValues` and `Prompt`.
 
 A new reward is a file beside this one and a line of `REWARDS`. A reward from elsewhere is named by its dotted path,
-`package.module:function`. docs/rewards.md says what a reward is given and what it may return. `runner.py` calls a
-reward and survives its failures, `values.py` reads what it returns, `metadata.py` checks what it needs of prompts.
+`package.module:function`. A reward that has a model is a subclass of `ModelReward`. docs/rewards.md says what a reward
+is given and what it may return. `runner.py` calls a reward and survives its failures, `values.py` reads what it
+returns, `metadata.py` checks what it needs of prompts, `model_files.py` finds weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,17 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_fast.config import TeacherConfig
+from opd_fast.config import RewardModelsConfig, TeacherConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import one_line
+from opd_fast.rewards.model_reward import ModelReward
 
 __all__ = [
     "REPORTED",
     "REWARDS",
+    "ModelReward",
     "Prompt",
     "Reward",
     "RewardValues",
     "Term",
+    "evaluated_rewards",
     "get_reward",
     "prompt_groups",
     "reward_terms",
@@ -63,21 +69,24 @@ REWARDS: dict[str, str] = {
     "text": "opd_fast.rewards.text:score",
     "colour": "opd_fast.rewards.colour:score",
 }
-"""The bundled rewards: name to the function's dotted path."""
+"""The rewards that have a name of their own: name to the dotted path of a function or of a `ModelReward`."""
 
 REPORTED: dict[str, tuple[str, ...]] = {"composition": ("composition_strict",)}
 """What evaluations report beside a reward."""
 
 
-def get_reward(name: str) -> Reward:
+def get_reward(name: str, models: RewardModelsConfig | None = None) -> Reward:
     """Return the reward called `name`, or the one at the dotted path `name`; its module is imported here, not before.
+
+    A `ModelReward` is one object for the process and `models`, so that its weights are loaded once.
 
     Raises ValueError for an unknown name and for a path that does not lead to a function.
     """
-    if name in REWARDS:
-        return _imported(REWARDS[name])
-    if ":" in name:
-        return _imported(name)
+    if name in REWARDS or ":" in name:
+        target = _imported(REWARDS.get(name, name))
+        if isinstance(target, type):
+            return _model_reward(target, models or RewardModelsConfig())
+        return target
     close = difflib.get_close_matches(name, REWARDS, 1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(f"unknown reward {name!r}: {hint}known are {', '.join(REWARDS)}, and package.module:function")
@@ -109,15 +118,28 @@ def reward_terms(text: str) -> list[Term]:
     return terms
 
 
-def judged_rewards(task: TeacherConfig) -> list[str]:
-    """Return the rewards that evaluations report of a task: the first of its sum, and what is reported beside it."""
-    if task.reward is None:
-        return []
-    first = reward_terms(task.reward)[0].reward
-    return [first, *REPORTED.get(first, ())]
+def evaluated_rewards(task: TeacherConfig, everywhere: Sequence[str] = ()) -> list[str]:
+    """Return the rewards that evaluations report of a task, each once.
+
+    They are the terms of its own reward, each with what is reported beside it, then those of every task, `everywhere`.
+    """
+    own = [] if task.reward is None else [term.reward for term in reward_terms(task.reward)]
+    beside = [[name, *REPORTED.get(name, ())] for name in own]
+    return list(dict.fromkeys([*itertools.chain.from_iterable(beside), *everywhere]))
 
 
-def _imported(path: str) -> Reward:
+_MODEL_REWARDS: dict[tuple[Any, ...], ModelReward] = {}
+"""The objects in use, by class and settings."""
+
+
+def _model_reward(kind: type[ModelReward], models: RewardModelsConfig) -> ModelReward:
+    key = (kind, *dataclasses.astuple(models))
+    if key not in _MODEL_REWARDS:
+        _MODEL_REWARDS[key] = kind(models)
+    return _MODEL_REWARDS[key]
+
+
+def _imported(path: str) -> Any:
     module, _, attribute = path.partition(":")
     try:
         target = getattr(importlib.import_module(module), attribute)
@@ -125,14 +147,13 @@ def _imported(path: str) -> Reward:
         raise ValueError(f"reward {path} cannot be imported ({type(error).__name__}: {one_line(error)})") from error
     if (fault := _not_a_reward(target)) is not None:
         raise ValueError(f"reward {path} is {fault}, not a function of (images, prompts)")
-    reward: Reward = target
-    return reward
+    return target
 
 
 def _not_a_reward(target: Any) -> str | None:
     """Return what `target` is, in words, if it cannot be called as a reward; else None."""
     if isinstance(target, type):
-        return "a class"
+        return None if issubclass(target, ModelReward) and not inspect.isabstract(target) else "a class"
     if not callable(target):
         return f"a {type(target).__name__}"
     for is_one, what in (

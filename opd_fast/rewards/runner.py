@@ -20,13 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from opd_fast.config import TeacherConfig
+from opd_fast.config import RewardModelsConfig, TeacherConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError, one_line, short
 from opd_fast.rewards import Reward, get_reward, reward_terms
 from opd_fast.rewards.values import UnreadableValues, image_count, read_values
 
-Kind = Literal["raised", "timed out", "not numbers", "wrong shape", "not finite"]
+Kind = Literal["unavailable", "raised", "timed out", "not numbers", "wrong shape", "not finite"]
 
 
 class RewardFailure(RuntimeError):
@@ -75,8 +75,13 @@ def call_reward(
 class RewardRunner:
     """Calls a run's rewards under one policy; `failures` counts the images without a value, by (reward, kind)."""
 
-    def __init__(self, policy: Literal["raise", "record"], timeout: float | None = None) -> None:
-        self.policy, self.timeout = policy, timeout
+    def __init__(
+        self,
+        policy: Literal["raise", "record"],
+        timeout: float | None = None,
+        models: RewardModelsConfig | None = None,
+    ) -> None:
+        self.policy, self.timeout, self.models = policy, timeout, models
         self.failures: Counter[tuple[str, Kind]] = Counter()
         self.messages: dict[tuple[str, str], str] = {}
         """The first failure of each (reward, reason), in words."""
@@ -94,7 +99,7 @@ class RewardRunner:
                 self._hanging[reward] = stuck
                 missing = torch.full((len(images),), float("nan"))
                 raise RewardFailure(reward, "timed out", "still hangs in an earlier call", missing)
-            call = _Call(reward, get_reward(reward), images, prompts)
+            call = _Call(reward, get_reward(reward, self.models), images, prompts)
             return call.wait(self.timeout)
         except RewardFailure as failure:
             if call is not None and call.running:
@@ -156,6 +161,8 @@ class _Call:
                 raise error
             if isinstance(error, UnreadableValues):
                 raise RewardFailure(self.name, error.kind, str(error), self._missing) from error
+            if isinstance(error, UserError):  # it names what is missing and the remedy
+                raise RewardFailure(self.name, "unavailable", f"cannot judge: {error}", self._missing) from error
             name = type(error).__name__
             detail = f"raised {name}: {short(one_line(error))}"
             raise RewardFailure(self.name, "raised", detail, self._missing, f"raised {name}") from error

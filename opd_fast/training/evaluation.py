@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from opd_fast.config import RewardModelsConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.data.text_embeddings import EmbeddingCache
 from opd_fast.distributed.world import World
@@ -118,6 +119,7 @@ def evaluate(
     keep_images: int = 0,
     progress: Callable[[int, int], None] | None = None,
     reward_timeout: float | None = None,
+    reward_models: RewardModelsConfig | None = None,
     world: World | None = None,
     reported: set[tuple[str, str]] | None = None,
 ) -> Evaluation:
@@ -129,6 +131,7 @@ def evaluate(
         keep_images: prompts of each task whose first image is returned.
         progress: called with (images done, images in all).
         reward_timeout: seconds that a reward may take for a batch; None sets no limit.
+        reward_models: the models and servers of the rewards that have one.
         world: the processes that draw the images together, each its share; all get the same result.
         reported: (reward, reason) of the failures printed before; those printed here are added.
 
@@ -139,7 +142,7 @@ def evaluate(
             or one named twice, or a model that yields NaN or infinite numbers.
     """
     world = world or World()
-    runner = RewardRunner("record", reward_timeout)
+    runner = RewardRunner("record", reward_timeout, reward_models)
     _check_tasks(tasks)
     done, total = 0, sum(task.count for task in tasks)
 

@@ -121,7 +121,7 @@ def _task(teacher: TeacherConfig, config: Config) -> Sources:
     return {
         "weights": _weights(teacher.weights) if method_spec(config).has_teachers else {},
         "prompts": _prompts(teacher.prompts, "train"),
-        "eval_prompts": _prompts(held_out, "test") if held_out is not None and teacher.reward is not None else {},
+        "eval_prompts": _prompts(held_out, "test") if held_out is not None and config.evaluates(teacher) else {},
         "reward": {} if teacher.reward is None else _reward(teacher.reward),
     }
 
@@ -308,8 +308,8 @@ def _change(key: str, before: dict[str, str], now: dict[str, str], *, decodes: b
 
 def _decodes(config: Config) -> bool:
     """Whether the run decodes images, so that its numbers follow from the VAE."""
-    judged = any(teacher.reward is not None for teacher in config.teachers)
-    return judged and (method_spec(config).looks_at_images or config.evaluation.every > 0)
+    learns = method_spec(config).looks_at_images and any(teacher.reward is not None for teacher in config.teachers)
+    return learns or any(config.evaluates(teacher) for teacher in config.teachers)
 
 
 def _named(key: str, config: Config) -> str:

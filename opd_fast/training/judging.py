@@ -81,6 +81,7 @@ class Judging:
             self.setup.tasks,
             keep_images=GRID_COLUMNS,
             reward_timeout=config.evaluation.reward_timeout,
+            reward_models=config.reward_models,
             world=self.setup.world,
             reported=self.printed,
         )

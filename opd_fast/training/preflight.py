@@ -25,7 +25,7 @@ from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.files import find_lora, read_lora
 from opd_fast.models.lora.load import check_weights
 from opd_fast.models.pipeline_folder import resolve_pipeline
-from opd_fast.rewards import judged_rewards
+from opd_fast.rewards import evaluated_rewards
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.training.evaluation import EvalTask
 from opd_fast.training.problems import problems
@@ -186,7 +186,7 @@ def evaluation_task(teacher: TeacherConfig, config: Config, log: Callable[[str],
 
     `log` gets a line where the file is found without `eval_prompts`, and where it has fewer prompts than asked for.
     """
-    if teacher.reward is None or config.evaluation.every == 0:
+    if not config.evaluates(teacher):
         return None
     file = held_out(teacher.prompts, teacher.eval_prompts)
     if file is None:
@@ -200,4 +200,4 @@ def evaluation_task(teacher: TeacherConfig, config: Config, log: Callable[[str],
             f"task {teacher.name}: {len(every)} held-out prompts in {file}, fewer than evaluation.prompts = {asked}; "
             f"an evaluation draws {images} images of them"
         )
-    return EvalTask(teacher.name, every[:asked], judged_rewards(teacher), images)
+    return EvalTask(teacher.name, every[:asked], evaluated_rewards(teacher, config.evaluation.rewards), images)

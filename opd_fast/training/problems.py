@@ -40,7 +40,7 @@ def problems(config: Config) -> Iterator[UserError]:
         checks.append((read_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
         if teacher.eval_prompts is not None and config.evaluation.every > 0:
             checks.append((read_prompts, (f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")))
-        elif teacher.reward is not None and config.evaluation.every > 0:
+        elif config.evaluates(teacher):
             checks.append((read_held_out, (f"teachers[{i}].eval_prompts", teacher.prompts)))
     checks += [(_check_resolution, (config,)), (_check_rewards, (config,))]
     for check, arguments in checks:
@@ -86,24 +86,31 @@ def _check_resolution(config: Config) -> None:
 
 def _check_rewards(config: Config) -> None:
     named = [(f"teachers[{i}].reward", t.reward) for i, t in enumerate(config.teachers) if t.reward is not None]
+    named += [(f"evaluation.rewards[{i}]", name) for i, name in enumerate(config.evaluation.rewards)]
     if not named:
         return
-    from opd_fast.rewards import REWARDS, get_reward, reward_terms  # imports torch, so it comes last
+    from opd_fast.rewards import REWARDS, ModelReward, get_reward, reward_terms  # imports torch, so it comes last
 
+    learns = method_spec(config).learns_from_rewards(config)
     for key, text in named:
         try:
             terms = reward_terms(text)
         except ValueError as error:
             raise UserError(key, str(error), "such as 0.8*text + 0.2*colour") from error
-        if len(terms) > 1 and not method_spec(config).sums_rewards:
-            raise UserError(key, f"{text} is a sum, and a distillation learns from none", "name one reward")
+        if key.startswith("evaluation") and text != terms[0].reward:
+            raise UserError(key, f"{text} is a sum", "list its rewards one by one")
+        if any(term.factor != 1 for term in terms) and not method_spec(config).sums_rewards:
+            raise UserError(key, f"{text} is a sum, and no loss uses its weights", "leave them out: text + colour")
         for name in (term.reward for term in terms):
             if ":" in name:
                 try:
-                    get_reward(name)
+                    get_reward(name, config.reward_models)
                 except ValueError as error:
                     raise UserError(
                         key, str(error), "name a function of (images, prompts) as package.module:function"
                     ) from error
             elif name not in REWARDS:
                 raise UserError(key, f"unknown reward {name!r}", did_you_mean(name, REWARDS))
+            reward = get_reward(name, config.reward_models)
+            if isinstance(reward, ModelReward) and (learns or config.evaluation.reward_failure == "stop"):
+                reward.check()

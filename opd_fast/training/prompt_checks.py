@@ -51,18 +51,16 @@ def read_held_out(key: str, prompts: str) -> None:
 def judged_prompts(config: Config) -> Iterator[tuple[str, str, Split, list[str]]]:
     """(setting, source, split, rewards) of every prompt file whose images a run judges: those that it learns from
     rewards on, and those of its evaluations."""
-    from opd_fast.rewards import reward_terms
+    from opd_fast.rewards import evaluated_rewards, reward_terms
 
     learns = method_spec(config).learns_from_rewards(config)
     for i, teacher in enumerate(config.teachers):
-        if teacher.reward is None:
-            continue
-        rewards = [term.reward for term in reward_terms(teacher.reward)]
-        if learns and i in config.trained:
+        rewards = [] if teacher.reward is None else [term.reward for term in reward_terms(teacher.reward)]
+        if rewards and learns and i in config.trained:
             yield f"teachers[{i}].prompts", teacher.prompts, "train", rewards
-        if config.evaluation.every > 0 and (file := _held_out(teacher)) is not None:
+        if config.evaluates(teacher) and (file := _held_out(teacher)) is not None:
             named = "prompts" if teacher.eval_prompts is None else "eval_prompts"
-            yield f"teachers[{i}].{named}", str(file), "test", rewards[:1]
+            yield f"teachers[{i}].{named}", str(file), "test", evaluated_rewards(teacher, config.evaluation.rewards)
 
 
 def _held_out(teacher: TeacherConfig) -> Path | None:

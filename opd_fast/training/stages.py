@@ -22,7 +22,7 @@ from opd_fast.reporting.results import new_results, write_results
 from opd_fast.reporting.reward_keys import reward_keys
 from opd_fast.reporting.table import print_table
 from opd_fast.reporting.telemetry import read_metrics
-from opd_fast.rewards import judged_rewards
+from opd_fast.rewards import evaluated_rewards
 from opd_fast.training.loop import train
 
 Row = dict[str, Any]
@@ -124,7 +124,10 @@ def joined_rows(stages: Sequence[Stage], tables: Sequence[dict[str, Row]]) -> di
 
     A stage may have tasks that the others lack, so that the keys are those of all stages' tasks together.
     """
-    pairs = [[(t.name, r) for t in stage.config.teachers for r in judged_rewards(t)] for stage in stages]
+    pairs = [
+        [(t.name, r) for t in stage.config.teachers for r in evaluated_rewards(t, stage.config.evaluation.rewards)]
+        for stage in stages
+    ]
     keys = reward_keys(pair for of_stage in pairs for pair in of_stage)
     base: Row = {}
     teachers: dict[str, Row] = {}

@@ -414,9 +414,10 @@ def test_statistics_are_a_tasks_own_or_those_of_all(world: Path, statistics: str
     assert (sizes[0] > 20 * sizes[1]) == (statistics == "all")
 
 
-def test_a_sum_is_judged_by_its_first(world: Path, tmp_path: Path) -> None:
+def test_every_term_of_a_sum_is_reported(world: Path, tmp_path: Path) -> None:
     results = start(reinforced(world, "nft", "colour + 0.1*rl_rewards:left", evaluation__every=2), tmp_path / "run")
-    assert set(results["rows"]["student"]) == {"words/colour", "plain/colour"}
+    keys = {"words/colour", "words/rl_rewards:left", "plain/colour", "plain/rl_rewards:left"}
+    assert set(results["rows"]["student"]) == keys
 
 
 @pytest.mark.parametrize(
@@ -436,10 +437,12 @@ def test_mistakes_in_sums_are_named(world: Path, reward: str, message: str) -> N
     assert message in found[0]
 
 
-def test_distillation_takes_no_sum(world: Path) -> None:
+def test_distillation_takes_several_rewards_but_no_weights(world: Path) -> None:
     config = settings(world)
     config.teachers[0].reward = "text + colour"
-    assert ["is a sum" in str(error) for error in problems(config)] == [True]
+    assert list(problems(config)) == []
+    config.teachers[0].reward = "0.5*text + colour"
+    assert ["no loss uses its weights" in str(error) for error in problems(config)] == [True]
 
 
 def test_tasks_that_are_left_out_draw_nothing(world: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class ImageBuffer(ABC):
         """Which of the images this process draws and learns from."""
         self.samples = self.images / updates
         """Images that a round learns from, on average."""
-        self.reward_runner = RewardRunner("raise", config.evaluation.reward_timeout)
+        self.reward_runner = RewardRunner("raise", config.evaluation.reward_timeout, config.reward_models)
         self._base = base_teacher(setup.model, guidance)
         self._drawn: dict[str, Tensor] = {}
         """The images in hand: a tensor's first dimension counts those of this process, in the order of `rank_indices`,

@@ -1,0 +1,48 @@
+"""Finds the weights of rewards: a path of this machine first, then the hub's cache, then the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd_fast.config.paths import resolve_source
+from opd_fast.errors import UserError, one_line
+
+
+def find_model(key: str, name: str, *, fetch: bool = True, patterns: Sequence[str] | None = None) -> Path | None:
+    """Return the file or folder that the setting `reward_models.{key}` names.
+
+    Args:
+        key: the setting, for messages.
+        name: a path, `owner/name` on the hub, or `owner/name/FILE` for one file of it.
+        fetch: whether it may be downloaded. Without it None stands for what is neither here nor in the hub's cache.
+        patterns: which files of a repository are wanted; None: all.
+
+    Raises:
+        UserError: a path that does not exist, or a repository that can be neither found nor fetched.
+    """
+    from huggingface_hub import snapshot_download
+
+    source = resolve_source(name, "teachers")
+    if source.path is not None:
+        if not source.path.exists():
+            raise UserError(f"reward_models.{key}", f"{name} does not exist", "give a path that does, or a hub id")
+        return source.path
+    wanted = [source.inside] if source.inside else list(patterns) if patterns else None
+    for local in (True, False) if fetch else (True,):
+        try:
+            found = Path(snapshot_download(source.repo, allow_patterns=wanted, local_files_only=local)) / source.inside
+        except Exception as error:  # the hub's errors share no base
+            problem = one_line(error)
+            continue
+        if found.exists():
+            return found
+        problem = f"the repository has no {source.inside}"
+    if not fetch:
+        return None
+    inside = f" {source.inside}" if source.inside else ""
+    raise UserError(
+        f"reward_models.{key}",
+        f"{name} is not on this machine and cannot be fetched ({problem})",
+        f"run: hf download {source.repo}{inside}, or give a path",
+    )
