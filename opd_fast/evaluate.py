@@ -1,6 +1,7 @@
-"""Rewards of one model on held-out prompts, with or without a LoRA:
+"""Rewards of models on held-out prompts, one table:
 
-python -m opd_fast.evaluate --model PATH [--lora PATH] --prompts SRC[,SRC] --rewards NAME[+NAME][,NAME]
+python -m opd_fast.evaluate [RUN ...]                             runs, and evaluations already made
+python -m opd_fast.evaluate --model PATH [--lora PATH[,PATH]] --prompts SRC[,SRC] --rewards NAME[+NAME][,NAME]
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from opd_fast.config import DETERMINISTIC, Solver
-from opd_fast.config.options import Option, read_options
-from opd_fast.config.paths import is_bundled
+from opd_fast.config import DETERMINISTIC, Config, RewardModelsConfig, Solver
+from opd_fast.config.options import Option, print_help, read, settle
+from opd_fast.config.paths import BASE, is_bundled
+from opd_fast.config.serialize import leaves
 from opd_fast.config.validate import check_least, check_text
 from opd_fast.errors import UserError, main_guard
 from opd_fast.files import replace_text
@@ -28,24 +30,40 @@ from opd_fast.reporting.telemetry import quiet_libraries
 from opd_fast.waiting import bound_spinning
 
 if TYPE_CHECKING:
-    import torch
-
-    from opd_fast.training.evaluation import EvalTask, Evaluation
+    from opd_fast.distributed.world import World
+    from opd_fast.evaluation.comparison import Table
+    from opd_fast.evaluation.request import Request
+    from opd_fast.training.evaluation import EvalTask
 
 RECORDED = ("solver", "eta", "steps", "guidance", "guidance_convention", "resolution", "seed")
-"""Settings of the command line that its results.json repeats."""
-
+"""Settings that results.json repeats."""
 
 DOOR = "python -m opd_fast.evaluate"
+WHAT = (
+    "Judge models on prompt files: runs (base, teachers and student), or a pipeline with or without LoRAs. Without any "
+    "argument: the bundled base and teachers, and the newest run on them in runs/."
+)
+WORDS = ("RUN", "*", "folders of runs or of evaluations, shown in one table; each run is judged as its settings say")
+OF_A_MODEL = ("model", "lora", "prompts", "solver", "eta", "images-per-prompt", "dtype", "guidance-convention")
+"""Options that a run's own settings stand for."""
 OPTIONS = (
-    Option("model", str, "bundled", "diffusers pipeline folder, hub id or bundled"),
-    Option("lora", str | None, None, "LoRA, or whatever form a teacher may have; null: the model alone"),
-    Option("prompts", str, MISSING, "prompt files or bundled/NAME, joined by commas; held-out parts"),
-    Option("rewards", str, MISSING, "for each prompt file one reward, or several joined by +"),
+    Option("model", str, "bundled", "diffusers text-to-image pipeline: folder, hub id or bundled"),
+    Option(
+        "lora", str | None, None, "LoRAs, or whatever form a teacher may have, joined by commas; base: the model alone"
+    ),
+    Option("prompts", str | None, None, "prompt files or bundled/NAME, joined by commas; held-out parts"),
+    Option(
+        "rewards", str | None, None, "for each prompt file one reward, or several joined by +; of a run: for all tasks"
+    ),
     Option("steps", int, 20, "solver steps"),
     Option("solver", Solver, "ode", "solver"),
     Option("eta", float, 0.7, "noise level of a stochastic solver"),
-    Option("guidance", float | None, None, "as the model's pipeline takes it; null: unguided"),
+    Option(
+        "guidance",
+        str | None,
+        None,
+        "as the model's pipeline takes it; null: unguided; joined by commas: a row for each",
+    ),
     Option(
         "guidance-convention",
         Literal["pipeline", "linear"],
@@ -61,44 +79,86 @@ OPTIONS = (
     Option("reward-timeout", float | None, 300.0, "seconds a reward may take for a batch; null: any"),
     Option("dtype", Literal["auto", "float32", "bfloat16", "float16"], "auto", "of the weights"),
     Option("grid", int, 8, "images of each file in the image grid; 0: no grid"),
-    Option("out", str | None, None, "folder for results.json and grids; null: runs/evaluate-TIME"),
+    Option("save-images", None, False, "write every image in GenEval's layout below OUT/images"),
+    Option("judgement-cache", str, "auto", "folder that keeps judgements of base and teachers, auto or off"),
+    Option("out", str | None, None, "folder for the results; null: runs/evaluate-TIME, of a run: RUN/evaluation"),
+    *(
+        Option(key.replace("_", "-"), hint, default, help)
+        for key, (hint, default, help) in leaves().items()
+        if key.startswith("reward_models.")
+    ),
 )
 
 
 def _settings(argv: list[str]) -> SimpleNamespace:
-    """The options' values, checked."""
-    found = read_options(argv, DOOR, "Judge a model, with or without a LoRA, on prompt files.", OPTIONS)
-    for option in ("model", "lora", "out", "text_cache"):
+    """The options' values, checked; `runs` are the words, `given` the names of the options that stand there."""
+    print_help(argv, DOOR, WHAT, WORDS, OPTIONS)
+    words, given = read(argv, OPTIONS, DOOR)
+    found = settle(OPTIONS, given)
+    found.runs, found.given = [Path(word) for word in words], {one.option.name for one in given}
+    found.reward_models = RewardModelsConfig(
+        **{one.name: getattr(found, f"reward_models.{one.name}") for one in fields(RewardModelsConfig)}
+    )
+    _check(found)
+    return found
+
+
+def _check(found: SimpleNamespace) -> None:
+    """Raise UserError for a value out of range and for options that do not go together."""
+    for option in ("model", "lora", "out", "text_cache", "judgement_cache"):
         if (given := getattr(found, option)) is not None:
             check_text(option.replace("_", "-"), given)
-    for source in found.prompts.split(","):
+    for source in (found.prompts or "").split(","):
         check_text("prompts", source.strip())
+    found.guidances = _guidances(found.guidance)
     check_least(
         ("steps", found.steps, 1),
         ("limit", found.limit, 1),
         ("images-per-prompt", found.images_per_prompt, 1),
         ("batch", found.batch, 1),
         ("seed", found.seed, 0),
-        ("guidance", found.guidance, 0),
+        *(("guidance", guidance, 0) for guidance in found.guidances),
         ("grid", found.grid, 0),
+        ("reward-models.batch", found.reward_models.batch, 1),
+        ("reward-models.requests", found.reward_models.requests, 1),
+        ("reward-models.retries", found.reward_models.retries, 0),
     )
     if found.reward_timeout is not None and not found.reward_timeout > 0:
         raise UserError("reward-timeout", f"{found.reward_timeout:g} is not above 0", "give seconds, or null for any")
-    for name in ("guidance", "eta"):
-        value = getattr(found, name)
-        if value is not None and not math.isfinite(value):
-            raise UserError(name, f"{value} is not a finite number", "give a finite one")
-    if not found.text_cache:
-        raise UserError("text-cache", "is empty", "name a folder, or give auto or off")
+    if not math.isfinite(found.eta):
+        raise UserError("eta", f"{found.eta} is not a finite number", "give a finite one")
+    for option in ("text_cache", "judgement_cache"):
+        if not getattr(found, option):
+            raise UserError(option.replace("_", "-"), "is empty", "name a folder, or give auto or off")
     if found.solver not in DETERMINISTIC and not found.eta > 0:
         raise UserError("eta", f"{found.eta} with solver {found.solver}", "give eta > 0 or solver ode")
+    if found.runs and (named := [name for name in OF_A_MODEL if name in found.given]):
+        raise UserError(named[0], "is not read beside a run, whose settings say it", "leave it out, or leave out RUN")
+    if found.runs and len(found.guidances) > 1:
+        raise UserError("guidance", f"{found.guidance} beside a run", "give one number, or leave it out")
+    alone = not found.runs and not found.given & {"model", "lora", "prompts", "rewards"}
+    missing = [name for name in ("prompts", "rewards") if getattr(found, name) is None]
+    if missing and not alone and not found.runs:
+        raise UserError(", ".join(missing), "not given", "give " + " ".join(f"--{name} VALUE" for name in missing))
+
+
+def _guidances(text: str | None) -> list[float | None]:
+    """The numbers of --guidance; None is unguided."""
+    found: list[float | None] = []
+    for part in (text or "null").split(","):
+        try:
+            found.append(None if part.strip() == "null" else float(part))
+        except ValueError:
+            raise UserError("guidance", f"{part.strip()!r} is not a number", "the default is null") from None
+        if found[-1] is not None and not math.isfinite(found[-1]):
+            raise UserError("guidance", f"{found[-1]} is not a finite number", "give a finite one")
     return found
 
 
 def _pair(prompts: str, rewards: str) -> list[tuple[str, list[str]]]:
     """Prompt sources with the rewards that judge each."""
     sources = [s for s in (part.strip() for part in prompts.split(",")) if s]
-    names = [[n.strip() for n in part.split("+") if n.strip()] for part in rewards.split(",") if part.strip()]
+    names = [_names(part) for part in rewards.split(",") if part.strip()]
     if len(sources) == 1 and len(names) > 1:
         names = [[name for group in names for name in group]]
     if not sources or len(sources) != len(names):
@@ -113,13 +173,87 @@ def _pair(prompts: str, rewards: str) -> list[tuple[str, list[str]]]:
     return list(zip(sources, names, strict=True))
 
 
+def _names(rewards: str) -> list[str]:
+    return [name.strip() for name in rewards.split("+") if name.strip()]
+
+
 @main_guard
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
     bound_spinning()
     settings = _settings(argv)
-    pairs = _pair(settings.prompts, settings.rewards)
+    pairs = _pair(settings.prompts, settings.rewards) if settings.prompts is not None and not settings.runs else []
     quiet_libraries()
+    began = time.monotonic()
+    with _world() as world:
+        if settings.runs:
+            return _compare(settings, world, began)
+        request = _of_model(settings, pairs) if pairs else _of_bundle(settings)
+        results, table, out = _evaluate(settings, request, world, began)
+        if world.is_main:
+            _show(settings, request, results, table, out)
+        _refuse_unjudged(table, results["failures"])
+    return 0
+
+
+@contextlib.contextmanager
+def _world() -> Iterator[World]:
+    """The processes that torchrun started; each draws and judges its share with all of the weights."""
+    from opd_fast.distributed.world import launched, open_world
+
+    config = Config()
+    config.parallel.strategy = "auto" if launched() is None else "ddp"
+    with open_world(config) as world:
+        yield world
+
+
+# --- what is asked for -----------------------------------------------------------------------------------------------
+
+
+def _of_model(settings: SimpleNamespace, pairs: Sequence[tuple[str, list[str]]]) -> Request:
+    """The request of --model, --lora, --prompts and --rewards."""
+    from opd_fast.evaluation.request import ModelRow, Request
+
+    tasks = _tasks(settings, pairs)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    loras: list[str | None] = [None]
+    if settings.lora is not None:
+        loras = [None if (name := part.strip()) == BASE else name for part in settings.lora.split(",") if part.strip()]
+    names = _row_names(loras)
+    rows = [
+        ModelRow(name if len(settings.guidances) == 1 else f"{name}, guidance {_shown(guidance)}", lora, guidance)
+        for name, lora in zip(names, loras, strict=True)
+        for guidance in settings.guidances
+    ]
+    return Request(
+        model=settings.model,
+        rows=rows,
+        tasks=tasks,
+        out=Path(settings.out or f"runs/evaluate-{stamp}").expanduser(),
+        **{name: getattr(settings, name) for name in _PASSED},
+    )
+
+
+_PASSED = (
+    "solver",
+    "eta",
+    "steps",
+    "resolution",
+    "guidance_convention",
+    "seed",
+    "batch",
+    "dtype",
+    "text_cache",
+    "reward_timeout",
+    "reward_models",
+    "judgement_cache",
+    "save_images",
+    "grid",
+)
+"""Options that a request has under the same name."""
+
+
+def _tasks(settings: SimpleNamespace, pairs: Sequence[tuple[str, list[str]]]) -> list[EvalTask]:
     from opd_fast.data.prompt_files import load_prompts
     from opd_fast.rewards.metadata import check_metadata
     from opd_fast.training.evaluation import EvalTask
@@ -132,35 +266,8 @@ def main(argv: list[str]) -> int:
         if limit is not None and len(every) < limit:
             print(f"{source}: {len(every)} prompts, fewer than limit = {limit}; all are taken", file=sys.stderr)
         prompts = every[:limit]
-        images = len(prompts) * settings.images_per_prompt
-        tasks.append(EvalTask(_task_name(source, tasks), prompts, rewards, images))
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = Path(settings.out or f"runs/evaluate-{stamp}").expanduser()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("out", f"{out} cannot be made ({error.strerror})", "give a folder you may write") from error
-    began = time.monotonic()
-    found = _judge(settings, tasks)
-    results = {
-        "model": settings.model,
-        "lora": settings.lora,
-        "rewards": {
-            task: {name: value if math.isfinite(value) else None for name, value in means.items()}
-            for task, means in found.rewards.items()
-        },
-        "failures": list(found.failures),
-        "prompts": {task.name: len(task.prompts) for task in tasks},
-        "images": {task.name: task.count for task in tasks},
-        "settings": {name: getattr(settings, name) for name in RECORDED},
-        "seconds": round(time.monotonic() - began, 3),
-    }
-    replace_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    _show(settings, tasks, found, out)
-    if len(found.unjudged()) == sum(len(task.rewards) for task in tasks):
-        reasons = "; ".join(found.failures)
-        raise UserError("rewards", f"no image has a value: {reasons}", "fix the reward, then evaluate again")
-    return 0
+        tasks.append(EvalTask(_task_name(source, tasks), prompts, rewards, len(prompts) * settings.images_per_prompt))
+    return tasks
 
 
 def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
@@ -172,101 +279,216 @@ def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
     return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
-def _judge(settings: SimpleNamespace, tasks: list[EvalTask]) -> Evaluation:
-    from opd_fast.data.text_embeddings import EmbeddingCache, encoding_progress
-    from opd_fast.data.text_store import TextStore
-    from opd_fast.distributed.resolve import pick_device, pick_dtype
-    from opd_fast.models import load_model
-    from opd_fast.models.lora.load import load_transformer
-    from opd_fast.solvers import solver_table
-    from opd_fast.training.evaluation import ImageSampler, evaluate
+def _row_names(loras: Sequence[str | None]) -> list[str]:
+    """The last parts of the LoRAs' names that tell them apart, and `base`."""
+    depth = 1
+    while True:
+        names = [BASE if lora is None else "/".join(Path(lora).parts[-depth:]) for lora in loras]
+        if len(set(names)) == len(set(loras)):
+            break
+        depth += 1
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UserError("lora", f"{twice[0]} stands twice", "name it once")
+    return names
 
-    device = pick_device()
-    dtype = pick_dtype(settings.dtype, "auto", device)
-    _check_fit(settings, dtype)
-    convention = settings.guidance_convention
-    model = load_model(settings.model, device=device, dtype=dtype, guidance_convention=convention)
-    resolution = model.resolution(settings.resolution)
-    transformer = model.transformer
-    if settings.lora is not None:
-        transformer = load_transformer(model, settings.lora, what="lora")
-    store = TextStore.open(settings.text_cache, model, "text-cache")
-    prompts = [prompt.text for task in tasks for prompt in task.prompts]
-    with encoding_progress() as encoded:
-        text = EmbeddingCache.build(model, prompts, progress=encoded, store=store)
-    model.release_text_encoders()
-    table = solver_table(settings.solver, model.sigmas(settings.steps, resolution), settings.eta)
-    shape = model.latent_shape(resolution)
-    sampler = ImageSampler(model, table, shape, settings.guidance, settings.seed, text, settings.batch)
-    with _progress() as advance:
-        return evaluate(
-            sampler,
-            transformer,
-            tasks,
-            keep_images=settings.grid,
-            progress=advance,
-            reward_timeout=settings.reward_timeout,
+
+def _shown(guidance: float | None) -> str:
+    return "none" if guidance is None else f"{guidance:g}"
+
+
+def _changes(settings: SimpleNamespace) -> dict[str, Any]:
+    """What the command line says in place of a run's own settings."""
+    given = {
+        name: getattr(settings, name.replace("-", "_")) for name in settings.given & {"steps", "resolution", "seed"}
+    }
+    given |= {
+        name.replace("-", "_"): getattr(settings, name.replace("-", "_"))
+        for name in settings.given & {"batch", "text-cache", "reward-timeout"}
+    }
+    if "guidance" in settings.given:
+        given["guidance"] = settings.guidances[0]
+    given |= {name: getattr(settings, name) for name in ("judgement_cache", "save_images", "grid")}
+    return given
+
+
+def _reward_models(settings: SimpleNamespace, config: RewardModelsConfig) -> RewardModelsConfig:
+    """A run's settings of its rewards' models, with those of the command line in their place."""
+    names = [one.name for one in fields(config) if f"reward-models.{one.name}".replace("_", "-") in settings.given]
+    return replace(config, **{name: getattr(settings.reward_models, name) for name in names})
+
+
+def _of_run(settings: SimpleNamespace, run: Path) -> Request:
+    from opd_fast.evaluation.request import of_run
+
+    request = of_run(run, limit=settings.limit, rewards=_names(settings.rewards or ""), **_changes(settings))
+    return replace(request, reward_models=_reward_models(settings, request.reward_models))
+
+
+def _of_bundle(settings: SimpleNamespace) -> Request:
+    """The bundled base and teachers, and the newest run on them."""
+    from opd_fast.config.command_line import parse
+    from opd_fast.evaluation.request import RUNS, newest_run, of_configs
+
+    run = newest_run()
+    if run is not None:
+        print(f"student: {run / 'student'}")
+        request = _of_run(settings, run)
+    else:
+        request = of_configs(
+            parse(["bundled"]).configs, RUNS / "evaluate-bundled", limit=settings.limit, **_changes(settings)
+        )
+    return request if settings.out is None else replace(request, out=Path(settings.out).expanduser())
+
+
+# --- doing it --------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(
+    settings: SimpleNamespace, request: Request, world: World, began: float
+) -> tuple[dict[str, Any], Table, Path]:
+    """Judge what is missing, write results.json, and return its content, the table and the folder."""
+    from opd_fast.evaluation.comparison import table_of, to_results
+    from opd_fast.evaluation.judge import judge
+    from opd_fast.reporting.progress import progress_of
+
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            "out", f"{request.out} cannot be made ({error.strerror})", "give a folder you may write"
+        ) from error
+    with progress_of("judged", "images", shown=world.is_main) as progress:
+        judged = judge(request, world, progress)
+    table = table_of(request, judged)
+    results = _head(request, table) | to_results(table, judged.failures)
+    results |= {
+        "prompts": {task.name: len(task.prompts) for task in request.tasks},
+        "images": {task.name: task.count for task in request.tasks},
+        "drawn": judged.drawn,
+        "settings": _recorded(request),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    if world.is_main:
+        _write(request.out, results)
+    return results, table, request.out
+
+
+def _head(request: Request, table: Table) -> dict[str, Any]:
+    """What results.json of one model begins with."""
+    if len(request.rows) > 1:
+        return {"model": request.model, "weights": {row.name: row.weights for row in request.rows}}
+    (cells,) = table.values()
+    rewards: dict[str, dict[str, float]] = {}
+    for column, cell in cells.items():
+        rewards.setdefault(column.task, {})[column.reward] = cell.mean
+    return {"model": request.model, "lora": request.rows[0].weights, "rewards": rewards}
+
+
+def _recorded(request: Request) -> dict[str, Any]:
+    from opd_fast.evaluation.samplers import unguided
+
+    found = {name: getattr(request, name) for name in RECORDED if name != "guidance"}
+    of_rows = {row.name: unguided(request) if row.guidance is None else row.guidance for row in request.rows}
+    found["guidance"] = of_rows if len(set(of_rows.values())) > 1 else next(iter(of_rows.values()))
+    return {name: found[name] for name in RECORDED}
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    from opd_fast.reporting.results import finite
+
+    replace_text(out / "results.json", json.dumps(finite(results), indent=2, allow_nan=False) + "\n")
+
+
+def _refuse_unjudged(table: Table, failures: Sequence[str]) -> None:
+    """Raise UserError where no image has a value."""
+    if not any(math.isfinite(cell.mean) for cells in table.values() for cell in cells.values()):
+        raise UserError(
+            "rewards", f"no image has a value: {'; '.join(failures)}", "fix the reward, then evaluate again"
         )
 
 
-def _check_fit(settings: SimpleNamespace, dtype: torch.dtype) -> None:
-    """Raise ValueError for settings that the model's configuration files contradict, before any weight is read."""
-    from opd_fast.models import meta_model
-    from opd_fast.models.lora.load import check_weights
+def _compare(settings: SimpleNamespace, world: World, began: float) -> int:
+    """Judge each run, read each evaluation, and show one table of all."""
+    from opd_fast.evaluation.comparison import merged, read_evaluation, to_results
 
-    outline = meta_model(settings.model, dtype=dtype, guidance_convention=settings.guidance_convention)
-    outline.latent_shape(outline.resolution(settings.resolution))
-    if settings.guidance is None:
-        # What is recorded is a number, as it always was.
-        settings.guidance = 1.0 if settings.guidance_convention == "linear" else outline.unguided
-    if outline.guidance_kind == "none" and settings.guidance not in (0, 1):
-        raise UserError("guidance", f"{settings.guidance:g} with a {outline.name} model that has none", "give 1")
-    if settings.lora is not None:
-        check_weights(outline, settings.lora, what="lora")
+    tables: dict[str, Table] = {}
+    failures: list[str] = []
+    request: Request | None = None
+    for folder, name in zip(settings.runs, _row_names([str(run) for run in settings.runs]), strict=True):
+        if (folder / "evaluation.json").is_file() and not (folder / "config.yaml").is_file():
+            tables[name] = read_evaluation(folder)
+            continue
+        request = _of_run(settings, folder)
+        if settings.out is not None and len(settings.runs) == 1:
+            request = replace(request, out=Path(settings.out).expanduser())
+        results, tables[name], _ = _evaluate(settings, request, world, began)
+        failures += results["failures"]
+    if len(settings.runs) == 1 and request is not None:
+        if world.is_main:
+            _show(settings, request, results, tables[name], request.out)
+        _refuse_unjudged(tables[name], failures)
+        return 0
+    table = merged(tables)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = Path(settings.out or f"runs/compare-{stamp}").expanduser()
+    results = to_results(table, failures) | {"seconds": round(time.monotonic() - began, 3)}
+    if world.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out, results)
+        _show(settings, None, results, table, out)
+    return 0
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar of images on a terminal, nothing elsewhere."""
+# --- showing it ------------------------------------------------------------------------------------------------------
+
+
+def _show(settings: SimpleNamespace, request: Request | None, results: dict[str, Any], table: Table, out: Path) -> None:
+    """Print the table, write the report and the image grids."""
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
 
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("images", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _show(settings: SimpleNamespace, tasks: list[EvalTask], found: Evaluation, out: Path) -> None:
-    """Print the table and write an image grid for each task."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from opd_fast.reporting.image_grid import image_grid
+    from opd_fast.evaluation.comparison import best_keys
+    from opd_fast.evaluation.pictures import examples, write_grids
+    from opd_fast.reporting.comparison import print_comparison, write_comparison
     from opd_fast.reporting.table import print_failures
 
-    title = settings.model if settings.lora is None else f"{settings.model} + {settings.lora}"
     console = Console()
+    best = best_keys(table)
+    title = out.resolve().name if request is None else _title(request)
     console.print(title, markup=False, highlight=False)
-    table = Table()
+    if request is not None and len(request.rows) == 1:
+        _print_one(results, table, console)
+        print_failures(results["failures"], console)
+    else:
+        print_comparison(results, best, console)
+    facts = [] if request is None else [(name, str(value)) for name, value in results["settings"].items()]
+    write_comparison(out / "report.html", title, results, best, examples(table), facts)
+    if request is not None and settings.grid:
+        write_grids(request, out, settings.grid)
+    print(f"results: {out / 'results.json'}   report: {out / 'report.html'}")
+
+
+def _title(request: Request) -> str:
+    only = request.rows[0].weights if len(request.rows) == 1 else None
+    return request.model if only is None else f"{request.model} + {only}"
+
+
+def _print_one(results: dict[str, Any], table: Table, console: Any) -> None:
+    """Print the table of one model: a line for each task and reward."""
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    from opd_fast.reporting.comparison import half_width, print_tags
+    from opd_fast.reporting.table import number
+
+    shown = RichTable()
     for heading in ("prompts", "images", "reward", "mean"):
-        table.add_column(heading, justify="left" if heading in ("prompts", "reward") else "right")
-    for task in tasks:
-        for name, value in found.rewards[task.name].items():
-            shown = f"{value:.3f}" if math.isfinite(value) else "-"
-            table.add_row(escape(task.name), str(task.count), name.replace("_", " "), shown)
-    console.print(table)
-    print_failures(found.failures, console)
-    for task in tasks:
-        if task.name in found.images:
-            images = found.images[task.name]
-            captions = [prompt.text for prompt in task.prompts[: len(images)]]
-            # Small images are enlarged to be seen, large ones are kept.
-            scale = max(1, 128 // images.shape[-1])
-            image_grid({"with LoRA" if settings.lora else "model": images}, captions, out / f"{task.name}.png", scale)
-    print(f"written to {out}")
+        shown.add_column(heading, justify="left" if heading in ("prompts", "reward") else "right")
+    (cells,) = table.values()
+    for column, cell in cells.items():
+        mean = number(cell.mean) + half_width(cell.interval)
+        shown.add_row(escape(column.task), str(len(cell.values)), column.reward.replace("_", " "), mean)
+    console.print(shown)
+    print_tags(results, console)
 
 
 if __name__ == "__main__":

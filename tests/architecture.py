@@ -31,6 +31,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "worlds": (("worlds.*",), "The bundled world."),
     "rewards": (("rewards.*",), "What judges images; a reward is one file."),
     "training": (("training.*",), "The training step; a method is one file in `methods`."),
+    "evaluation": (("evaluation.*",), "Models judged image by image, and compared."),
     "doors": (("train", "evaluate", "scale", "worlds.build"), "The command lines."),
     "benchmarks": (("benchmarks",), "What measures the engine, and the published loop that it is measured against."),
 }

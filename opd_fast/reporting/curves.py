@@ -201,6 +201,6 @@ def _png(figure: Any) -> str:
     return data_uri(buffer.getvalue())
 
 
-def data_uri(png: bytes) -> str:
+def data_uri(picture: bytes, kind: str = "image/png") -> str:
     """Return a picture in the form in which a page holds it."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return f"data:{kind};base64,{base64.b64encode(picture).decode()}"

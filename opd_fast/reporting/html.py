@@ -23,16 +23,7 @@ def write_report(run_dir: Path, results: dict[str, Any], history: list[dict[str,
         history: the lines of metrics.jsonl (`telemetry.read_metrics`). Losses are found under `loss`,
             `loss/step_NN` and `loss/task_NAME`; of each grid `NAME-round-N.png` the last is shown.
     """
-    import jinja2
-
     run_dir = Path(run_dir)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     names = reward_names(results)
     table = [
         {
@@ -44,28 +35,46 @@ def write_report(run_dir: Path, results: dict[str, Any], history: list[dict[str,
         for row, means in results["rows"].items()
     ]
     settings = run_dir / "config.yaml"
-    page = environment.get_template("report.html.j2").render(
-        title=run_dir.resolve().name,
-        written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
-        results=results,
-        facts=_facts(results),
-        rewards=[key_words(name) for name in names],
-        table=table,
-        failures=list(results.get("failures", ())),
-        failed=FAILED,
-        shares={
-            task: None if share is None or not math.isfinite(share) else share
-            for task, share in results["recovered"].items()
-        },
-        curves=curves.draw(results, history),
-        grids=[
-            {"name": name, "data": curves.data_uri(path.read_bytes())} for name, path in newest_grids(run_dir).items()
-        ],
-        config=settings.read_text(encoding="utf-8") if settings.is_file() else "",
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=run_dir.resolve().name,
+            written=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
+            results=results,
+            facts=_facts(results),
+            rewards=[key_words(name) for name in names],
+            table=table,
+            failures=list(results.get("failures", ())),
+            failed=FAILED,
+            shares={
+                task: None if share is None or not math.isfinite(share) else share
+                for task, share in results["recovered"].items()
+            },
+            curves=curves.draw(results, history),
+            grids=[
+                {"name": name, "data": curves.data_uri(path.read_bytes())}
+                for name, path in newest_grids(run_dir).items()
+            ],
+            config=settings.read_text(encoding="utf-8") if settings.is_file() else "",
+        )
     )
     path = run_dir / "report.html"
     replace_text(path, page)
     return path
+
+
+def environment() -> Any:
+    """Return the jinja2 environment of the package's templates; what they are given is escaped."""
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:

@@ -49,15 +49,15 @@ def write_results(run_dir: Path, results: dict[str, Any]) -> None:
     if missing:
         raise ValueError(f"results lack {', '.join(missing)}; fill them in before writing results.json")
     # NaN is not JSON: a reward that could not be measured is null.
-    text = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(results), indent=2, allow_nan=False) + "\n"
     replace_text(Path(run_dir) / "results.json", text)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

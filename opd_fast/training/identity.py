@@ -103,14 +103,14 @@ def identify(config: Config) -> Sources:
     """
     from opd_fast.distributed.resolve import resolve
 
-    found = {"model.path": _pipeline(config.model.path), "model.family": _family(config.model.family)}
+    found = {"model.path": pipeline_hashes(config.model.path), "model.family": _family(config.model.family)}
     found["libraries"] = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     found["model.dtype"] = {"": str(resolve(config).dtype).removeprefix("torch.")}
     for key, weights, own in (
         ("student.start", config.student.start, MERGED),
         ("objective.anchor", config.objective.anchor, BASE),
     ):
-        found[key] = {} if weights in (None, own) else _weights(str(weights))
+        found[key] = {} if weights in (None, own) else weights_hashes(str(weights))
     for teacher in config.teachers:
         found |= {f"teachers.{teacher.name}.{name}": files for name, files in _task(teacher, config).items()}
     return {key: files for key, files in found.items() if files}
@@ -119,14 +119,14 @@ def identify(config: Config) -> Sources:
 def _task(teacher: TeacherConfig, config: Config) -> Sources:
     held_out = teacher.eval_prompts or (teacher.prompts if is_bundled(teacher.prompts) else None)
     return {
-        "weights": _weights(teacher.weights) if method_spec(config).has_teachers else {},
+        "weights": weights_hashes(teacher.weights) if method_spec(config).has_teachers else {},
         "prompts": _prompts(teacher.prompts, "train"),
         "eval_prompts": _prompts(held_out, "test") if held_out is not None and config.evaluates(teacher) else {},
         "reward": {} if teacher.reward is None else _reward(teacher.reward),
     }
 
 
-def _pipeline(path: str) -> dict[str, str]:
+def pipeline_hashes(path: str) -> dict[str, str]:
     """The files that a pipeline's components are loaded from; a folder of another kind counts with its own files."""
     folder = _pipeline_folder(path)
     with contextlib.suppress(OSError):
@@ -161,7 +161,7 @@ def _pipeline_folder(name: str) -> Path | None:
         return None
 
 
-def _weights(path: str) -> dict[str, str]:
+def weights_hashes(path: str) -> dict[str, str]:
     """The files of a LoRA or of a whole transformer on this machine."""
     from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 
@@ -202,7 +202,7 @@ def _reward(text: str) -> dict[str, str]:
         for name in (term.reward for term in reward_terms(text)):
             if ":" in name:
                 function = get_reward(name)  # imports its module
-                found |= _code(sys.modules.get(name.partition(":")[0]), function)
+                found |= code_hashes(sys.modules.get(name.partition(":")[0]), function)
     return found
 
 
@@ -212,11 +212,11 @@ def _family(name: str) -> dict[str, str]:
 
     with contextlib.suppress(ValueError, OSError):
         if ":" in name:
-            return _code(find_family(name, Path))
+            return code_hashes(find_family(name, Path))
     return {}
 
 
-def _code(*made: Any) -> dict[str, str]:
+def code_hashes(*made: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for thing in made:
         with contextlib.suppress(TypeError, OSError):  # what has no source file

@@ -257,7 +257,7 @@ def test_errors_are_one_line_and_survive_pickling() -> None:
 @pytest.mark.parametrize(
     ("argv", "key", "words"),
     [
-        ([], "prompts, rewards", "give --prompts VALUE"),
+        (["--model", "bundled"], "prompts, rewards", "give --prompts VALUE"),
         (["--prompts", "prompts.txt", "--rewards", "txet"], "", "did you mean 'text'?"),
         (["--prompts", "prompts.txt", "--rewards", "text", "--steps", "0"], "steps", "1 or more"),
         (["--prompts", "prompts.txt", "--rewards", "text", "--step", "0"], "step", "did you mean --steps?"),

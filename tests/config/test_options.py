@@ -154,8 +154,9 @@ def test_doors_document_hyphens_and_take_both(options: tuple[Option, ...]) -> No
     for option in options:
         assert "_" not in option.name
         for spelled in spellings(option.name):
-            words, given = read([f"--{spelled}", "value"], options, "door")
-            assert (words, [(one.option, one.text) for one in given]) == ([], [(option, "value")])
+            text = "" if option.hint is None else "value"  # a switch takes none
+            words, given = read([f"--{spelled}", *filter(None, [text])], options, "door")
+            assert (words, [(one.option, one.text) for one in given]) == ([], [(option, text)])
 
 
 def test_doors_read_both(tmp_path: Path) -> None:

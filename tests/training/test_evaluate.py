@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(save_tiny(tmp_path_factory.mktemp("evaluate") / "pipeline"))
+
+
+@pytest.fixture(autouse=True)
+def _own_judgements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPD_FAST_CACHE", str(tmp_path / "cache"))
 
 
 def task(name: str = "t", prompts: list[Prompt] = PROMPTS) -> EvalTask:
@@ -265,12 +271,16 @@ def test_text_is_kept(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("a text encoder was loaded")
 
     monkeypatch.setattr("opd_fast.models.sd3._load_text", refuse)
+    argv += ["--judgement-cache", "off"]
+    shutil.rmtree(tmp_path / "out")
     assert module.main(argv) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rewards"] == first
+    shutil.rmtree(tmp_path / "out")
+    new = ("--judgement-cache", "off")
     with pytest.raises(AssertionError, match="was loaded"):
-        module.main(command_line(world.folder, tmp_path, "--text-cache", "off"))
+        module.main(command_line(world.folder, tmp_path, "--text-cache", "off", *new))
     with pytest.raises(AssertionError, match="was loaded"):
-        module.main(command_line(world.folder, tmp_path))  # auto: these encoders are too small to keep
+        module.main(command_line(world.folder, tmp_path, *new))  # auto: these encoders are too small to keep
 
 
 @pytest.mark.parametrize(
