@@ -63,11 +63,21 @@ def print_comparison(results: dict[str, Any], best: Mapping[str, set[str]], cons
 
 
 def print_tags(results: dict[str, Any], console: Any) -> None:
-    """Print a line of scores by tag for each row and column that has them."""
-    for row, keyed in results.get("by_tag", {}).items():
-        for name, tags in keyed.items():
-            words = ", ".join(f"{tag} {number(value)}" for tag, value in tags.items())
-            console.print(f"{label(row, whole=True)}, {key_words(name)}: {words}", markup=False, highlight=False)
+    """Print for each column whose prompts have tags a table of rows by tags; nothing where there are none."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    by_tag = results.get("by_tag", {})
+    for name in dict.fromkeys(name for keyed in by_tag.values() for name in keyed):
+        rows = {row: keyed[name] for row, keyed in by_tag.items() if name in keyed}
+        table = Table(title=f"{key_words(name)} by tag", title_justify="left")
+        table.add_column("", no_wrap=True)
+        tags = list(dict.fromkeys(tag for scores in rows.values() for tag in scores))
+        for tag in tags:
+            table.add_column(tag.replace("_", "\n").replace(" ", "\n"), justify="right", vertical="bottom")
+        for row, scores in rows.items():
+            table.add_row(escape(label(row, whole=True)), *(number(scores.get(tag)) for tag in tags))
+        console.print(table)
 
 
 def half_width(interval: Sequence[float | None] | None) -> str:
