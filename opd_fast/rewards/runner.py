@@ -87,17 +87,6 @@ class RewardRunner:
         """The first failure of each (reward, reason), in words."""
         self._hanging: dict[str, _Call] = {}
 
-    ahead = 2
-
-    def __enter__(self) -> RewardRunner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, images: Tensor, prompts: Sequence[Prompt], rewards: Sequence[str]) -> Pending:
-        return Pending({name: self(name, images, prompts) for name in rewards})
-
     def __call__(self, reward: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Call `reward` and return its values, (B,) float32 on the CPU; under `record`, NaN stands for a missing one.
 
@@ -120,14 +109,6 @@ class RewardRunner:
             self.messages.setdefault((reward, failure.reason), str(failure))
             self.failures[reward, failure.kind] += int(failure.values.isnan().sum())
             return failure.values
-
-
-class Pending:
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        self.values = values
-
-    def result(self) -> dict[str, Tensor]:
-        return self.values
 
 
 def task_reward(runner: RewardRunner, task: TeacherConfig, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
