@@ -28,6 +28,8 @@ class ModelReward(ABC):
 
     packages: ClassVar[dict[str, str]] = {}
     """Package that is imported, to the extra of opd_fast that installs it."""
+    remote: bool = False
+    """Whether a server judges: a call then waits and hardly computes, and is made beside the drawing from the first."""
 
     def __init__(self, models: RewardModelsConfig) -> None:
         self.models = models
@@ -65,6 +67,10 @@ class ModelReward(ABC):
                 for i in range(0, len(images), size)
             ]
         return torch.cat(values) if values else torch.empty(0)
+
+    def is_loaded(self, device: torch.device) -> bool:
+        """Whether a call with images on `device` would load nothing."""
+        return self._device == (torch.device("cpu") if self.models.device == "cpu" else device)
 
     def identity(self) -> dict[str, Any]:
         """What decides the values beside the code: the settings of `models` that the reward reads.

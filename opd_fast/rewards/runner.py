@@ -6,15 +6,22 @@ a distillation, whose loss uses no reward.
 
 Every call gets copies of the images and the prompts, and its values are copied out of what it returns. A reward may
 therefore change what it is given, and keep it: a thread that outlives its timeout still computes on its own copies.
+
+`RewardRunner.submit` judges a batch beside the run, which draws the next one meanwhile:
+
+    with RewardRunner("record", timeout, models, ahead=2) as runner:
+        pending = [runner.submit(images, prompts, ["text", "unified_reward"]) for images, prompts in batches]
+        values = [batch.result() for batch in pending]  # each a dict of (B,) float32 on the CPU by reward
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,8 +30,9 @@ from torch import Tensor
 from opd_fast.config import RewardModelsConfig, TeacherConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError, one_line, short
-from opd_fast.rewards import Reward, get_reward, reward_terms
+from opd_fast.rewards import REWARDS, ModelReward, Reward, get_reward, reward_terms
 from opd_fast.rewards.values import UnreadableValues, image_count, read_values
+from opd_fast.rewards.workers import Job, Workers
 
 Kind = Literal["unavailable", "raised", "timed out", "not numbers", "wrong shape", "not finite"]
 
@@ -73,42 +81,198 @@ def call_reward(
 
 
 class RewardRunner:
-    """Calls a run's rewards under one policy; `failures` counts the images without a value, by (reward, kind)."""
+    """Calls a run's rewards under one policy, at once or in threads of its own (`submit`).
+
+    Calls of one reward come one after the other, in the order of the batches. Used as a context manager it ends its
+    threads, as `close` does.
+
+    Args:
+        policy: what a failure does, as this file's beginning says.
+        timeout: seconds that one call of a reward may take, whenever it begins; None sets no limit.
+        models: the models and servers of the rewards that have one.
+        ahead: batches given to `submit` that may be unfinished; the next one waits. Each is held once, and once more
+            by every call that is at work on it.
+
+    Attributes:
+        failures: the images without a value, by (reward, kind).
+        messages: the first failure of each (reward, reason), in words.
+    """
 
     def __init__(
         self,
         policy: Literal["raise", "record"],
         timeout: float | None = None,
         models: RewardModelsConfig | None = None,
+        ahead: int = 2,
     ) -> None:
-        self.policy, self.timeout, self.models = policy, timeout, models
+        self.policy, self.timeout, self.models, self.ahead = policy, timeout, models, ahead
         self.failures: Counter[tuple[str, Kind]] = Counter()
         self.messages: dict[tuple[str, str], str] = {}
-        """The first failure of each (reward, reason), in words."""
         self._hanging: dict[str, _Call] = {}
+        self._turns: dict[str, threading.Lock] = {}
+        self._called: set[str] = set()
+        """The rewards that have come back from a call."""
+        self._workers = Workers(ahead)
+        self._streams: dict[tuple[str, torch.device], Any] = {}
+
+    def __enter__(self) -> RewardRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads of `submit`. What nobody has begun to judge is left; a call at work gets a moment to end."""
+        self._workers.close()
 
     def __call__(self, reward: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Call `reward` and return its values, (B,) float32 on the CPU; under `record`, NaN stands for a missing one.
 
         A reward that hung is not called again before it has come back. Raises RewardFailure under `raise`.
         """
-        call = None
-        try:
-            stuck = self._hanging.pop(reward, None)
-            if stuck is not None and stuck.running:
-                self._hanging[reward] = stuck
-                missing = torch.full((len(images),), float("nan"))
-                raise RewardFailure(reward, "timed out", "still hangs in an earlier call", missing)
-            call = _Call(reward, get_reward(reward, self.models), images, prompts)
-            return call.wait(self.timeout)
-        except RewardFailure as failure:
-            if call is not None and call.running:
-                self._hanging[reward] = call
-            if self.policy == "raise":
+        found = self._judge(reward, get_reward(reward, self.models), images, prompts)
+        return self._decide(reward, found)
+
+    def submit(self, images: Tensor, prompts: Sequence[Prompt], rewards: Sequence[str]) -> Pending:
+        """Have a batch judged by several rewards while the caller goes on.
+
+        The values are those of `__call__`, to the bit. Rewards that ask a server, and those of the user's own files,
+        are called in threads of their own, so that a slow one does not hold up another. All the others share one
+        thread, since they share the device: two at once would need the memory of both. Where that device is the CPU
+        the drawing needs its cores too, and they are called before this returns. The same goes for a reward's first
+        call, other than a server's: loading a model changes settings of the process, such as torch's default dtype,
+        that the drawing would see.
+
+        Args:
+            images: (B, 3, H, W) float in 0..1; copied before this returns.
+            prompts: one for each image.
+            rewards: names or dotted paths; none is called twice for the batch.
+
+        Raises:
+            ValueError: an unknown reward.
+            RuntimeError: the runner was closed.
+        """
+        functions = {name: get_reward(name, self.models) for name in rewards}
+        lines = {name: self._line(name, function, images.device) for name, function in functions.items()}
+        beside = {name: line for name, line in lines.items() if line is not None}
+        jobs: dict[str, Job[Tensor | RewardFailure]] = {}
+        if beside:
+            self._workers.reserve()
+            try:
+                batch = _Batch(images, prompts, alone=len(beside) == 1)
+                for name, line in beside.items():
+                    jobs[name] = Job(functools.partial(self._judge_beside, line, name, functions[name], batch))
+                self._workers.start([(line, jobs[name]) for name, line in beside.items()])
+            except BaseException:
+                self._workers.release()
                 raise
-            self.messages.setdefault((reward, failure.reason), str(failure))
-            self.failures[reward, failure.kind] += int(failure.values.isnan().sum())
-            return failure.values
+            del batch
+        for name in (name for name in functions if name not in beside):
+            jobs[name] = Job(functools.partial(self._judge, name, functions[name], images, prompts))
+            jobs[name].run_here()
+        return Pending(self, {name: jobs[name] for name in functions})
+
+    def _line(self, name: str, function: Reward, device: torch.device) -> str | None:
+        """Return the line of the thread that calls a reward; None where the caller's own thread does."""
+        if isinstance(function, ModelReward) and function.remote:
+            return name
+        if name not in self._called and not (isinstance(function, ModelReward) and function.is_loaded(device)):
+            return None
+        if isinstance(function, ModelReward) or name in REWARDS:
+            return None if device.type == "cpu" else "models"
+        return name.partition(":")[0]  # the functions of one file may share a model
+
+    def _judge_beside(self, line: str, name: str, function: Reward, batch: _Batch) -> Tensor | RewardFailure:
+        """Judge in a worker; on a GPU with a stream of the worker's own."""
+        device = batch.images.device
+        if device.type == "cuda" and (line, device) not in self._streams:
+            self._streams[line, device] = torch.cuda.Stream(device)
+        with batch.on(self._streams.get((line, device))):
+            return self._judge(name, function, batch.images, batch.prompts, copied=batch.alone)
+
+    def _judge(
+        self, name: str, function: Reward, images: Tensor, prompts: Sequence[Prompt], *, copied: bool = False
+    ) -> Tensor | RewardFailure:
+        """Call a reward when it is its turn. Returns its values, or under `record` the failure.
+
+        `copied` says that the images are the call's own already. Raises RewardFailure under `raise`.
+        """
+        with self._turns.setdefault(name, threading.Lock()):
+            call = None
+            try:
+                stuck = self._hanging.pop(name, None)
+                if stuck is not None and stuck.running:
+                    self._hanging[name] = stuck
+                    missing = torch.full((len(images),), float("nan"))
+                    raise RewardFailure(name, "timed out", "still hangs in an earlier call", missing)
+                call = _Call(name, function, images, prompts, copied=copied)
+                values = call.wait(self.timeout)
+                self._called.add(name)
+                return values
+            except RewardFailure as failure:
+                if call is not None and call.running:
+                    self._hanging[name] = call
+                if self.policy == "raise":
+                    raise
+                # Its frames hold the images, and a batch waits for its turn to be read.
+                failure.__cause__ = failure.__context__ = None
+                return failure.with_traceback(None)
+
+    def _decide(self, reward: str, found: Tensor | RewardFailure) -> Tensor:
+        """Count and report a failure, in the caller's thread, so that the order does not depend on the threads."""
+        if isinstance(found, Tensor):
+            return found
+        self.messages.setdefault((reward, found.reason), str(found))
+        self.failures[reward, found.kind] += int(found.values.isnan().sum())
+        return found.values
+
+
+class Pending:
+    """A batch that is being judged."""
+
+    def __init__(self, runner: RewardRunner, jobs: dict[str, Job[Tensor | RewardFailure]]) -> None:
+        self._runner, self._jobs = runner, jobs
+        self._values: dict[str, Tensor] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether `result` would return at once."""
+        return all(job.finished for job in self._jobs.values())
+
+    def result(self) -> dict[str, Tensor]:
+        """Wait for the batch; returns reward to values, (B,) float32 on the CPU, in the order given to `submit`.
+
+        Under `record` a value that is missing is NaN, and the runner counts it now. Raises RewardFailure under `raise`,
+        for the first of the rewards that failed, and RuntimeError where the runner was closed before.
+        """
+        if self._values is None:
+            found = {name: job.result() for name, job in self._jobs.items()}
+            self._values = {name: self._runner._decide(name, value) for name, value in found.items()}
+            self._jobs = {}
+        return self._values
+
+
+class _Batch:
+    """A copy of a batch's images, and what a thread needs to read it.
+
+    Args:
+        alone: whether a single call gets it, which may then have the copy itself.
+    """
+
+    def __init__(self, images: Tensor, prompts: Sequence[Prompt], *, alone: bool) -> None:
+        self.images, self.prompts, self.alone = images.detach().clone(), list(prompts), alone
+        self._copied = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None
+
+    @contextlib.contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        """Work on a CUDA stream once the copy is made; None, with images on a CPU, changes nothing."""
+        if self._copied is None:
+            yield
+            return
+        stream.wait_event(self._copied)
+        self.images.record_stream(stream)  # its memory belongs to the stream that drew
+        with torch.cuda.stream(stream):
+            yield
 
 
 def task_reward(runner: RewardRunner, task: TeacherConfig, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -130,11 +294,16 @@ def task_reward(runner: RewardRunner, task: TeacherConfig, images: Tensor, promp
 class _Call:
     """One call of a reward, in this thread or in one of its own."""
 
-    def __init__(self, name: str, function: Reward, images: Tensor, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self, name: str, function: Reward, images: Tensor, prompts: Sequence[Prompt], *, copied: bool = False
+    ) -> None:
         self.name, self.function, self.prompts = name, function, prompts
         self.device = images.device
         # Images of one prompt share its object, so each gets a copy of its own.
-        self._given: Any = (images.detach().clone(), [copy.deepcopy(prompt) for prompt in prompts])
+        self._given: Any = (
+            images if copied else images.detach().clone(),
+            [copy.deepcopy(prompt) for prompt in prompts],
+        )
         self._missing = torch.full((len(images),), float("nan"))
         self._thread: threading.Thread | None = None
         self._values: Tensor | None = None
