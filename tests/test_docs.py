@@ -62,6 +62,9 @@ RUN: dict[str, str] = {
     "rewards.md: prompt,colour": "test_a_reward_is_learnt_from",
     "rewards.md: # tint.yaml": "test_a_reward_is_learnt_from",
     "rewards.md: python -m opd_fast.evaluate --prompts tint.csv": "training.test_evaluate:test_the_documented_reward",
+    "evaluation.md: python -m opd_fast.evaluate\n": "evaluation.test_page:test_the_bundled_world",
+    "evaluation.md: python -m opd_fast.evaluate runs/mine\n": "evaluation.test_page:test_a_run",
+    "evaluation.md: python -m opd_fast.evaluate --model": "evaluation.test_page:test_any_pipeline",
     "CONTRIBUTING.md: make test": "test_make_runs_what_continuous_integration_runs",
     "architecture.md: --- opd_fast/solvers.py": "test_strangers_changes:test_a_solver",
     "architecture.md: --- opd_fast/objectives.py": "test_strangers_changes:test_an_objective",
@@ -74,6 +77,7 @@ RUN: dict[str, str] = {
 
 NODES = "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:29500"
 NOT_RUN: dict[str, str] = {
+    "evaluation.md: OUT/results.json": "a list of files, which the page's commands leave",
     'README.md: python -m venv .venv && . .venv/bin/activate && pip install -e ".[test]"': "it runs these very tests; "
     ".ci/run takes it from the page, word for word",
     "README.md: flowchart LR": "a picture",
@@ -154,7 +158,7 @@ def test_what_runs_a_block_takes_it_from_the_page(key: str) -> None:
     file, _, name = RUN[key].rpartition(":")
     module = importlib.import_module(f"tests.{file}") if file else sys.modules[__name__]
     source = inspect.getsource(getattr(module, name))
-    assert ("PAGE.read_text()" if file else json.dumps(key)) in source
+    assert json.dumps(key) in source or (file and "PAGE.read_text()" in source)
 
 
 def test_the_first_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +208,8 @@ def test_a_model_and_teachers_of_ones_own(
     written = {"runs/mine-20260101-120000": f"runs/{folder.name}"}
     run([replaced(word, written) if "mine-" in word else word for word in resume])
     here = {**written, **pipeline}
-    run([replaced(word, {k: v for k, v in here.items() if k in word}) for word in judge] + ["--out", "judged"])
+    judge = [replaced(word, {k: v for k, v in here.items() if k in word}) for word in judge]
+    run([*judge, "--rewards", "rewards:ocr", "--out", "judged"])
     results = json.loads((tmp_path / "judged" / "results.json").read_text())
     assert results["prompts"] == {"test": 3}
     assert 0 < results["rewards"]["test"]["rewards:ocr"] < 1

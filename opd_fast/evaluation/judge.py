@@ -225,7 +225,7 @@ def reward_hash(name: str, models: RewardModelsConfig) -> str:
 def file_name(name: str) -> str:
     """Return a row's or task's name as a file may have it; `teacher:NAME` is teacher-NAME, others stay distinct."""
     name = name.replace("teacher:", "teacher-", 1) if name.startswith("teacher:") else name
-    plain = "".join(c if c.isalnum() or c in "-_. " else "_" for c in name).strip(". ") or "_"
+    plain = "".join(c if c.isalnum() or c in "-_., " else "_" for c in name).strip(". ") or "_"
     return plain if plain == name else f"{plain}-{hashed(name)[:6]}"
 
 
