@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 RECORDED = ("solver", "eta", "steps", "guidance", "guidance_convention", "resolution", "seed")
 """Settings that results.json repeats."""
 
+WAIT = 24 * 60
+"""Minutes that a process waits for the others, whose images or rewards may take longer."""
 DOOR = "python -m opd_fast.evaluate"
 WHAT = (
     "Judge models on prompt files: runs (base, teachers and student), or a pipeline with or without LoRAs. Without any "
@@ -203,6 +205,7 @@ def _world() -> Iterator[World]:
 
     config = Config()
     config.parallel.strategy = "auto" if launched() is None else "ddp"
+    config.parallel.timeout = WAIT
     with open_world(config) as world:
         yield world
 

@@ -60,6 +60,7 @@ def judge(request: Request, world: World | None = None, progress: Progress | Non
     """
     world = world or World()
     check_request(request)
+    _check_rewards(request, world)
     tables = _judgements(request, world)
     world.on_first(lambda: _prepare(request, tables))
     for row in tables.values():
@@ -211,6 +212,23 @@ def _model_hashes(request: Request) -> dict[str, str]:
         return {"name": request.model}
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     return {file.relative_to(folder).as_posix(): digest(file) for file in files}
+
+
+def _check_rewards(request: Request, world: World) -> None:
+    """Say before the first image which rewards lack something. Raises UserError where all do."""
+    missing: dict[str, UserError] = {}
+    names = list(dict.fromkeys(name for task in request.tasks for name in task.rewards))
+    for name in names:
+        reward = get_reward(name, request.reward_models)
+        if isinstance(reward, ModelReward):
+            try:
+                reward.check()
+            except UserError as lacking:
+                missing[name] = lacking
+    if len(missing) == len(names):
+        raise next(iter(missing.values()))
+    for name, error in missing.items() if world.is_main else ():
+        print(f"evaluation: reward {name!r} cannot judge: {error}; the others go on", file=sys.stderr, flush=True)
 
 
 def reward_hash(name: str, models: RewardModelsConfig) -> str:

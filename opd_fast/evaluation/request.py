@@ -13,6 +13,7 @@ from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.paths import MERGED
 from opd_fast.config.run_dir import newest_round
 from opd_fast.errors import UserError
+from opd_fast.rewards.metadata import check_metadata
 from opd_fast.training.evaluation import EvalTask
 from opd_fast.training.preflight import evaluation_task
 
@@ -142,6 +143,9 @@ def of_configs(
         "reward_timeout": config.evaluation.reward_timeout,
         "reward_models": config.reward_models,
     }
+    for task in tasks.values():
+        for reward in task.rewards:
+            check_metadata(reward, task.prompts, "rewards" if rewards else f"teachers.{task.name}.reward")
     given = {name: value for name, value in changes.items() if value is not None}
     return Request(config.model.path, list(rows.values()), list(tasks.values()), out, **(drawn | given))
 

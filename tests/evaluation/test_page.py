@@ -41,7 +41,12 @@ def test_a_run(tmp_path: Path) -> None:
     config = settings(write_world(tmp_path), train__rounds=1, train__ema=0.0)
     train(config, tmp_path / "runs" / "mine")
     shutil.copytree(tmp_path / "runs" / "mine", tmp_path / "runs" / "other")
-    run(replaced(block("evaluation.md: python -m opd_fast.evaluate runs/mine\n"), {"--steps 28": "--steps 2"}))
+    run(
+        replaced(
+            block("evaluation.md: python -m opd_fast.evaluate runs/mine\n"),
+            {"--steps 28": "--steps 2", "pickscore+clipscore": "colour"},
+        )
+    )
     (compared,) = (tmp_path / "runs").glob("compare-*")
     found = json.loads((compared / "results.json").read_text())
     assert list(found["rows"]) == ["base", "teacher:words", "teacher:plain", "student"]

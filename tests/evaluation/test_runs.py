@@ -215,6 +215,7 @@ def test_several_runs_stand_in_one_table(run: Path, tmp_path: Path, capsys: pyte
         (["RUN", "--guidance", "1,4"], "error: guidance: 1,4 beside a run; give one number"),
         (["RUN", "--guidance", "much"], "error: guidance: 'much' is not a number"),
         (["RUN", "--rewards", "colr"], "unknown reward 'colr'"),
+        (["RUN", "--rewards", "text"], "which the reward text judges, has no target"),
     ],
 )
 def test_mistakes(
@@ -230,6 +231,30 @@ def test_mistakes(
     shutil.copy(run / "config.yaml", tmp_path / "unfinished")
     assert evaluate.main([str(run) if word == "RUN" else word for word in argv]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_reward_that_lacks_something_is_told_before_the_first_image(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lacking_reward.py").write_text(
+        "from opd_fast.errors import UserError\n"
+        "from opd_fast.rewards import ModelReward\n"
+        "class Lacking(ModelReward):\n"
+        "    packages = {'no_such_package': 'ocr'}\n"
+        "    def load(self, device, dtype): pass\n"
+        "    def score(self, images, prompts): return images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = [str(run), "--out", str(tmp_path / "out"), "--rewards"]
+    assert evaluate.main([*argv, "lacking_reward:Lacking+colour"]) == 0
+    told = 'no_such_package: is not installed; pip install "opd_fast[ocr]"'
+    assert f"reward 'lacking_reward:Lacking' cannot judge: {told}; the others go on" in capsys.readouterr().err
+    found = results_of(tmp_path / "out")
+    assert found["failures"] == [f"reward 'lacking_reward:Lacking' cannot judge: {told}"]
+    assert found["rows"]["base"]["words/colour"] > 0
+    monkeypatch.setattr(FamilySampler, "__init__", lambda *a: pytest.fail("the model was loaded"))
+    assert evaluate.main([*argv, "lacking_reward:Lacking"]) == 2
+    assert f"error: {told}" in capsys.readouterr().err
 
 
 def test_names_of_folders_are_distinct() -> None:
