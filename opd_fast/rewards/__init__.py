@@ -68,6 +68,7 @@ REWARDS: dict[str, str] = {
     "composition_strict": "opd_fast.rewards.composition:strict",
     "text": "opd_fast.rewards.text:score",
     "colour": "opd_fast.rewards.colour:score",
+    "ocr": "opd_fast.rewards.ocr:Ocr",
 }
 """The rewards that have a name of their own: name to the dotted path of a function or of a `ModelReward`."""
 
