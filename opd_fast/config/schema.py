@@ -311,7 +311,8 @@ class RewardModelsConfig:
     """The models and servers of the rewards that have one. A path that exists comes before a hub id of that form."""
 
     clip: str = option(
-        "CLIP ViT-L/14 of clipscore, aesthetic and GenEval's colours: transformers folder or hub id",
+        "CLIP ViT-L/14 of clipscore, aesthetic and GenEval's colours, and the tokenizer of hps: transformers folder or "
+        "hub id",
         "openai/clip-vit-large-patch14",
     )
     pickscore: str = option("PickScore: transformers folder or hub id", "yuvalkirstain/PickScore_v1")
