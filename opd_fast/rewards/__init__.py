@@ -68,11 +68,12 @@ REWARDS: dict[str, str] = {
     "composition_strict": "opd_fast.rewards.composition:strict",
     "text": "opd_fast.rewards.text:score",
     "colour": "opd_fast.rewards.colour:score",
-    "ocr": "opd_fast.rewards.ocr:Ocr",
     "pickscore": "opd_fast.rewards.pickscore:PickScore",
     "clipscore": "opd_fast.rewards.clipscore:ClipScore",
     "hps": "opd_fast.rewards.hps:HPS",
     "aesthetic": "opd_fast.rewards.aesthetic:Aesthetic",
+    "image_reward": "opd_fast.rewards.image_reward:ImageReward",
+    "ocr": "opd_fast.rewards.ocr:Ocr",
 }
 """The rewards that have a name of their own: name to the dotted path of a function or of a `ModelReward`."""
 
