@@ -216,7 +216,7 @@ def random_reference(seed: int, **sizes: int) -> ReferenceImageReward:
                 weight.copy_(0.5 * torch.randn(weight.shape, generator=generator))
             else:
                 fan_in = weight[0].numel()
-                weight.copy_(1.5 * torch.randn(weight.shape, generator=generator) / fan_in**0.5)
+                weight.copy_(torch.randn(weight.shape, generator=generator) / fan_in**0.5)
     return model.eval()
 
 
@@ -230,6 +230,6 @@ def write_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> Path:
     from transformers import BertTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
-    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}, do_lower_case=True).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     return folder

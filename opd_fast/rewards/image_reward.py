@@ -230,7 +230,7 @@ def load_tokenizer(name: str, words: int) -> Any:
     assert folder is not None
     _check_tokenizer(folder)
     try:
-        tokenizer = BertTokenizer.from_pretrained(folder)
+        tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=True)  # not transformers 5.0's default
     except Exception as error:  # of tokenizers, which raises Exception itself
         problem = f"the tokenizer in {folder} cannot be loaded ({short(one_line(error), 200)})"
         raise UserError("reward_models.bert", problem, fetch_again("bert")) from error

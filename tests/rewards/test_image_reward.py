@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from opd_fast.config import RewardModelsConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError
 from opd_fast.rewards import get_reward
-from opd_fast.rewards.image_reward import ImageReward, build, pixels_of
+from opd_fast.rewards.image_reward import ImageReward, build, load_tokenizer, pixels_of
 from opd_fast.rewards.runner import RewardFailure, RewardRunner, call_reward
 from tests.tiny_image_reward import WORDS, ReferenceImageReward, random_reference, write_tokenizer
 
@@ -118,6 +119,21 @@ def test_the_published_sizes_are_read_from_the_weights() -> None:
     )
     unused = {name for name in state if name.startswith(("blip.vision_proj", "blip.text_proj"))}
     assert len(network.state_dict()) == len(state) - len(unused) - 1  # and position_ids
+
+
+def test_prompts_become_the_tokens_of_berts_uncased_vocabulary(models: RewardModelsConfig, tmp_path: Path) -> None:
+    """From all the files of the repository, from the vocabulary alone, and from the tokenizer alone."""
+    vocabulary, alone = tmp_path / "vocabulary", tmp_path / "alone"
+    vocabulary.mkdir()
+    alone.mkdir()
+    shutil.copy(Path(models.bert) / "vocab.txt", vocabulary)
+    shutil.copy(Path(models.bert) / "tokenizer.json", alone)
+    for folder in (models.bert, vocabulary, alone):
+        tokenizer = load_tokenizer(str(folder), len(WORDS) + 2)
+        read = tokenizer(list(TEXTS), padding="max_length", truncation=True, max_length=35)
+        for tokens, found, mask in zip(TEXTS.values(), read["input_ids"], read["attention_mask"], strict=True):
+            assert found == tokens + [0] * (35 - len(tokens))
+            assert mask == [1] * len(tokens) + [0] * (35 - len(tokens))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

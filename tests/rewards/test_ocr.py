@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -18,6 +19,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -339,6 +341,16 @@ def read_by_rapidocr(count: int, seed: int) -> tuple[Tensor, Tensor]:
     right = call_reward("ocr", images, quoting(*texts))
     other = call_reward("ocr", images[:10], quoting(*(TARGETS[(i + 7) % len(TARGETS)] for i in range(min(count, 10)))))
     return right, other
+
+
+def test_rapidocr_knows_its_settings() -> None:
+    """It accepts any key in silence, so a key that another version renames would be lost."""
+    known = yaml.safe_load(
+        (Path(importlib.import_module("rapidocr").__file__ or "").parent / "config.yaml").read_text()
+    )
+    for key, value in ocr_engines.RAPID.items():
+        default = functools.reduce(lambda section, name: section[name], key.split("."), known)
+        assert type(default) is type(value) or {type(default), type(value)} == {int, float}, key
 
 
 def test_rapidocr_reads_rendered_texts() -> None:
