@@ -17,7 +17,7 @@ from torch import Tensor
 from opd_fast.config import RewardModelsConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError
-from opd_fast.rewards import get_reward
+from opd_fast.rewards import get_reward, image_reward
 from opd_fast.rewards.image_reward import ImageReward, build, load_tokenizer, pixels_of
 from opd_fast.rewards.runner import RewardFailure, RewardRunner, call_reward
 from tests.tiny_image_reward import WORDS, ReferenceImageReward, random_reference, write_tokenizer
@@ -118,6 +118,10 @@ def test_the_published_sizes_are_read_from_the_weights() -> None:
         1e-12,
     )
     unused = {name for name in state if name.startswith(("blip.vision_proj", "blip.text_proj"))}
+    assert (image_reward.MEAN, image_reward.STD) == (
+        0.16717362830052426,
+        1.0333394966054072,
+    )  # ImageReward/ImageReward.py
     assert len(network.state_dict()) == len(state) - len(unused) - 1  # and position_ids
 
 
