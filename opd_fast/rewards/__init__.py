@@ -72,6 +72,8 @@ REWARDS: dict[str, str] = {
     "clipscore": "opd_fast.rewards.clipscore:ClipScore",
     "hps": "opd_fast.rewards.hps:HPS",
     "aesthetic": "opd_fast.rewards.aesthetic:Aesthetic",
+    "image_reward": "opd_fast.rewards.image_reward:ImageReward",
+    "ocr": "opd_fast.rewards.ocr:Ocr",
 }
 """The rewards that have a name of their own: name to the dotted path of a function or of a `ModelReward`."""
 

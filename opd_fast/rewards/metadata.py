@@ -1,4 +1,4 @@
-"""What rewards need of a prompt's metadata, checked for every prompt before a run begins."""
+"""What rewards need of prompts and their metadata, checked for every prompt before a run begins."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from opd_fast.rewards import REWARDS, get_reward
 
 
 def check_metadata(reward: str, prompts: Sequence[Prompt], key: str) -> None:
-    """Raise `UserError` for the first prompt whose metadata the reward cannot judge by.
+    """Raise `UserError` for the first prompt that the reward cannot judge by.
 
-    A reward's file says what it needs by a function `metadata_fault(metadata)`. The function returns None, or a problem
-    and a remedy as `problem; remedy`. Only the files of `REWARDS` are asked, under whatever name the reward is given.
+    A reward's file says what it needs by a function `metadata_fault(metadata)`, or by `prompt_fault(prompt)` where the
+    text counts as well. The function returns None, or a problem and a remedy as `problem; remedy`. Only the files of
+    `REWARDS` are asked, under whatever name the reward is given.
 
     Args:
         reward: a name or dotted path (`rewards.get_reward`).
@@ -25,8 +26,9 @@ def check_metadata(reward: str, prompts: Sequence[Prompt], key: str) -> None:
     if module not in {path.partition(":")[0] for path in REWARDS.values()}:
         return
     metadata_fault = getattr(sys.modules[module], "metadata_fault", lambda metadata: None)
+    prompt_fault = getattr(sys.modules[module], "prompt_fault", lambda prompt: metadata_fault(prompt.metadata))
     for prompt in prompts:
-        if (fault := metadata_fault(prompt.metadata)) is not None:
+        if (fault := prompt_fault(prompt)) is not None:
             problem, _, remedy = fault.partition("; ")
             where = prompt.where or repr(prompt.text)
             raise UserError(key, f"{where}, which the reward {reward} judges, {problem}", remedy)

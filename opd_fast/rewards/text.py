@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
+from opd_fast.rewards.edit_distance import closeness
 from opd_fast.worlds.shapes import LETTERS, glyph
 
 MATCH = 0.7
@@ -64,21 +65,8 @@ def read(images: Tensor) -> list[str]:
     return words
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Return the Levenshtein distance of two words."""
-    row = list(range(len(b) + 1))
-    for i, ca in enumerate(a, start=1):
-        previous, row[0] = row[0], i
-        for j, cb in enumerate(b, start=1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (ca != cb))
-    return row[-1]
-
-
 def score(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """Return 1 - min(edit distance, n) / n against metadata["target"], (B,) float32 in 0..1."""
     targets = [p.metadata["target"].upper() for p in prompts]
-    values = [
-        1 - min(edit_distance(word, target), len(target)) / len(target)
-        for word, target in zip(read(images), targets, strict=True)
-    ]
+    values = [closeness(word, target) for word, target in zip(read(images), targets, strict=True)]
     return torch.tensor(values, dtype=torch.float32)

@@ -14,6 +14,7 @@ from opd_fast.data.prompt_files import Prompt, load_prompts
 from opd_fast.models.base import ASSETS
 from opd_fast.models.lora.files import read_lora
 from opd_fast.rewards import REWARDS, colour, composition, get_reward, text
+from opd_fast.rewards.edit_distance import closeness, edit_distance
 from opd_fast.worlds import build, networks, pools, shapes
 
 SCENES = 500
@@ -75,7 +76,8 @@ def test_partial_score_terms() -> None:
 
 @pytest.mark.parametrize(("a", "b", "distance"), [("", "HK", 2), ("HK", "HK", 0), ("H", "HK", 1), ("KH", "HK", 2)])
 def test_edit_distance(a: str, b: str, distance: int) -> None:
-    assert text.edit_distance(a, b) == text.edit_distance(b, a) == distance
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+    assert closeness(a, b) == 1 - min(distance, len(b)) / len(b)
 
 
 def test_colourfulness_formula() -> None:
