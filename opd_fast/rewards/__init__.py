@@ -72,10 +72,16 @@ REWARDS: dict[str, str] = {
     "clipscore": "opd_fast.rewards.clipscore:ClipScore",
     "hps": "opd_fast.rewards.hps:HPS",
     "aesthetic": "opd_fast.rewards.aesthetic:Aesthetic",
+    "geneval": "opd_fast.rewards.geneval:GenEval",
+    "geneval_strict": "opd_fast.rewards.geneval:GenEvalStrict",
+    "geneval_accuracy": "opd_fast.rewards.geneval:GenEvalAccuracy",
 }
 """The rewards that have a name of their own: name to the dotted path of a function or of a `ModelReward`."""
 
-REPORTED: dict[str, tuple[str, ...]] = {"composition": ("composition_strict",)}
+REPORTED: dict[str, tuple[str, ...]] = {
+    "composition": ("composition_strict",),
+    "geneval": ("geneval_strict", "geneval_accuracy"),
+}
 """What evaluations report beside a reward."""
 
 
