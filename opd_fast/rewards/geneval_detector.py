@@ -23,6 +23,7 @@ which reads files, does not, and neither does this.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ MOST_INSTANCES = 100
 """Pairs of query and class of an image that are looked at, those with the highest class scores."""
 FILES = ("config.json", "model*.safetensors")
 """What is fetched of a repository."""
+_UNUSED = r"^criterion\.|\.encoder\.(swin\.)?layernorm\."
+"""Weights that checkpoints need not have: the loss's, and a norm of Swin that a Mask2Former does not use."""
 KEY = "reward_models.detector"
 REMEDY = "run: hf download facebook/mask2former-swin-small-coco-instance, or give the path of such a folder"
 
@@ -105,7 +108,8 @@ class Detector:
             )
         except Exception as error:  # transformers, safetensors and torch share no base
             raise UserError(KEY, f"{folder} cannot be loaded ({short(one_line(error), 300)})", REMEDY) from error
-        lacking = sorted(str(name) for what in ("missing_keys", "mismatched_keys") for name in info[what])
+        names = {str(name) for what in ("missing_keys", "mismatched_keys") for name in info[what]}
+        lacking = sorted(name for name in names if not re.search(_UNUSED, name))
         if lacking:
             problem = f"{folder} lacks {len(lacking)} of the weights, such as {lacking[0]}"
             raise UserError(KEY, problem, REMEDY)

@@ -38,6 +38,9 @@ TIMEOUT = 120.0
 """Seconds for a whole request; the server's own limit is the same."""
 PAUSE = 1.0
 """Seconds before a request is sent again; they double each time."""
+LAST_START = 1.5
+"""Times the limit after which no other try begins: a server that answers nothing is named after two tries, within the
+300 s that an evaluation gives a reward."""
 LARGEST = 4 << 20
 """Bytes of an answer; the largest real one, of 64 images, takes under 20 KB."""
 REMEDY = "start the server (github.com/yifan123/reward-server), or set it to null for the detector in this process"
@@ -87,11 +90,13 @@ class GenEvalServer:
     def _ask(self, images: np.ndarray[Any, Any], records: Sequence[Mapping[str, Any]]) -> list[Judgement]:
         body = encode_request(images, records)
         tries = 1 if self._failed else 1 + self.retries
+        start = time.monotonic()
         for attempt in range(1, tries + 1):
             try:
                 judgements = decode_answer(self._post(body), len(images))
             except _Failed as failure:
-                if failure.again and attempt < tries:
+                early = time.monotonic() - start < LAST_START * self.timeout
+                if failure.again and attempt < tries and early:
                     time.sleep(PAUSE * 2 ** (attempt - 1))
                     continue
                 self._failed = True
