@@ -12,8 +12,9 @@ before the network and to its outputs follows that configuration of mmdet 2.x, n
   then thresholds and scores; transformers' `post_process_instance_segmentation` scores masks of 384 x 384 and enlarges
   them by nearest neighbours, which moves the borders of boxes.
 - **Weights.** mmdet's are its own training of the same architecture on the same images with the same schedule (mask AP
-  46.1 as mmdet reports; Facebook's Swin-S: 46.3). They are not in transformers' format, so the default is Facebook's,
-  `facebook/mask2former-swin-small-coco-instance`. Numbers near a threshold differ between the two.
+  46.1 as mmdet reports; Facebook's Swin-S: 46.3). Scores near a threshold differ between the two, so a number to be
+  compared with published ones wants mmdet's: its `.pth` file is read as it is (`geneval_mmdet.py`). The default is
+  Facebook's, `facebook/mask2former-swin-small-coco-instance`, which the hub has.
 
 The colours of an image go in as RGB. The public training servers (github.com/yifan123/reward-server and its kin) hand
 RGB arrays to a function of mmdet that takes BGR, so that their detector sees red and blue exchanged; the benchmark,
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd_fast.errors import UserError, one_line, short
+from opd_fast.rewards.geneval_mmdet import read_mmdet
 from opd_fast.rewards.geneval_rules import ALIASES, CLASSES, THRESHOLD, Instance
 from opd_fast.rewards.model_files import find_model
 
@@ -49,11 +51,11 @@ FILES = ("config.json", "model*.safetensors")
 _UNUSED = r"^criterion\.|\.encoder\.(swin\.)?layernorm\."
 """Weights that checkpoints need not have: the loss's, and a norm of Swin that a Mask2Former does not use."""
 KEY = "reward_models.detector"
-REMEDY = "run: hf download facebook/mask2former-swin-small-coco-instance, or give the path of such a folder"
+REMEDY = "run: hf download facebook/mask2former-swin-small-coco-instance, or give such a folder or mmdet's .pth file"
 
 
 def find_detector(name: str) -> Path:
-    """Return the folder of the detector that the setting `reward_models.detector` names; it may be fetched.
+    """Return the folder, or mmdet's file, that the setting `reward_models.detector` names; it may be fetched.
 
     Raises UserError for one that can be neither found nor fetched, and for another model.
     """
@@ -70,6 +72,8 @@ def check_detector(name: str) -> None:
 
 
 def _check_folder(folder: Path) -> None:
+    if folder.is_file():  # mmdet's; loading says what is wrong with it
+        return
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
@@ -94,24 +98,28 @@ class Detector:
         self.names = class_names(model.config.id2label)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Detector:
-        """Load from a folder in transformers' layout, with all its weights.
+    def load(cls, source: Path, device: torch.device, dtype: torch.dtype) -> Detector:
+        """Load from a folder in transformers' layout, or from a file of mmdet's, with all the weights.
 
         Raises UserError where it cannot be read, lacks weights, which transformers would draw at random, or does not
         know COCO's classes.
         """
         from transformers import Mask2FormerForUniversalSegmentation
 
+        given: dict[str, Any] = {"pretrained_model_name_or_path": source}
+        if source.is_file():
+            config, state = read_mmdet(source)
+            given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
         try:
             model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, local_files_only=True
+                **given, dtype=dtype, output_loading_info=True, local_files_only=True
             )
         except Exception as error:  # transformers, safetensors and torch share no base
-            raise UserError(KEY, f"{folder} cannot be loaded ({short(one_line(error), 300)})", REMEDY) from error
+            raise UserError(KEY, f"{source} cannot be loaded ({short(one_line(error), 300)})", REMEDY) from error
         names = {str(name) for what in ("missing_keys", "mismatched_keys") for name in info[what]}
         lacking = sorted(name for name in names if not re.search(_UNUSED, name))
         if lacking:
-            problem = f"{folder} lacks {len(lacking)} of the weights, such as {lacking[0]}"
+            problem = f"{source} lacks {len(lacking)} of the weights, such as {lacking[0]}"
             raise UserError(KEY, problem, REMEDY)
         return cls(model.eval().requires_grad_(False).to(device))
 
