@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,24 @@ def find_detector(name: str) -> Path:
 
     Raises UserError for one that can be neither found nor fetched, and for another model.
     """
-    folder = find_model("detector", name, patterns=FILES, needs=FILES)
-    assert folder is not None
-    _check_folder(folder)
-    return folder
+    source = find_model("detector", name, patterns=FILES, needs=_needs(name))
+    assert source is not None
+    _check_source(source)
+    return source
 
 
 def check_detector(name: str) -> None:
     """Raise UserError where the detector is on this machine and is another model or lacks a file."""
-    if (folder := find_model("detector", name, fetch=False, patterns=FILES, needs=FILES)) is not None:
-        _check_folder(folder)
+    if (source := find_model("detector", name, fetch=False, patterns=FILES, needs=_needs(name))) is not None:
+        _check_source(source)
 
 
-def _check_folder(folder: Path) -> None:
+def _needs(name: str) -> Sequence[str]:
+    """Return what a repository must have: of one file in it nothing but that file."""
+    return () if name.endswith(".pth") else FILES
+
+
+def _check_source(folder: Path) -> None:
     if folder.is_file():  # mmdet's; loading says what is wrong with it
         return
     try:

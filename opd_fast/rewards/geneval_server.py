@@ -6,6 +6,9 @@ accuracy may be left out. The answer is a pickled dict of lists: `scores` (parti
 `strict_rewards`, and two groupings by tag that are not read here. After a failure the server answers 500 with a
 traceback as text. Flow-GRPO's client sends 64 images at a time and waits 120 s.
 
+Its values differ from those of the detector in this process: the images pass through JPEG, and the server's detector
+sees red and blue exchanged (`geneval_detector.py`).
+
 A pickle may run anything while it is read, so an answer is read only where its steps make nothing but numbers, texts,
 lists and dicts.
 """

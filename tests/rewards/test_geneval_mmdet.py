@@ -24,7 +24,7 @@ from opd_fast.config import RewardModelsConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError
 from opd_fast.rewards.geneval import GenEval
-from opd_fast.rewards.geneval_detector import Detector
+from opd_fast.rewards.geneval_detector import Detector, check_detector, find_detector
 from opd_fast.rewards.geneval_mmdet import renamed
 from opd_fast.rewards.geneval_rules import CLASSES
 from tests.tiny_detector import save_detector
@@ -155,6 +155,22 @@ def test_a_file_of_mmdet_is_the_same_detector(
     assert [[(n, i.box, i.score) for n, i in objects] for objects in a] == [
         [(n, i.box, i.score) for n, i in objects] for objects in b
     ]
+
+
+def test_a_file_of_a_repository(state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def cached(repo: str, allow_patterns: Any, local_files_only: bool) -> str:
+        asked.append((repo, allow_patterns, local_files_only))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", cached)
+    torch.save(state, tmp_path / "m.pth")
+    check_detector("someone/mirror/m.pth")
+    assert find_detector("someone/mirror/m.pth") == tmp_path / "m.pth"
+    assert asked == [("someone/mirror", ["m.pth"], True)] * 2
+    with pytest.raises(UserError, match=r"run: hf download someone/mirror, or give a path"):
+        find_detector("someone/mirror")
 
 
 def test_swin_halves_the_resolution_as_mmdet_does() -> None:
