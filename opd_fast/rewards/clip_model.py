@@ -23,9 +23,11 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels in 0..1: what CLIPProcessor and open_clip subtract and divide by, for all models named here."""
 
 TOKENIZER_FILES = ("*.json", "*.txt")
-MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
 TOKENIZER_NEEDS = ("tokenizer.json|merges.txt",)
-_NEEDS = ("config.json", "model*.safetensors", *TOKENIZER_NEEDS)
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+"""What is fetched, and what is read too where it is there."""
+MODEL_FILES = (*TOKENIZER_FILES, _WEIGHTS[0])
+_NEEDS = ("config.json", "|".join(_WEIGHTS), *TOKENIZER_NEEDS)
 TEXTS = 4096
 """Texts whose vectors are kept. The oldest ones are dropped first."""
 
@@ -311,7 +313,7 @@ def _check_folder(key: str, folder: Path) -> None:
         raise UserError(f"reward_models.{key}", problem, fetch_again(key)) from error
     if kind != "clip":
         raise UserError(f"reward_models.{key}", f"{folder} holds a model of type {kind}, not clip", fetch_again(key))
-    if not any(any(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin")):
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise UserError(f"reward_models.{key}", f"{folder} has no model.safetensors", fetch_again(key))
     check_tokenizer(key, folder)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ IMAGE_HEAD, TEXT_HEAD = 80, 64
 class HPS(ModelReward):
     """Judges by `reward_models.hps`, with the tokenizer in `reward_models.clip`: all CLIPs have the same one."""
 
-    packages = {"ftfy": "rewards"}  # noqa: RUF012 - a ClassVar in the base
+    packages: ClassVar[dict[str, str]] = {"ftfy": "rewards"}
     _clip: Clip
 
     def check(self) -> None:

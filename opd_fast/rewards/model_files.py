@@ -43,7 +43,8 @@ def find_model(
         absent = [source.inside] if not found.exists() else [need for need in needs if not _has(found, need)]
         if not absent:
             return found
-        problem = f"the repository has no {absent[0]}"
+        # Where the hub cannot be reached, what the cache has of the repository comes back once more.
+        problem = f"what could be had of it lacks {absent[0].replace('|', ' or ')}"
     if not fetch:
         return None
     inside = f" {source.inside}" if source.inside else ""

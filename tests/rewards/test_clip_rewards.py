@@ -38,7 +38,7 @@ from tests.tiny_clip import (
 TEXTS_OF_THREE = ["A red  cat", "", "three blue circles, " * 20]
 """The last is longer than the context."""
 PROMPTS = [Prompt(text) for text in TEXTS_OF_THREE]
-SIZES = [(512, 512), (64, 64), (45, 96), (97, 33), (28, 28), (20, 20)]
+SIZES = [(512, 512), (64, 64), (45, 96), (96, 45), (97, 33), (28, 28), (20, 20)]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_clipscore_is_the_published_formula(folder: Path, size: tuple[int, int])
     wanted = plain_logits(folder, pixels, TEXTS_OF_THREE, padding="max_length") / 100
     found = get_reward("clipscore", settings(folder))(images, PROMPTS)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    assert wanted.std() > 0.03
+    assert wanted.std() > 0.01
 
 
 def test_values_are_cosines_times_the_scale(folder: Path) -> None:
@@ -291,7 +291,9 @@ def test_a_repository_of_which_a_part_is_cached_is_not_there(folder: Path, cache
     shutil.copy(folder / "config.json", cache)
     reward = PickScore(settings(folder, pickscore="owner/name"))
     reward.check()
-    with pytest.raises(UserError, match=r"^reward_models.pickscore: owner/name is not on .* hf download owner/name"):
+    with pytest.raises(
+        UserError, match=r"owner/name is not on .* lacks model\*.safetensors or .*hf download owner/name"
+    ):
         reward(pictures(1, 64, 64), PROMPTS[:1])
     for file in folder.iterdir():
         shutil.copy(file, cache)

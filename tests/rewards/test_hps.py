@@ -27,7 +27,7 @@ from tests.tiny_clip import CONTEXT, SIDE, pictures, pillow_floats, randomise, s
 TEXTS = ["A red  cat", "", "three blue circles, " * 20]
 """The last is longer than the context."""
 PROMPTS = [Prompt(text) for text in TEXTS]
-SIZES = [(512, 512), (64, 64), (45, 96), (97, 33), (28, 28), (20, 28)]
+SIZES = [(512, 512), (64, 64), (45, 96), (96, 45), (97, 33), (28, 28), (20, 28)]
 IMAGE_WIDTH, TEXT_WIDTH, PROJECTION = 160, 128, 48
 REMEDY = "run: hf download xswu/HPSv2 HPS_v2.1_compressed.pt, or give the path of that file"
 
