@@ -46,8 +46,9 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """Of ImageNet, red, green and blue in 0..255."""
 MOST_INSTANCES = 100
 """Pairs of query and class of an image that are looked at, those with the highest class scores."""
-FILES = ("config.json", "model*.safetensors")
-"""What is fetched of a repository."""
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+"""What is fetched, and what is read too where it is there."""
+FILES = ("*.json", _WEIGHTS[0])
 _UNUSED = r"^criterion\.|\.encoder\.(swin\.)?layernorm\."
 """Weights that checkpoints need not have: the loss's, and a norm of Swin that a Mask2Former does not use."""
 KEY = "reward_models.detector"
@@ -73,7 +74,7 @@ def check_detector(name: str) -> None:
 
 def _needs(name: str) -> Sequence[str]:
     """Return what a repository must have: of one file in it nothing but that file."""
-    return () if name.endswith(".pth") else FILES
+    return () if name.endswith(".pth") else ("config.json", "|".join(_WEIGHTS))
 
 
 def _check_source(folder: Path) -> None:
@@ -85,6 +86,8 @@ def _check_source(folder: Path) -> None:
         raise UserError(KEY, f"{folder} has no config.json of a model ({one_line(error)})", REMEDY) from error
     if kind != "mask2former":
         raise UserError(KEY, f"{folder} holds a model of type {kind}, not mask2former", REMEDY)
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        raise UserError(KEY, f"{folder} has no model.safetensors", REMEDY)
 
 
 class Detector:

@@ -267,7 +267,7 @@ def test_class_names_of_checkpoints() -> None:
             "holds a model of type clip, not mask2former",
         ),
         (lambda f: (f / "config.json").write_text("[1]"), "has no config.json of a model"),
-        (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 400), "cannot be loaded"),
         (lambda f: without_weight(f), "lacks 1 of the weights, such as class_predictor.weight"),
     ],
@@ -277,6 +277,9 @@ def test_a_damaged_detector_is_named(folders: SimpleNamespace, tmp_path: Path, d
     shutil.copytree(folders.detector, folder)
     damage(folder)
     reward = GenEval(settings(folders, detector=str(folder)))
+    if "loaded" not in said and "weights" not in said:
+        with pytest.raises(UserError, match=said):
+            reward.check()
     with pytest.raises(UserError) as caught:
         reward(pictures(1, 32, 32), [Prompt("a dog", {"include": [{"class": "dog", "count": 1}]})])
     assert caught.value.key == "reward_models.detector"
