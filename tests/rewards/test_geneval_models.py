@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from opd_fast.config import RewardModelsConfig
-from opd_fast.data.prompt_files import Prompt, write_geneval
+from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError
 from opd_fast.rewards import REPORTED, get_reward
 from opd_fast.rewards.clip_model import load_clip
@@ -26,8 +25,6 @@ from opd_fast.rewards.geneval_detector import Detector, class_names
 from opd_fast.rewards.geneval_rules import CLASSES, COLOURS, Instance, judge
 from opd_fast.rewards.metadata import check_metadata
 from opd_fast.rewards.runner import RewardRunner
-from opd_fast.train import main as train
-from tests.runs import write_world
 from tests.tiny_clip import SIDE, save_clip
 from tests.tiny_detector import COCO, save_detector
 
@@ -473,30 +470,3 @@ def test_prompts_are_checked_before_a_run(folders: SimpleNamespace) -> None:
 def test_pixels_are_rounded_and_whatever_they_are() -> None:
     values = torch.tensor([0.0, 1.0, 0.5, 0.0019, 0.002, 1.7, -3.0, float("nan"), float("inf")]).view(1, 1, 1, 9)
     assert to_pixels(values).flatten().tolist() == [0, 255, 128, 0, 1, 255, 0, 0, 255]
-
-
-@pytest.mark.slow
-def test_a_run_reports_all_three(folders: SimpleNamespace, tmp_path: Path) -> None:
-    """Training on the partial score, evaluations of all, through the command line."""
-    world = write_world(tmp_path / "world")
-    records = [of_class(name) for name in ("dog", "cat", "toaster")]
-    write_geneval(tmp_path / "test_metadata.jsonl", records)
-    prompts = tmp_path / "test_metadata.jsonl"
-    task = f"{{name: objects, weights: base, prompts: {prompts}, eval_prompts: {prompts}, reward: geneval}}"
-    argv = [str(world), "--teachers", f"[{task}]", "--train.method", "grpo", "--train.rounds", "1", "--train.seed", "1"]
-    argv += ["--train.samples_per_task", "2", "--rl.images_per_prompt", "2", "--rl.updates", "1"]
-    argv += ["--evaluation.prompts", "3", "--run-dir", str(tmp_path / "run")]
-    argv += ["--reward_models.detector", str(folders.detector), "--reward_models.clip", str(folders.clip)]
-    assert train(argv) == 0
-    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
-    base = rows["base"]
-    assert set(base) == {"geneval", "geneval_strict", "geneval_accuracy"}
-    assert all(np.isfinite(value) for value in base.values())
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["evaluation"] == {"objects": base}
-    (learnt,) = [line["reward/objects"] for line in lines if "reward/objects" in line]
-    assert np.isfinite(learnt)
-
-
-def of_class(name: str) -> dict[str, Any]:
-    return {"tag": "single_object", "include": [{"class": name, "count": 1}], "prompt": f"a photo of a {name}"}
