@@ -326,7 +326,8 @@ class RewardModelsConfig:
     )
     bert: str = option("tokenizer of ImageReward: transformers folder or hub id", "google-bert/bert-base-uncased")
     detector: str = option(
-        "GenEval's detector, a Mask2Former for COCO instances: transformers folder or hub id",
+        "GenEval's detector, a Mask2Former for COCO instances: transformers folder or hub id, or mmdet's .pth file, "
+        "the published one",
         "facebook/mask2former-swin-small-coco-instance",
     )
     geneval_server: str | None = option(

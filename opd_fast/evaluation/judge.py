@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from opd_fast.evaluation.request import Request
 from opd_fast.evaluation.samplers import Draw, Sampler, check_request, is_family, open_sampler
 from opd_fast.files import replace_text
 from opd_fast.rewards import REWARDS, ModelReward, get_reward
-from opd_fast.rewards.geneval_layout import image_file, save_image
+from opd_fast.rewards.geneval_layout import image_file, image_record, save_image
 from opd_fast.rewards.runner import Pending, RewardRunner
 from opd_fast.training.evaluation import EvalTask, task_keys
 from opd_fast.training.identity import code_hashes, digest, pipeline_hashes, weights_hashes
@@ -150,9 +151,7 @@ class _Work:
         """Write images as GenEval's own evaluation reads them."""
         for index, prompt, image in zip(indices, _prompts(task, indices), images, strict=True):
             sample, number = divmod(index, len(task.prompts))
-            save_image(
-                _saved_folder(self.request, row, task), number, sample, image, {"prompt": prompt.text} | prompt.metadata
-            )
+            save_image(_saved_folder(self.request, row, task), number, sample, image, image_record(prompt))
 
     def _submit(self, row: str, task: EvalTask, indices: list[int], images: Tensor, runner: RewardRunner) -> None:
         table = self.tables[row][task.name]
@@ -263,11 +262,15 @@ def _prepare(request: Request, tables: dict[str, dict[str, Judgements]]) -> None
     stale = []
     try:
         for row in request.rows:
-            for table in tables[row.name].values():
+            for task in request.tasks:
+                table = tables[row.name][task.name]
+                if table.clear_others():
+                    stale.append(row.name)
+                if not table.folder.exists():  # whatever images lie there were drawn otherwise
+                    shutil.rmtree(_saved_folder(request, row.name, task), ignore_errors=True)
                 if cache is not None and row.frozen:
                     table.fetch(cache)
-                if table.prepare():
-                    stale.append(row.name)
+                table.prepare()
         replace_text(request.out / "evaluation.json", description(request))
     except OSError as error:
         problem = f"{request.out} cannot be written ({error.strerror or error})"

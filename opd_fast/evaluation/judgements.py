@@ -43,25 +43,23 @@ class Judgements:
 
     # --- before the first image --------------------------------------------------------------------------------------
 
-    def prepare(self) -> bool:
-        """Make the folder what this evaluation needs; called by one process, before any reads it.
-
-        Another evaluation's images are removed, and so are the values of a reward that has changed.
-        Returns whether images of another evaluation were removed.
-        """
+    def clear_others(self) -> bool:
+        """Remove the images of another evaluation; returns whether there were any. Called before `prepare`."""
         before = read_identity(self.folder)
-        stale = before is not None and before["images"] != self.images
-        if stale or before is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        else:
-            former: dict[str, str] = before["rewards"]
-            self._join({name for name, digest in former.items() if self.rewards.get(name, digest) != digest})
+        if before is not None and before["images"] == self.images:
+            return False
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return before is not None
+
+    def prepare(self) -> None:
+        """Make the folder; called by one process, before any reads it. Values of a changed reward are removed."""
+        before = read_identity(self.folder)
+        former: dict[str, str] = {} if before is None else before["rewards"]
+        self._join({name for name, digest in former.items() if self.rewards.get(name, digest) != digest})
         (self.folder / "drawn").mkdir(parents=True, exist_ok=True)
         (self.folder / "thumbs").mkdir(exist_ok=True)
-        kept = {} if before is None or stale else before["rewards"]
-        identity = {"images": self.images, "rewards": kept | self.rewards, "count": self.count}
+        identity = {"images": self.images, "rewards": former | self.rewards, "count": self.count}
         replace_text(self.folder / "identity.json", json.dumps(identity, indent=2) + "\n")
-        return stale
 
     def read(self) -> None:
         """Read what all processes have judged so far."""

@@ -74,10 +74,16 @@ REWARDS: dict[str, str] = {
     "aesthetic": "opd_fast.rewards.aesthetic:Aesthetic",
     "image_reward": "opd_fast.rewards.image_reward:ImageReward",
     "ocr": "opd_fast.rewards.ocr:Ocr",
+    "geneval": "opd_fast.rewards.geneval:GenEval",
+    "geneval_strict": "opd_fast.rewards.geneval:GenEvalStrict",
+    "geneval_accuracy": "opd_fast.rewards.geneval:GenEvalAccuracy",
 }
 """The rewards that have a name of their own: name to the dotted path of a function or of a `ModelReward`."""
 
-REPORTED: dict[str, tuple[str, ...]] = {"composition": ("composition_strict",)}
+REPORTED: dict[str, tuple[str, ...]] = {
+    "composition": ("composition_strict",),
+    "geneval": ("geneval_strict", "geneval_accuracy"),
+}
 """What evaluations report beside a reward."""
 
 

@@ -150,15 +150,18 @@ def test_base_and_teachers_are_kept_for_other_evaluations(run: Path, tmp_path: P
 def test_other_weights_are_drawn_anew(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copied, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(run, copied)
-    assert evaluate.main([str(copied), "--out", str(out)]) == 0
+    assert evaluate.main([str(copied), "--save-images", "--out", str(out)]) == 0
     weights = next((copied / "student").glob("adapter_model.safetensors"))
     from safetensors.torch import load_file, save_file
 
     save_file({name: 3 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     before = results_of(out)["rows"]
-    assert evaluate.main([str(copied), "--out", str(out)]) == 0
+    saved = {path: path.read_bytes() for path in out.glob("images/*/plain/00000/samples/0000.png")}
+    assert evaluate.main([str(copied), "--save-images", "--out", str(out)]) == 0
     after = results_of(out)
     assert after["drawn"] == 6
+    changed = [path.parts[-5] for path, content in saved.items() if path.read_bytes() != content]
+    assert (len(saved), changed) == (4, ["student"])
     assert after["rows"]["student"] != before["student"]
     assert after["rows"]["base"] == before["base"]
     assert "the images of student were others'" in capsys.readouterr().err
@@ -279,8 +282,9 @@ def test_scores_of_all_processes_are_read(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "t").glob("scores*")] == ["scores.jsonl"]
     assert read_scores(tmp_path / "t").keys() == {0, 1, 2, 3}
     again = Judgements(tmp_path / "t", "images", {"colour": "new", "text": "t"}, 4)
-    assert not again.prepare()
+    assert not again.clear_others()
+    again.prepare()
     again.read()
     assert again.lacking(0) == ["colour"]
-    assert Judgements(tmp_path / "t", "others", {"text": "t"}, 4).prepare()
+    assert Judgements(tmp_path / "t", "others", {"text": "t"}, 4).clear_others()
     assert read_scores(tmp_path / "t") == {}
