@@ -21,7 +21,7 @@ import copy
 import functools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -275,20 +275,37 @@ class _Batch:
             yield
 
 
+def submit_task(
+    runner: RewardRunner, task: TeacherConfig, images: Tensor, prompts: Sequence[Prompt]
+) -> Callable[[], Tensor]:
+    """Have a task's images judged while the caller goes on; returns a function that waits for the task's reward.
+
+    The terms of a sum are judged beside each other, as `RewardRunner.submit` says. The function returns what
+    `task_reward` does, and raises as it does.
+    """
+    assert task.reward is not None
+    key, reward, terms = f"teachers.{task.name}.reward", task.reward, reward_terms(task.reward)
+    pending = runner.submit(images, prompts, [term.reward for term in terms])
+
+    def wait() -> Tensor:
+        try:
+            values = pending.result()
+        except RewardFailure as failure:
+            raise UserError(key, str(failure), "fix the reward, then go on with --resume") from failure
+        total = torch.stack([term.factor * values[term.reward] for term in terms]).sum(0)
+        if not bool(total.isfinite().all()):
+            raise UserError(key, f"the sum {reward} is beyond float32 for some images", "return smaller values")
+        return total
+
+    return wait
+
+
 def task_reward(runner: RewardRunner, task: TeacherConfig, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """Return a task's reward, the weighted sum of its terms, for a run that learns from it; (B,) float32 on the CPU.
 
     Raises UserError, which names the task, where a term fails and where the sum is beyond float32.
     """
-    assert task.reward is not None
-    key = f"teachers.{task.name}.reward"
-    try:
-        total = torch.stack([t.factor * runner(t.reward, images, prompts) for t in reward_terms(task.reward)]).sum(0)
-    except RewardFailure as failure:
-        raise UserError(key, str(failure), "fix the reward, then go on with --resume") from failure
-    if not bool(total.isfinite().all()):
-        raise UserError(key, f"the sum {task.reward} is beyond float32 for some images", "return smaller values")
-    return total
+    return submit_task(runner, task, images, prompts)()
 
 
 class _Call:
