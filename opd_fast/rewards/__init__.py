@@ -68,6 +68,8 @@ REWARDS: dict[str, str] = {
     "composition_strict": "opd_fast.rewards.composition:strict",
     "text": "opd_fast.rewards.text:score",
     "colour": "opd_fast.rewards.colour:score",
+    "unified_reward": "opd_fast.rewards.unified_reward:UnifiedReward",
+    "hpsv3": "opd_fast.rewards.hpsv3:HPSv3",
 }
 """The rewards that have a name of their own: name to the dotted path of a function or of a `ModelReward`."""
 

@@ -31,7 +31,7 @@ from opd_fast.config import RewardModelsConfig, TeacherConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError, one_line, short
 from opd_fast.rewards import REWARDS, ModelReward, Reward, get_reward, reward_terms
-from opd_fast.rewards.values import UnreadableValues, image_count, read_values
+from opd_fast.rewards.values import MissingValues, UnreadableValues, image_count, read_values
 from opd_fast.rewards.workers import Job, Workers
 
 Kind = Literal["unavailable", "raised", "timed out", "not numbers", "wrong shape", "not finite"]
@@ -325,6 +325,8 @@ class _Call:
         self._thread: threading.Thread | None = None
         self._values: Tensor | None = None
         self._error: BaseException | None = None
+        self._why: str | None = None
+        """Why some values are missing, where the reward says so."""
 
     @property
     def running(self) -> bool:
@@ -353,6 +355,11 @@ class _Call:
             detail = f"raised {name}: {short(one_line(error))}"
             raise RewardFailure(self.name, "raised", detail, self._missing, f"raised {name}") from error
         assert self._values is not None
+        if self._why is not None:
+            values = self._values.float()
+            lacks = int((~values.isfinite()).sum())
+            detail = f"has no value for {lacks} of {image_count(len(values))}: {short(self._why)}"
+            raise RewardFailure(self.name, "not finite", detail, values.masked_fill(~values.isfinite(), float("nan")))
         return self._finite(self._values)
 
     def _run(self, stream: Any = None) -> None:
@@ -363,7 +370,11 @@ class _Call:
         """
         try:
             with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
-                self._values = read_values(self.function(*self._given), len(self._missing))
+                try:
+                    returned = self.function(*self._given)
+                except MissingValues as some:
+                    returned, self._why = some.values, one_line(some)
+                self._values = read_values(returned, len(self._missing))
         except BaseException as error:  # SystemExit too: a reward does not end a run
             self._error = error
         finally:
