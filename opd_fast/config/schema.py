@@ -338,7 +338,7 @@ class RewardModelsConfig:
     )
     judge: str = option("model that the server serves for unified_reward", "CodeGoat24/UnifiedReward-7b-v1.5")
     hps3_server: str | None = option(
-        "address of an HPSv3 server, such as http://127.0.0.1:18087; docs/rewards.md has one", None
+        "address of an HPSv3 server, such as http://127.0.0.1:18087; docs/judges.md has one", None
     )
     batch: int = option("images that a reward's model takes at once", 16)
     requests: int = option("requests that a server gets at once", 8)

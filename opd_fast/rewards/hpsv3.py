@@ -2,7 +2,7 @@
 
 No protocol of such a server is common to public projects, so there is one here, small enough to write down: a POST to
 ADDRESS/score with the JSON {"images": [PNG in base64, ...], "prompts": [text, ...]} is answered by the JSON
-{"scores": [number, ...]}, one for each image in order. docs/rewards.md has a server of it for the published package.
+{"scores": [number, ...]}, one for each image in order. docs/judges.md has a server of it for the published package.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from opd_fast.rewards.judge import ServerReward
 from opd_fast.rewards.judge_client import SHOWN, JudgeClient, RefusedError, ServerError, to_base64, to_pixels
 
 KEY = "reward_models.hps3_server"
-START = "python hpsv3_server.py (docs/rewards.md has the file)"
+START = "python hpsv3_server.py (docs/judges.md has the file)"
 
 
 class HPSv3(ServerReward):

@@ -7,7 +7,7 @@ A judge of one's own is a subclass of `Judge` with a question, where the number 
         pattern = r"Score: (10|[0-9])"
         scale = 10.0
 
-It is named by its path, `my_judge:Legible`. docs/rewards.md has the whole example.
+It is named by its path, `my_judge:Legible`. docs/judges.md has the whole example.
 """
 
 from __future__ import annotations
