@@ -24,7 +24,7 @@ START = "python hpsv3_server.py (docs/judges.md has the file)"
 
 
 class HPSv3(ServerReward):
-    """The mean of the score that the model predicts, mu of the published inference, unscaled; about 0 to 15."""
+    """The mean of the score that the model predicts, mu of the published inference, unscaled; it may be negative."""
 
     def client(self) -> JudgeClient:
         """Return what asks the server. Raises UserError for an address that is missing or of another form."""

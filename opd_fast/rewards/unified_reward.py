@@ -2,7 +2,8 @@
 
 Question, size, temperature, expression and scale are those of Flow-GRPO's released code (yifan123/flow_grpo,
 flow_grpo/rewards.py, `unifiedreward_score_sglang`), by which Flow-GRPO, DiffusionNFT and DiffusionOPD report the
-metric. The question is the model's own for scores without reasoning (CodeGoat24/UnifiedReward).
+metric. The model's own example (CodeGoat24/UnifiedReward, point_score_image_generation.py) asks for the caption's
+elements as well, so its numbers are others.
 """
 
 from __future__ import annotations
