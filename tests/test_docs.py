@@ -65,6 +65,9 @@ RUN: dict[str, str] = {
     "evaluation.md: python -m opd_fast.evaluate\n": "evaluation.test_page:test_the_bundled_world",
     "evaluation.md: python -m opd_fast.evaluate runs/mine\n": "evaluation.test_page:test_a_run",
     "evaluation.md: python -m opd_fast.evaluate --model": "evaluation.test_page:test_any_pipeline",
+    "judges.md: # hpsv3_server.py": "rewards.test_documented_judges:test_the_server_of_hpsv3",
+    "judges.md: # judged.yaml": "rewards.test_documented_judges:test_the_settings_of_a_run",
+    "judges.md: # my_judges.py": "rewards.test_documented_judges:test_a_judge_of_ones_own",
     "CONTRIBUTING.md: make test": "test_make_runs_what_continuous_integration_runs",
     "architecture.md: --- opd_fast/solvers.py": "test_strangers_changes:test_a_solver",
     "architecture.md: --- opd_fast/objectives.py": "test_strangers_changes:test_an_objective",
@@ -84,6 +87,7 @@ NOT_RUN: dict[str, str] = {
     'CONTRIBUTING.md: python -m venv .venv && . .venv/bin/activate && pip install -e ".[dev]"': "a fresh environment; "
     ".ci/run installs the same",
     "CONTRIBUTING.md: pip install pre-commit": "it writes into the checkout; test_hooks holds what the hooks run",
+    "judges.md: pip install": "a GPU, and weights of 16 GB; test_servers stands in for the server",
     "gpu.md: benchmarks/gpu.sh 1": "a GPU; test_gpu_script rehearses it",
     "gpu.md: OPD_COMMIT=$(git describe": "a GPU; test_gpu_script rehearses it, test_benchmarks reads OPD_COMMIT",
     "gpu.md: python3.12 -m venv .venv312": "another Python, and 800 MB",

@@ -339,10 +339,13 @@ class RewardModelsConfig:
         None,
     )
     judge: str = option("model that the server serves for unified_reward", "CodeGoat24/UnifiedReward-7b-v1.5")
-    hps3_server: str | None = option("address of an HPSv3 server, as docs/table.md describes it", None)
+    hps3_server: str | None = option(
+        "address of an HPSv3 server, such as http://127.0.0.1:18087; docs/judges.md has one", None
+    )
     batch: int = option("images that a reward's model takes at once", 16)
     requests: int = option("requests that a server gets at once", 8)
     retries: int = option("times that a request is sent again after it failed", 2)
+    request_timeout: float = option("seconds that a server may take for a request", 120.0)
     device: Literal["auto", "cpu"] = option("of the rewards' models; auto: that of the images", "auto")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
         "of the rewards' models; auto: float16 on a GPU, float32 on a CPU", "auto"

@@ -99,6 +99,7 @@ def _check_ranges(config: Config) -> None:
         ("train.eps", t.eps),
         ("engine.fp8_tolerance", config.engine.fp8_tolerance),
         ("evaluation.reward_timeout", config.evaluation.reward_timeout),
+        ("reward_models.request_timeout", config.reward_models.request_timeout),
     )
     for key, share in (("train.ema", t.ema), ("train.betas[0]", t.betas[0]), ("train.betas[1]", t.betas[1])):
         if not 0 <= share < 1:

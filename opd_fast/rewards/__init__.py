@@ -77,6 +77,8 @@ REWARDS: dict[str, str] = {
     "geneval": "opd_fast.rewards.geneval:GenEval",
     "geneval_strict": "opd_fast.rewards.geneval:GenEvalStrict",
     "geneval_accuracy": "opd_fast.rewards.geneval:GenEvalAccuracy",
+    "unified_reward": "opd_fast.rewards.unified_reward:UnifiedReward",
+    "hpsv3": "opd_fast.rewards.hpsv3:HPSv3",
 }
 """The rewards that have a name of their own: name to the dotted path of a function or of a `ModelReward`."""
 

@@ -51,7 +51,11 @@ class ModelReward(ABC):
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Judge images (b, 3, H, W) float32 in 0..1 on the device of `load`, b at most `models.batch`; (b,) values."""
+        """Judge images (b, 3, H, W) float32 in 0..1 on the device of `load`, b at most `batch_size`; (b,) values."""
+
+    def batch_size(self, count: int) -> int:
+        """Return how many of `count` images `score` takes at once."""
+        return self.models.batch
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Judge images as `rewards.Reward` says; (B,) float32 on the CPU. Calls of several threads come in turns."""
@@ -61,7 +65,7 @@ class ModelReward(ABC):
                 self.check()
                 self.load(device, self._dtype(device))
                 self._device = device
-            images, size = images.to(device), self.models.batch
+            images, size = images.to(device), self.batch_size(len(images))
             values = [
                 self.score(images[i : i + size], prompts[i : i + size]).float().cpu()
                 for i in range(0, len(images), size)

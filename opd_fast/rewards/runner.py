@@ -21,7 +21,7 @@ import copy
 import functools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ from opd_fast.config import RewardModelsConfig, TeacherConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError, one_line, short
 from opd_fast.rewards import REWARDS, ModelReward, Reward, get_reward, reward_terms
-from opd_fast.rewards.values import UnreadableValues, image_count, read_values
+from opd_fast.rewards.values import MissingValues, UnreadableValues, image_count, read_values
 from opd_fast.rewards.workers import Job, Workers
 
 Kind = Literal["unavailable", "raised", "timed out", "not numbers", "wrong shape", "not finite"]
@@ -275,20 +275,37 @@ class _Batch:
             yield
 
 
+def submit_task(
+    runner: RewardRunner, task: TeacherConfig, images: Tensor, prompts: Sequence[Prompt]
+) -> Callable[[], Tensor]:
+    """Have a task's images judged while the caller goes on; returns a function that waits for the task's reward.
+
+    The terms of a sum are judged beside each other, as `RewardRunner.submit` says. The function returns what
+    `task_reward` does, and raises as it does.
+    """
+    assert task.reward is not None
+    key, reward, terms = f"teachers.{task.name}.reward", task.reward, reward_terms(task.reward)
+    pending = runner.submit(images, prompts, [term.reward for term in terms])
+
+    def wait() -> Tensor:
+        try:
+            values = pending.result()
+        except RewardFailure as failure:
+            raise UserError(key, str(failure), "fix the reward, then go on with --resume") from failure
+        total = torch.stack([term.factor * values[term.reward] for term in terms]).sum(0)
+        if not bool(total.isfinite().all()):
+            raise UserError(key, f"the sum {reward} is beyond float32 for some images", "return smaller values")
+        return total
+
+    return wait
+
+
 def task_reward(runner: RewardRunner, task: TeacherConfig, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """Return a task's reward, the weighted sum of its terms, for a run that learns from it; (B,) float32 on the CPU.
 
     Raises UserError, which names the task, where a term fails and where the sum is beyond float32.
     """
-    assert task.reward is not None
-    key = f"teachers.{task.name}.reward"
-    try:
-        total = torch.stack([t.factor * runner(t.reward, images, prompts) for t in reward_terms(task.reward)]).sum(0)
-    except RewardFailure as failure:
-        raise UserError(key, str(failure), "fix the reward, then go on with --resume") from failure
-    if not bool(total.isfinite().all()):
-        raise UserError(key, f"the sum {task.reward} is beyond float32 for some images", "return smaller values")
-    return total
+    return submit_task(runner, task, images, prompts)()
 
 
 class _Call:
@@ -308,6 +325,8 @@ class _Call:
         self._thread: threading.Thread | None = None
         self._values: Tensor | None = None
         self._error: BaseException | None = None
+        self._why: str | None = None
+        """Why some values are missing, where the reward says so."""
 
     @property
     def running(self) -> bool:
@@ -336,6 +355,11 @@ class _Call:
             detail = f"raised {name}: {short(one_line(error))}"
             raise RewardFailure(self.name, "raised", detail, self._missing, f"raised {name}") from error
         assert self._values is not None
+        if self._why is not None:
+            values = self._values.float()
+            lacks = int((~values.isfinite()).sum())
+            detail = f"has no value for {lacks} of {image_count(len(values))}: {short(self._why)}"
+            raise RewardFailure(self.name, "not finite", detail, values.masked_fill(~values.isfinite(), float("nan")))
         return self._finite(self._values)
 
     def _run(self, stream: Any = None) -> None:
@@ -346,7 +370,11 @@ class _Call:
         """
         try:
             with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
-                self._values = read_values(self.function(*self._given), len(self._missing))
+                try:
+                    returned = self.function(*self._given)
+                except MissingValues as some:
+                    returned, self._why = some.values, one_line(some)
+                self._values = read_values(returned, len(self._missing))
         except BaseException as error:  # SystemExit too: a reward does not end a run
             self._error = error
         finally:

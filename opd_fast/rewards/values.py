@@ -26,6 +26,18 @@ class UnreadableValues(ValueError):
         self.kind: Literal["not numbers", "wrong shape"] = kind
 
 
+class MissingValues(Exception):
+    """Raised by a reward that has values for some images only, in the place of returning them.
+
+    Attributes:
+        values: as a reward returns them, NaN where one is missing.
+    """
+
+    def __init__(self, values: Any, why: str) -> None:
+        super().__init__(why)
+        self.values = values
+
+
 class _NotNumbers(Exception):
     """A value, perhaps inside another one, is not a real number; `what` names it in words."""
 

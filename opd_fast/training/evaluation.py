@@ -17,7 +17,7 @@ from opd_fast.data.text_embeddings import EmbeddingCache
 from opd_fast.distributed.world import World
 from opd_fast.models.base import DiffusionModel
 from opd_fast.rewards import get_reward
-from opd_fast.rewards.runner import RewardRunner
+from opd_fast.rewards.runner import Pending, RewardRunner
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable
 from opd_fast.training.sampling import sample
@@ -142,7 +142,6 @@ def evaluate(
             or one named twice, or a model that yields NaN or infinite numbers.
     """
     world = world or World()
-    runner = RewardRunner("record", reward_timeout, reward_models)
     _check_tasks(tasks)
     done, total = 0, sum(task.count for task in tasks)
 
@@ -154,12 +153,17 @@ def evaluate(
 
     means: dict[str, dict[str, float]] = {}
     kept: dict[str, Tensor] = {}
-    for task in tasks:
-        keep = min(keep_images, len(task.prompts))
-        values, images = _evaluate_task(sampler, transformer, task, runner, world, keep, advance)
-        means[task.name] = {name: float(of_images.nanmean()) for name, of_images in values.items()}
-        if images is not None:
-            kept[task.name] = images
+    with RewardRunner("record", reward_timeout, reward_models) as runner:
+        # Every task is drawn before the first is read, so that its last batch is judged while the next task is drawn.
+        judged: dict[str, list[Pending]] = {}
+        for task in tasks:
+            keep = min(keep_images, len(task.prompts))
+            judged[task.name], images = _draw_task(sampler, transformer, task, runner, world, keep, advance)
+            if images is not None:
+                kept[task.name] = images
+        for task in tasks:
+            values = _values(judged[task.name], task, world)
+            means[task.name] = {name: float(of_images.nanmean()) for name, of_images in values.items()}
     failed: dict[tuple[str, str], str] = {}
     reported = set() if reported is None else reported
     for reason, message in world.all_gather_objects(list(runner.messages.items())):
@@ -170,7 +174,7 @@ def evaluate(
     return Evaluation(means, kept, failed)
 
 
-def _evaluate_task(
+def _draw_task(
     sampler: ImageSampler,
     transformer: nn.Module,
     task: EvalTask,
@@ -178,14 +182,14 @@ def _evaluate_task(
     world: World,
     keep: int,
     advance: Callable[[int], None],
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Return each reward's values, (task.count,) float64, and the images of the first `keep` prompts, if any.
+) -> tuple[list[Pending], Tensor | None]:
+    """Draw this process's images of a task and have each batch judged while the next is drawn.
 
-    Both are of all processes. `advance` is called with the number of images of each batch.
+    Returns the batches that are judged, and the images of the first `keep` prompts of all processes, if any. `advance`
+    is called with the number of images of each batch.
     """
     keys = task_keys(sampler.seed, task.name, task.count)
-    # A process may own no prompt, so each list begins with a part of length 0.
-    values = {name: [torch.empty(0, dtype=torch.float64)] for name in task.rewards}
+    judged: list[Pending] = []
     kept: list[Tensor] = []
     indices, owned = world.rows(task.count)
     keep_indices, _ = world.rows(keep)
@@ -199,13 +203,22 @@ def _evaluate_task(
                 "model.dtype to float32"
             )
         count = min(len(batch), max(owned - start, 0))  # the others are drawn only to keep the ranks in step
-        for name in task.rewards if count else ():
-            values[name].append(runner(name, images[:count], prompts[:count]).double())
+        if count:
+            judged.append(runner.submit(images[:count], prompts[:count], task.rewards))
         if start < len(keep_indices):
             kept.append(images[: len(keep_indices) - start].float().cpu())
         advance(len(batch) * world.size)
-    gathered = {name: world.gather_samples(torch.cat(parts), task.count) for name, parts in values.items()}
-    return gathered, world.gather_samples(torch.cat(kept), keep) if keep else None
+    return judged, world.gather_samples(torch.cat(kept), keep) if keep else None
+
+
+def _values(judged: Sequence[Pending], task: EvalTask, world: World) -> dict[str, Tensor]:
+    """Return each reward's values of the images of all processes, (task.count,) float64."""
+    # A process may own no image, so each list begins with a part of length 0.
+    parts = {name: [torch.empty(0, dtype=torch.float64)] for name in task.rewards}
+    for batch in judged:
+        for name, values in batch.result().items():
+            parts[name].append(values.double())
+    return {name: world.gather_samples(torch.cat(of_images), task.count) for name, of_images in parts.items()}
 
 
 def _check_tasks(tasks: Sequence[EvalTask]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from opd_fast.config.methods.spec import method_spec
 from opd_fast.models.guidance import Conditioning, Velocities
 from opd_fast.rewards import prompt_groups
-from opd_fast.rewards.runner import task_reward
+from opd_fast.rewards.runner import submit_task
 from opd_fast.training.methods.advantages import advantages
 from opd_fast.training.methods.image_buffer import ImageBuffer
 from opd_fast.training.setup import Setup
@@ -89,11 +89,13 @@ class Reinforcement(ImageBuffer):
     def _judged(self, epoch: int, images: Tensor) -> Tensor:
         """Returns the rewards of all images (images,) float32 on the CPU; each process judges what it drew."""
         rewards, teachers = torch.empty(len(self.rank_indices)), self.setup.config.teachers
-        for task, prompts, in_task, positions in self.rank_parts(epoch):
+        waiting = []
+        for task, prompts, in_task, positions in self.rank_parts(epoch):  # the tasks are judged beside each other
             of_images = [prompts[i] for i in positions.tolist()]
-            rewards[in_task] = task_reward(
-                self.reward_runner, teachers[task], images[in_task.to(images.device)], of_images
-            )
+            of_task = images[in_task.to(images.device)]
+            waiting.append((in_task, submit_task(self.reward_runner, teachers[task], of_task, of_images)))
+        for in_task, reward in waiting:
+            rewards[in_task] = reward()
         device = self.setup.model.device  # where NCCL can gather
         return self.setup.world.gather_samples(rewards.to(device), self.images).cpu()
 

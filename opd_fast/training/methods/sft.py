@@ -15,12 +15,14 @@ input of the transformer (FLUX.1-dev), it is the student's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.models.guidance import Conditioning, predict_velocities
-from opd_fast.rewards.runner import task_reward
+from opd_fast.rewards.runner import submit_task
 from opd_fast.seeds import SftDraw, Stream, noise_keys
 from opd_fast.training.methods.image_buffer import ImageBuffer
 from opd_fast.training.sampling import sample
@@ -76,14 +78,18 @@ class SFT(ImageBuffer):
         parts = {"x0": [self.no_images()]}
         if self.sft.images_per_prompt > 1:
             parts["reward"] = [torch.empty(0, device=self.setup.model.device)]
-        for task, prompts, _, positions in self.rank_parts(epoch):
-            for name, tensor in self._draw_task(epoch, task, prompts, positions).items():
+        # A task's images are judged while the next teacher draws.
+        for best in [self._draw_task(epoch, task, prompts, rows) for task, prompts, _, rows in self.rank_parts(epoch)]:
+            for name, tensor in best().items():
                 parts[name].append(tensor)
         return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
     @torch.no_grad()
-    def _draw_task(self, epoch: int, task: int, prompts: list[Prompt], positions: Tensor) -> dict[str, Tensor]:
-        """Returns what a task has for `_drawn`: the best image that its teacher draws of each prompt in `positions`."""
+    def _draw_task(
+        self, epoch: int, task: int, prompts: list[Prompt], positions: Tensor
+    ) -> Callable[[], dict[str, Tensor]]:
+        """Draws the images of each prompt in `positions` by the task's teacher. Returns a function that waits for their
+        rewards and returns what the task has for `_drawn`: the best image of each prompt."""
         setup, several = self.setup, self.sft.images_per_prompt
         train, model = setup.config.train, setup.model
         repeated = [prompts[i] for i in positions.tolist() for _ in range(several)]
@@ -108,12 +114,16 @@ class SFT(ImageBuffer):
                 )
         x0 = torch.cat(latents)
         if several == 1:
-            return {"x0": x0}
+            return lambda: {"x0": x0}
         images = torch.cat([model.decode(part) for part in latents])
-        rewards = task_reward(self.reward_runner, setup.config.teachers[task], images, repeated)
-        best, of_prompt = rewards.view(-1, several).max(1)
-        rows = of_prompt + several * torch.arange(len(positions))
-        return {"x0": x0[rows.to(x0.device)], "reward": best.to(x0.device)}
+        rewards = submit_task(self.reward_runner, setup.config.teachers[task], images, repeated)
+
+        def best() -> dict[str, Tensor]:
+            highest, of_prompt = rewards().view(-1, several).max(1)
+            rows = of_prompt + several * torch.arange(len(positions))
+            return {"x0": x0[rows.to(x0.device)], "reward": highest.to(x0.device)}
+
+        return best
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
