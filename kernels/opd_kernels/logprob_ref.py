@@ -28,7 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .step_ref import Reduction, _velocity
+from .operator import Reduction
+from .step_ref import _velocity
 
 __all__ = ["LogProb", "log_prob_backward_reference", "log_prob_reference"]
 

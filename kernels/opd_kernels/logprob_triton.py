@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .launching import BoundLaunch, batch_stride, in_place, on_device_of, remember, scratch
 from .logprob_ref import HALF_LOG_2PI, LogProb
-from .step_ref import Reduction
+from .operator import Reduction
 from .tuning import Launch, Problem, tuner
 
 __all__ = ["launch_log_prob", "launch_log_prob_backward"]

@@ -25,6 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .operator import define
+
 __all__ = ["INITIAL_NOISE", "philox4x32", "philox_normal"]
 
 INITIAL_NOISE = 2**31 - 1
@@ -172,11 +174,7 @@ def _fake(keys: Tensor, shape: Sequence[int], counter: int, counter_tensor: Tens
     return keys.new_empty((keys.shape[0], *shape), dtype=torch.float32)
 
 
-_NAME = "opd_kernels::philox_normal"
-torch.library.define(_NAME, torch.library.infer_schema(_philox_normal, mutates_args=()))
-torch.library.impl(_NAME, ("cpu", "cuda"), _philox_normal)
-torch.library.register_fake(_NAME, _fake)
-_OP = torch.ops.opd_kernels.philox_normal.default
+_OP = define(_philox_normal, _fake)
 
 
 def philox_normal(keys: Tensor, shape: Sequence[int], counter: int | Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .operator import VELOCITY_DTYPES, define
 from .quantize_ref import FLOAT8, Quantized, quantize_rows_reference
 
 __all__ = ["FLOAT8", "Quantized", "quantize_rows"]
 
 LONGEST_ROW = 32768
 """Elements that a program holds in registers."""
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,11 +32,7 @@ def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FLOAT8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-_NAME = "opd_kernels::quantize_rows"
-torch.library.define(_NAME, torch.library.infer_schema(_quantize_rows, mutates_args=()))
-torch.library.impl(_NAME, ("cpu", "cuda"), _quantize_rows)
-torch.library.register_fake(_NAME, _fake)
-_OP = torch.ops.opd_kernels.quantize_rows.default
+_OP = define(_quantize_rows, _fake)
 
 
 def quantize_rows(x: Tensor) -> Quantized:
@@ -57,6 +53,6 @@ def quantize_rows(x: Tensor) -> Quantized:
     """
     if x.dim() != 2 or not 0 < x.shape[1] <= LONGEST_ROW:
         raise ValueError(f"x must be (rows, K) with K from 1 to {LONGEST_ROW}, got {tuple(x.shape)}; flatten it")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in VELOCITY_DTYPES:
         raise ValueError(f"x must be float32, bfloat16 or float16, got {x.dtype}; convert it with x.float()")
     return Quantized(*_OP(x.detach()))

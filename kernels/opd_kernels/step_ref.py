@@ -16,19 +16,15 @@ carries b^2/(2 std^2), or b^2/2 for a deterministic step.
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .operator import Reduction
 from .philox import philox_normal
 
-__all__ = ["ROW", "StepOutput", "fused_step_reference"]
-
-ROW = ("a", "b", "h", "std", "weight", "sigma")
-"""Columns of the table that the step reads."""
-
-Reduction = Literal["mean", "sum"]
+__all__ = ["StepOutput", "fused_step_reference"]
 
 
 class StepOutput(NamedTuple):

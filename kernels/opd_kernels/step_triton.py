@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import BoundLaunch, batch_stride, in_place, on_device_of, remember, scratch
+from .operator import Reduction
 from .philox_triton import normal_block
-from .step_ref import Reduction, StepOutput
+from .step_ref import StepOutput
 from .tuning import Launch, Problem, tuner
 
 __all__ = ["launch_step"]
