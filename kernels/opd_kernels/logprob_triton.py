@@ -23,6 +23,7 @@ from torch import Tensor
 from .launching import BoundLaunch, batch_stride, in_place, on_device_of, remember, scratch
 from .logprob_ref import HALF_LOG_2PI, LogProb
 from .operator import Reduction
+from .row_triton import step_number, store_gradients, sum_partials, table_row, velocity_block
 from .tuning import Launch, Problem, tuner
 
 __all__ = ["launch_log_prob", "launch_log_prob_backward"]
@@ -31,40 +32,8 @@ __all__ = ["launch_log_prob", "launch_log_prob_backward"]
 @triton.jit
 def drawn_row(table_ptr, step_ptr, step, rows):
     """(a, b, std) of the row; NaN for one outside the table or without noise, which must not look like a result."""
-    if step_ptr is not None:
-        step = tl.load(step_ptr)
-    step = tl.cast(step, tl.int64)
-    inside = (step >= 0) & (step < rows)
-    nan = float("nan")
-    row = table_ptr + step * 6
-    a = tl.load(row, mask=inside, other=nan)
-    b = tl.load(row + 1, mask=inside, other=nan)
-    h = tl.load(row + 2, mask=inside, other=nan)
-    std = tl.load(row + 3, mask=inside, other=nan)
-    return a, b, tl.where((std > 0) & (h == 0), std, nan)
-
-
-@triton.jit
-def mean_block(x_ptr, cond_ptr, uncond_ptr, a, b, g, offs, elements):
-    """(a*x + b*v) at `offs` of a sample whose pointers these are; where g = 1 `uncond` is not read."""
-    mask = offs < elements
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
-    v = tl.load(cond_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if uncond_ptr is not None:
-        end = tl.where(g != 1.0, elements, 0)
-        u = tl.load(uncond_ptr + offs, mask=offs < end, other=0.0).to(tl.float32)
-        v = u + g * (v - u)
-    return a * x + b * v
-
-
-@triton.jit
-def whole(partial_ptr, blocks, PASSES: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of a sample's partial sums, in a fixed order."""
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(PASSES):
-        at = i * BLOCK + tl.arange(0, BLOCK)
-        sums += tl.load(partial_ptr + at, mask=at < blocks, other=0.0, cache_modifier=".cg")
-    return tl.sum(sums, axis=0)
+    a, b, h, std, _, _ = table_row(table_ptr, step_number(step_ptr, step), rows)
+    return a, b, tl.where((std > 0) & (h == 0), std, float("nan"))
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -105,13 +74,6 @@ def log_prob_kernel(
     base = index.to(tl.int64)
     a, b, std = drawn_row(table_ptr, step_ptr, step, rows)
     g = tl.load(guidance_ptr + index)
-    x_ptr += base * x_stride
-    sample_ptr += base * sample_stride
-    cond_ptr += base * cond_stride
-    if uncond_ptr is not None:
-        uncond_ptr += base * uncond_stride
-    if mean_old_ptr is not None:
-        mean_old_ptr += base * mean_old_stride
 
     squares = tl.zeros((BLOCK,), tl.float32)
     ratios = tl.zeros((BLOCK,), tl.float32)
@@ -119,12 +81,14 @@ def log_prob_kernel(
     for tile in range(TILES):
         offs = (block * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         mask = offs < elements
-        mean = mean_block(x_ptr, cond_ptr, uncond_ptr, a, b, g, offs, elements)
-        sample = tl.load(sample_ptr + offs, mask=mask, other=0.0)
+        x = tl.load(x_ptr + base * x_stride + offs, mask=mask, other=0.0)
+        v = velocity_block(cond_ptr, base * cond_stride, uncond_ptr, base * uncond_stride, g, offs, elements)
+        mean = a * x + b * v
+        sample = tl.load(sample_ptr + base * sample_stride + offs, mask=mask, other=0.0)
         away = tl.where(mask, sample - mean, 0.0)
         squares += away * away
         if mean_old_ptr is not None:
-            old = tl.load(mean_old_ptr + offs, mask=mask, other=0.0)
+            old = tl.load(mean_old_ptr + base * mean_old_stride + offs, mask=mask, other=0.0)
             moved = tl.where(mask, mean - old, 0.0)
             ratios += moved * (away + (sample - old))
             drifts += moved * moved
@@ -147,10 +111,10 @@ def log_prob_kernel(
         if earlier == blocks - 1:
             tl.store(arrived_ptr + index, 0)
             first_ptr = partial_ptr + index * blocks
-            tl.store(logp_ptr + index, -factor * whole(first_ptr, blocks, PASSES, BLOCK) - offset)
+            tl.store(logp_ptr + index, -factor * sum_partials(first_ptr, blocks, PASSES, BLOCK) - offset)
             if mean_old_ptr is not None:
-                tl.store(log_ratio_ptr + index, factor * whole(first_ptr + plane, blocks, PASSES, BLOCK))
-                tl.store(drift_ptr + index, factor * whole(first_ptr + 2 * plane, blocks, PASSES, BLOCK))
+                tl.store(log_ratio_ptr + index, factor * sum_partials(first_ptr + plane, blocks, PASSES, BLOCK))
+                tl.store(drift_ptr + index, factor * sum_partials(first_ptr + 2 * plane, blocks, PASSES, BLOCK))
     else:
         tl.store(logp_ptr + index, -factor * square - offset)
         if mean_old_ptr is not None:
@@ -191,21 +155,16 @@ def log_prob_backward_kernel(
     g = tl.load(guidance_ptr + index)
     offs = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements
-    cond_ptr += base * cond_stride
-    if uncond_ptr is not None:
-        uncond_ptr += base * uncond_stride
-    mean = mean_block(x_ptr + base * x_stride, cond_ptr, uncond_ptr, a, b, g, offs, elements)
+    x = tl.load(x_ptr + base * x_stride + offs, mask=mask, other=0.0)
+    v = velocity_block(cond_ptr, base * cond_stride, uncond_ptr, base * uncond_stride, g, offs, elements)
+    mean = a * x + b * v
     sample = tl.load(sample_ptr + base * sample_stride + offs, mask=mask, other=0.0)
     slope = tl.load(grad_logp_ptr + index) * (sample - mean)
     if mean_old_ptr is not None:
         old = tl.load(mean_old_ptr + base * mean_old_stride + offs, mask=mask, other=0.0)
         slope += tl.load(grad_drift_ptr + index) * (mean - old)
     slope *= share * b / (std * std)
-    if grad_uncond_ptr is None:
-        tl.store(grad_cond_ptr + base * elements + offs, slope, mask=mask)
-    else:
-        tl.store(grad_cond_ptr + base * elements + offs, slope * g, mask=mask)
-        tl.store(grad_uncond_ptr + base * elements + offs, slope * (1.0 - g), mask=mask)
+    store_gradients(grad_cond_ptr, grad_uncond_ptr, base * elements, offs, slope, g, mask)
 
 
 _bound: dict[Any, BoundLaunch] = {}

@@ -23,6 +23,7 @@ from torch import Tensor
 from .launching import BoundLaunch, batch_stride, in_place, on_device_of, remember, scratch
 from .operator import Reduction
 from .philox_triton import normal_block
+from .row_triton import step_number, store_gradients, sum_partials, table_row, velocity_block
 from .step_ref import StepOutput
 from .tuning import Launch, Problem, tuner
 
@@ -73,25 +74,12 @@ def step_kernel(
     sample = pid // blocks
     block = pid % blocks
     base = sample.to(tl.int64)
-    if step_ptr is not None:
-        step = tl.load(step_ptr)
-    step = tl.cast(step, tl.int64)
-    inside = (step >= 0) & (step < rows)
-    nan = float("nan")  # a row outside the table must not look like a result
-    row = table_ptr + step * 6
-    a = tl.load(row, mask=inside, other=nan)
-    b = tl.load(row + 1, mask=inside, other=nan)
-    h = tl.load(row + 2, mask=inside, other=nan)
-    std = tl.load(row + 3, mask=inside, other=nan)
-    weight = tl.load(row + 4, mask=inside, other=nan)
-    sigma = tl.load(row + 5, mask=inside, other=nan)
+    step = step_number(step_ptr, step)
+    a, b, h, std, weight, sigma = table_row(table_ptr, step, rows)
     g_s = tl.load(guidance_s_ptr + sample)
     g_t = tl.load(guidance_t_ptr + sample)
     weight = tl.load(scale_ptr + sample) * (weight * scale_mean)
-    # An operand whose factor is zero is not read (it may hold anything): its last element moves to the front instead of
-    # a second mask, which keeps the alignment that the compiler derives from `elements`.
-    end_u_s = tl.where(g_s != 1.0, elements, 0)
-    end_u_t = tl.where(g_t != 1.0, elements, 0)
+    # An operand whose factor is zero is not read, as in `velocity_block`.
     end_history = tl.where(h != 0.0, elements, 0)
     end_noise = tl.where(std != 0.0, elements, 0)
 
@@ -101,16 +89,12 @@ def step_kernel(
         offs = first + tl.arange(0, BLOCK)
         mask = offs < elements
         x = tl.load(x_ptr + base * x_stride + offs, mask=mask, other=0.0)
-        v_s = tl.load(cond_s_ptr + base * cond_s_stride + offs, mask=mask, other=0.0).to(tl.float32)
-        v_t = tl.load(cond_t_ptr + base * cond_t_stride + offs, mask=mask, other=0.0).to(tl.float32)
-        # Where g = 1 nothing is read and u = 0: then u + g*(c - u) is c exactly.
-        if uncond_s_ptr is not None:
-            u = tl.load(uncond_s_ptr + base * uncond_s_stride + offs, mask=offs < end_u_s, other=0.0).to(tl.float32)
-            v_s = u + g_s * (v_s - u)
-        if uncond_t_ptr is not None:
-            u = tl.load(uncond_t_ptr + base * uncond_t_stride + offs, mask=offs < end_u_t, other=0.0).to(tl.float32)
-            v_t = u + g_t * (v_t - u)
-
+        v_s = velocity_block(
+            cond_s_ptr, base * cond_s_stride, uncond_s_ptr, base * uncond_s_stride, g_s, offs, elements
+        )
+        v_t = velocity_block(
+            cond_t_ptr, base * cond_t_stride, uncond_t_ptr, base * uncond_t_stride, g_t, offs, elements
+        )
         common = a * x
         if history_ptr is not None:
             common += h * tl.load(history_ptr + base * history_stride + offs, mask=offs < end_history, other=0.0)
@@ -130,11 +114,7 @@ def step_kernel(
 
         gap = v_s - v_t
         slope = (2.0 * weight) * gap
-        if grad_uncond_ptr is None:
-            tl.store(grad_cond_ptr + base * elements + offs, slope, mask=mask)
-        else:
-            tl.store(grad_cond_ptr + base * elements + offs, slope * g_s, mask=mask)
-            tl.store(grad_uncond_ptr + base * elements + offs, slope * (1.0 - g_s), mask=mask)
+        store_gradients(grad_cond_ptr, grad_uncond_ptr, base * elements, offs, slope, g_s, mask)
         squares += gap * gap  # masked lanes: 0 - 0
 
     total = tl.sum(squares, axis=0)
@@ -144,11 +124,8 @@ def step_kernel(
         earlier = tl.atomic_add(arrived_ptr + sample, 1, sem="acq_rel", scope="gpu")
         if earlier == blocks - 1:
             tl.store(arrived_ptr + sample, 0)
-            sums = tl.zeros((BLOCK,), tl.float32)
-            for i in tl.static_range(PASSES):
-                at = i * BLOCK + tl.arange(0, BLOCK)
-                sums += tl.load(partial_ptr + sample * blocks + at, mask=at < blocks, other=0.0, cache_modifier=".cg")
-            tl.store(loss_ptr + sample, weight * tl.sum(sums, axis=0))
+            whole = sum_partials(partial_ptr + sample * blocks, blocks, PASSES, BLOCK)
+            tl.store(loss_ptr + sample, weight * whole)
     else:
         tl.store(loss_ptr + sample, weight * total)
 

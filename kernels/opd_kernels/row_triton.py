@@ -1,0 +1,67 @@
+"""The pieces that the kernels on a solver's row share: the row, a guided velocity, its gradients, a sample's sum.
+
+Pointers are of the whole tensors; `start` is where the sample begins in each, and `offs` are elements of the sample.
+"""
+
+# Kernel arguments have no Python types; Triton takes them from the call.
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def step_number(step_ptr, step):
+    """The step as int64: the number that lies at `step_ptr`, or `step` where that is None."""
+    if step_ptr is not None:
+        step = tl.load(step_ptr)
+    return tl.cast(step, tl.int64)
+
+
+@triton.jit
+def table_row(table_ptr, step, rows):
+    """(a, b, h, std, weight, sigma) of the row; NaN for one outside the table, which must not look like a result."""
+    inside = (step >= 0) & (step < rows)
+    nan = float("nan")
+    row = table_ptr + step * 6
+    a = tl.load(row, mask=inside, other=nan)
+    b = tl.load(row + 1, mask=inside, other=nan)
+    h = tl.load(row + 2, mask=inside, other=nan)
+    std = tl.load(row + 3, mask=inside, other=nan)
+    weight = tl.load(row + 4, mask=inside, other=nan)
+    sigma = tl.load(row + 5, mask=inside, other=nan)
+    return a, b, h, std, weight, sigma
+
+
+@triton.jit
+def velocity_block(cond_ptr, cond_start, uncond_ptr, uncond_start, g, offs, elements):
+    """u + g*(c - u) at `offs`, float32; c where g = 1 (nothing of u is read, which may hold anything) or u is None."""
+    v = tl.load(cond_ptr + cond_start + offs, mask=offs < elements, other=0.0).to(tl.float32)
+    if uncond_ptr is not None:
+        # The last element moves to the front instead of a second mask: this keeps the alignment that the compiler
+        # derives from `elements`. With u = 0, u + 1*(c - u) is c exactly.
+        end = tl.where(g != 1.0, elements, 0)
+        u = tl.load(uncond_ptr + uncond_start + offs, mask=offs < end, other=0.0).to(tl.float32)
+        v = u + g * (v - u)
+    return v
+
+
+@triton.jit
+def store_gradients(cond_ptr, uncond_ptr, start, offs, slope, g, mask):
+    """Store the gradients at c and u of what has the gradient `slope` at u + g*(c - u)."""
+    if uncond_ptr is None:
+        tl.store(cond_ptr + start + offs, slope, mask=mask)
+    else:
+        tl.store(cond_ptr + start + offs, slope * g, mask=mask)
+        tl.store(uncond_ptr + start + offs, slope * (1.0 - g), mask=mask)
+
+
+@triton.jit
+def sum_partials(partial_ptr, blocks, PASSES: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of a sample's partial sums, in a fixed order."""
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(PASSES):
+        at = i * BLOCK + tl.arange(0, BLOCK)
+        sums += tl.load(partial_ptr + at, mask=at < blocks, other=0.0, cache_modifier=".cg")
+    return tl.sum(sums, axis=0)
