@@ -110,8 +110,8 @@ def test_measured_once_then_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("OPD_FAST_CACHE", str(tmp_path))
     monkeypatch.delenv("OPD_FAST_TUNE", raising=False)
     fresh = tuning.Tuner()
-    monkeypatch.setattr("opd_kernels.step_triton.tuner", fresh)
-    monkeypatch.setattr("opd_kernels.step_triton._bound", {})
+    monkeypatch.setattr("opd_kernels.launching.tuner", fresh)
+    monkeypatch.setattr("opd_kernels.launching._bound", {})
     o, keys = operands(SHAPES[2], torch.bfloat16, device="cuda"), torch.arange(9, device="cuda")
     step = torch.tensor(STOCHASTIC, device="cuda")
     before = {name: None if t is None else t.clone() for name, t in o.items()}
@@ -141,8 +141,8 @@ def test_measured_once_then_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (entries,) = json.loads((tmp_path / "kernels.json").read_text()).values()
     assert entries[choice.problem]["launch"] == str(choice.launch)
     again = tuning.Tuner()
-    monkeypatch.setattr("opd_kernels.step_triton.tuner", again)
-    monkeypatch.setattr("opd_kernels.step_triton._bound", {})
+    monkeypatch.setattr("opd_kernels.launching.tuner", again)
+    monkeypatch.setattr("opd_kernels.launching._bound", {})
     assert_identical(out, fused_step(**o, step=step, keys=keys))
     assert [kept.source for kept in again.choices()] == ["kept"]
 
@@ -153,8 +153,8 @@ def test_a_capture_takes_the_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     fresh = tuning.Tuner()
     o = operands((7, 16, 64, 64), torch.bfloat16, device="cuda")
     wanted = fused_step(**o, step=STOCHASTIC)
-    monkeypatch.setattr("opd_kernels.step_triton.tuner", fresh)
-    monkeypatch.setattr("opd_kernels.step_triton._bound", {})
+    monkeypatch.setattr("opd_kernels.launching.tuner", fresh)
+    monkeypatch.setattr("opd_kernels.launching._bound", {})
     graph = torch.cuda.CUDAGraph()
     with fresh.measuring() as chosen, torch.cuda.graph(graph):
         captured = fused_step(**o, step=STOCHASTIC)
