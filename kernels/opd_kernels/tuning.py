@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,7 +165,7 @@ class Tuner:
         if not enabled():
             return Choice(problem.key, candidates[0], "rule")
         if self._kept is None:
-            self._kept = _read(cache_file())
+            self._kept = read_json(cache_file())
         kept = _choice(problem.key, self._kept.get(place))
         if kept is not None:
             return kept
@@ -178,7 +178,7 @@ class Tuner:
             best = 0
         times = {str(c): round(s * 1e6, 3) for c, s in zip(candidates, seconds, strict=True)}
         choice = Choice(problem.key, candidates[best], "measured", times)
-        _keep(cache_file(), place, choice, None if calm(taken, CALM) else time.time() + DISTURBED)
+        _keep(place, choice, keep_until(taken, CALM))
         return choice
 
     @contextmanager
@@ -233,10 +233,14 @@ def enabled() -> bool:
 def device_times(runs: Sequence[Callable[[], object]], launches: int = 20, replays: int = 10) -> list[list[float]]:
     """Return the seconds of one call of each, for each of several replays of a graph of `launches` calls. The
     candidates take turns, so that a drifting clock meets all of them. Waits for the device."""
+
+    def repeat(run: Callable[[], object]) -> Callable[[], object]:
+        return lambda: [run() for _ in range(launches)]
+
     recorder, graphs = Recorder(torch.device("cuda")), []
     for run in runs:
         run()  # compiles
-        graphs.append(recorder.record(partial(_repeat, run, launches))[0])
+        graphs.append(recorder.record(repeat(run))[0])
     taken: list[list[float]] = [[] for _ in graphs]
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for turn in range(replays + 1):
@@ -250,19 +254,21 @@ def device_times(runs: Sequence[Callable[[], object]], launches: int = 20, repla
     return taken
 
 
-def calm(taken: Iterable[Sequence[float]], most: float) -> bool:
-    """Whether measurements look undisturbed: the quartiles of each one's times lie no further apart than the share
-    `most` of its median."""
+def keep_until(taken: Iterable[Sequence[float]], most: float) -> float | None:
+    """Return until when measurements count: None, for good, where they look undisturbed; else seconds of `time.time()`.
+
+    Undisturbed: the quartiles of each one's times lie no further apart than the share `most` of its median.
+    """
     for times in taken:
         low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (*times,) * 3
         if high - low > most * middle:
-            return False
-    return True
+            return time.time() + DISTURBED
+    return None
 
 
-def _repeat(run: Callable[[], object], times: int) -> None:
-    for _ in range(times):
-        run()
+def still_counts(until: object) -> bool:
+    """Return whether what was kept until then counts now. After a clock was set back nothing counts for longer."""
+    return until is None or (isinstance(until, float) and time.time() < until <= time.time() + DISTURBED)
 
 
 # --- what is kept between runs ----------------------------------------------------------------------------------------
@@ -288,7 +294,7 @@ def identity(device: torch.device) -> str:
     return f"{name}, triton {triton.__version__}, kernels {digest[:12]}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the file's content, empty if it cannot be read, because all of it can be measured again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -302,23 +308,21 @@ def _choice(key: str, entries: Any) -> Choice | None:
     entry = entries.get(key) if isinstance(entries, dict) else None
     if not isinstance(entry, dict) or not isinstance(entry.get("microseconds"), dict):
         return None
-    until = entry.get("until", 0.0)  # earlier versions kept what was disturbed too, and did not say so
-    if until is not None and not (isinstance(until, float) and time.time() < until <= time.time() + DISTURBED):
+    if not still_counts(entry.get("until", 0.0)):  # earlier versions kept what was disturbed too, and did not say so
         return None
     launch = {str(c): c for c in CANDIDATES}.get(str(entry.get("launch")))
     return None if launch is None else Choice(key, launch, "kept", entry["microseconds"])
 
 
-def _keep(path: Path, place: str, choice: Choice, until: float | None) -> None:
-    """Add a choice, which counts until then (seconds since the epoch; None: for good), to the file, which is replaced
-    as a whole. Of two processes that write at once one may lose its entry, which is then measured again; a folder that
-    cannot be written costs the same."""
-    content = _read(path)
-    entries = content.setdefault(place, {})
-    if not isinstance(entries, dict):
-        entries = content[place] = {}
-    entries[choice.problem] = {"launch": str(choice.launch), "microseconds": choice.microseconds, "until": until}
-    replace_json(path, content)
+def _keep(place: str, choice: Choice, until: float | None) -> None:
+    """Add a choice, which counts until then, to the file, which is replaced as a whole. Of two processes that write at
+    once one may lose its entry, which is then measured again; a folder that cannot be written costs the same."""
+    content = read_json(cache_file())
+    if not isinstance(content.get(place), dict):
+        content[place] = {}
+    entry = {"launch": str(choice.launch), "microseconds": choice.microseconds, "until": until}
+    content[place][choice.problem] = entry
+    replace_json(cache_file(), content)
 
 
 def replace_json(path: Path, content: object) -> None:
