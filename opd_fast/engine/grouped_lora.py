@@ -59,12 +59,6 @@ class GroupedAdapters:
         self._layers = [_Layer.of(layer, self.adapters, dtype) for layer in tuned]
         self._plans: dict[tuple[tuple[int | None, int, int], ...], list[tuple[nn.Module, _Forward]]] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stacked factors, those of the groupings in use so far included."""
-        held = {t.untyped_storage() for layer in self._layers for t in layer.tensors()}
-        return sum(storage.nbytes() for storage in held)
-
     @contextlib.contextmanager
     def active(self, spans: Sequence[Span]) -> Iterator[nn.Module]:
         """Within the block the transformer computes each span's rows with its adapter, and the rest with the base.
@@ -120,16 +114,12 @@ class _Layer:
             b[t, :, : ranks[t]] = pair[1].float() * module.scaling[name]
         return cls(module, ranks, (a, b), {})
 
-    def tensors(self) -> Iterator[Tensor]:
-        for pair in (self.factors, *self.gathered.values()):
-            yield from pair or ()
-
     def forward(self, groups: tuple[tuple[int | None, int, int], ...]) -> _Forward:
         """The layer's forward for a batch of `groups`, which are in order and leave no row out."""
         base, rows = self.module.get_base_layer(), groups[-1][2]
         mine = [(t, start, stop) for t, start, stop in groups if t is not None and self.ranks[t]]
         if self.factors is None or not mine:
-            return _plain(base)
+            return lambda x, *args, **kwargs: base(x)
         unit = math.gcd(*(stop for _, _, stop in groups))
         if rows // unit <= 2 * len(groups):
             order = tuple(t for t, start, stop in groups for _ in range((stop - start) // unit))
@@ -148,14 +138,6 @@ class _Layer:
             )
             self.gathered[order] = a, b
         return self.gathered[order]
-
-
-def _plain(base: nn.Module) -> _Forward:
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = base(x)
-        return y
-
-    return forward
 
 
 def _batched(base: nn.Module, a: Tensor, b: Tensor, rows: int) -> _Forward:
@@ -243,18 +225,6 @@ def joined(parts: Sequence[tuple[int, slice, Conditioning]]) -> tuple[Call, ...]
         rows = tuple((rows, condition.guidance) for _, rows, condition in mine)
         calls.append(Call(rows, tuple(spans), Conditioning(text, embedded=embedded)))
     return tuple(calls)
-
-
-def describe(calls: Sequence[Call]) -> str:
-    """A line for the user about how the teachers are asked."""
-    teachers = sum(len(call.parts) for call in calls)
-    if len(calls) == 1:
-        return f"teachers: {teachers} in one forward on the shared base"
-    values = ", ".join(f"{call.condition.embedded:g}" for call in calls)
-    return (
-        f"teachers: {teachers} in {len(calls)} forwards on the shared base, as the guidance that they embed differs "
-        f"({values})"
-    )
 
 
 @torch.no_grad()
