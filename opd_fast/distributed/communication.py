@@ -26,6 +26,7 @@ the computation.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -79,8 +80,8 @@ def collectives(
     """The traffic of a round; empty for one rank.
 
     Weights are gathered in the model's dtype: once a round, or, under reshard block, for each forward and again for its
-    backward. Teachers that share a sharded base gather it for their own forwards, unless the student
-    holds it gathered. Gradients are float32.
+    backward. Teachers that share a sharded base gather it for their own forwards, unless the student holds it gathered.
+    Gradients are float32.
     """
     if world == 1 or strategy == "single":
         return []
@@ -91,16 +92,13 @@ def collectives(
     found: list[Collective] = []
     if parts > 1:
         forwards = workload.steps * workload.forwards_per_step(world)
-        often = 1 if workload.reshard == "round" else 2 * forwards
-        found.append(Collective("all-gather", weights, often, parts, within, "student"))
+        once = workload.reshard == "round"
+        found.append(Collective("all-gather", weights, 1 if once else 2 * forwards, parts, within, "student"))
         if workload.placement == "shared" and not (workload.kind == "lora" and workload.reshard != "block"):
-            calls = (
-                forwards * min(workload.tasks, workload.forward_samples(world)) if workload.reshard != "round" else 1
-            )
+            calls = 1 if once else forwards * min(workload.tasks, workload.forward_samples(world))
             found.append(Collective("all-gather", weights, calls, parts, within, "teacher"))
     if workload.kind == "lora" or parts == 1:
-        found.append(Collective("all-reduce", gradients, 1, world, min(world, ranks_per_node), "gradients"))
-        return found
+        return [*found, Collective("all-reduce", gradients, 1, world, min(world, ranks_per_node), "gradients")]
     found.append(Collective("reduce-scatter", gradients, 1, parts, within, "gradients"))
     if groups > 1:
         found.append(Collective("all-reduce", gradients // parts, 1, groups, across, "gradients"))
@@ -109,10 +107,10 @@ def collectives(
 
 def sent(found: Iterable[Collective]) -> dict[str, int]:
     """Bytes that a rank sends in a round, by kind."""
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for collective in found:
-        totals[collective.kind] = totals.get(collective.kind, 0) + collective.sent
-    return totals
+        totals[collective.kind] += collective.sent
+    return dict(totals)
 
 
 # --- time on the wire -------------------------------------------------------------------------------------------------

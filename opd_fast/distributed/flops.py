@@ -14,6 +14,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,18 +146,16 @@ def _adapted(transformer: nn.Module, lora: dict[str, int]) -> Iterator[set[int]]
     storages: set[int] = set()
     for name, rank in lora.items():
         layer: Any = transformer.get_submodule(name)
-        a, b = (
-            torch.empty(shape, device="meta", requires_grad=True)
-            for shape in ((rank, layer.in_features), (layer.out_features, rank))
-        )
-        forwards.append((layer, _forward(layer, a, b)))
+        a = torch.empty(rank, layer.in_features, device="meta", requires_grad=True)
+        b = torch.empty(layer.out_features, rank, device="meta", requires_grad=True)
+        forwards.append((layer, partial(_merged, layer, a, b)))
         storages |= {t.untyped_storage()._cdata for t in (a, b)}
     with patched_forward(forwards):
         yield storages
 
 
-def _forward(layer: Any, a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: merged_linear(x.to(layer.weight.dtype), layer.weight, layer.bias, a, b, 1.0)
+def _merged(layer: Any, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    return merged_linear(x.to(layer.weight.dtype), layer.weight, layer.bias, a, b, 1.0)
 
 
 class _Engine(TorchFunctionMode):

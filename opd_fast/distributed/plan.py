@@ -22,7 +22,16 @@ from opd_fast.data.prompt_files import load_prompts
 from opd_fast.data.schedule import TaskSchedule
 from opd_fast.distributed.communication import collectives, sent
 from opd_fast.distributed.flops import RowCost, block_input, row_cost_or_estimate
-from opd_fast.distributed.memory import GIB, RESERVE, Strategy, Workload, blocks_to_checkpoint, choose_strategy, memory
+from opd_fast.distributed.memory import (
+    GIB,
+    RESERVE,
+    Strategy,
+    Workload,
+    blocks_to_checkpoint,
+    choose_strategy,
+    memory,
+    need,
+)
 from opd_fast.distributed.resolve import Resolved, resolve
 from opd_fast.errors import UserError
 from opd_fast.models import meta_model
@@ -156,11 +165,9 @@ def rollout_solver(config: Config, model: DiffusionModel) -> SolverTable:
 
 
 def _plan(config: Config, model: DiffusionModel, resolved: Resolved, devices: int, gpu_memory: float) -> Plan:
-    resolution = model.resolution(config.model.resolution)
     check_guidance(config, model)
-    train = config.train
-    table = rollout_solver(config, model)
-    schedule = task_schedule(config)
+    train, method, schedule = config.train, method_spec(config), task_schedule(config)
+    resolution, table = model.resolution(config.model.resolution), rollout_solver(config, model)
     lora = config.student.kind == "lora"
     layers = lora_modules(model.transformer, model.targets(config.student.targets)) if lora else None
     ranks = None if layers is None else dict.fromkeys(layers, config.student.rank)
@@ -169,14 +176,13 @@ def _plan(config: Config, model: DiffusionModel, resolved: Resolved, devices: in
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
     workload, strategy, shard_size, reason = _fit(config, workload, devices, ranks_per_node, gpu_memory)
     evaluations, evaluation_rows = _evaluation(config, model)
-    frozen = config.teachers if method_spec(config).has_teachers else []
+    frozen = config.teachers if method.has_teachers else []
     teacher_rows = {t.name: train.samples_per_task * branches(model, t.guidance) for t in frozen}
     turns = {t.name: turns for t, turns in zip(config.teachers, schedule.expected, strict=True)}
     taught = sum(rows * turns[name] for name, rows in teacher_rows.items())
     samples, asked = train.samples_per_task * schedule.per_round, _asked_steps(config, workload.steps)
-    method, own_branches = method_spec(config), branches(model, method_spec(config).student_guidance(config))
-    rows = samples * own_branches
-    round_rows = method.forward_rows(config, RoundSize(rows, taught, workload.steps, asked))
+    own_branches = branches(model, method.student_guidance(config))
+    round_size = RoundSize(samples * own_branches, taught, workload.steps, asked)
     return Plan(
         resolved=resolved,
         devices=devices,
@@ -186,7 +192,7 @@ def _plan(config: Config, model: DiffusionModel, resolved: Resolved, devices: in
         teacher_rows=teacher_rows,
         turns=turns,
         asked_steps=asked,
-        round_rows=round_rows,
+        round_rows=method.forward_rows(config, round_size),
         resolution=resolution,
         latent=model.latent_shape(resolution),
         image_tokens=model.image_tokens(resolution),
@@ -284,14 +290,14 @@ def _strategy(
         raise UserError("parallel.strategy", f"single on {devices} devices", "give auto, ddp, fsdp2 or hsdp")
     chosen, reason = choose_strategy(workload, devices, gpu_memory * GIB, shard_size)
     if not method_spec(config).shards and chosen not in ("single", "ddp"):
-        need = sum(memory(workload, "ddp", devices, shard_size).values()) / GIB
-        return "ddp", shard_size, f"{config.train.method} shards no weights, but {need:.1f} GiB do not fit"
+        size = need(workload, "ddp", devices, shard_size) / GIB
+        return "ddp", shard_size, f"{config.train.method} shards no weights, but {size:.1f} GiB do not fit"
     if wanted == "auto":
         return chosen, shard_size, reason
     why = "as parallel.strategy says"
-    need = sum(memory(workload, wanted, devices, shard_size).values()) / GIB
-    if need > gpu_memory * (1 - RESERVE):
-        why += f", but {need:.1f} GiB do not fit into the {gpu_memory * (1 - RESERVE):.1f} GiB that may be filled"
+    size, room = need(workload, wanted, devices, shard_size) / GIB, gpu_memory * (1 - RESERVE)
+    if size > room:
+        why += f", but {size:.1f} GiB do not fit into the {room:.1f} GiB that may be filled"
     if wanted != chosen:
         why += f"; auto would take {chosen}: {reason}"
     return wanted, shard_size, why

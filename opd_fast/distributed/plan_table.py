@@ -12,6 +12,7 @@ from rich.table import Table
 from opd_fast.config import Config
 from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.serialize import config_hash, to_yaml
+from opd_fast.distributed.memory import GIB
 from opd_fast.distributed.plan import Plan
 
 
@@ -110,8 +111,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
 
 
 def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
-        size /= 1024
-    raise AssertionError
+    if size < 1024:
+        return f"{size:.0f} B"
+    power = 1 if size < 2**20 else 2 if size < GIB else 3
+    return f"{size / 1024**power:.1f} {'KMG'[power - 1]}iB"
