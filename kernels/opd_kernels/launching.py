@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operator import Reduction
+from .operators import Reduction
 from .tuning import Launch, Problem, tuner
-
-__all__ = ["BoundLaunch", "Scratch", "in_place", "launch", "present"]
 
 
 def in_place(t: Tensor) -> bool:

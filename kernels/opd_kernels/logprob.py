@@ -12,32 +12,27 @@ import torch
 from torch import Tensor
 
 from .logprob_ref import LogProb, log_prob_backward_reference, log_prob_reference
-from .operator import VELOCITY_DTYPES, Reduction, check_row, check_state, check_tensor, define
+from .operators import VELOCITY_DTYPES, Reduction, check_row, check_state, check_tensor, define
 
-__all__ = ["LogProb", "log_prob"]
+_OPERANDS = (
+    "Tensor x, Tensor sample, Tensor cond, Tensor? uncond, Tensor guidance, Tensor table, SymInt step, "
+    "Tensor? step_tensor, Tensor? mean_old"
+)
+_SCHEMA = f"log_prob({_OPERANDS}, bool return_mean, bool sum_elements) -> (Tensor, Tensor, Tensor, Tensor)"
+_BACKWARD_SCHEMA = (
+    f"log_prob_backward(Tensor grad_logp, Tensor? grad_drift, {_OPERANDS}, bool sum_elements) -> (Tensor, Tensor)"
+)
 
 
-def _log_prob(
-    x: Tensor,
-    sample: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance: Tensor,
-    table: Tensor,
-    step: int,
-    step_tensor: Tensor | None,
-    mean_old: Tensor | None,
-    return_mean: bool,
-    sum_elements: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     """Return LogProb as four tensors; an absent output is an empty one, because an operator cannot return None."""
-    run = log_prob_reference
+    run: Any = log_prob_reference
     if x.is_cuda:
         from .logprob_triton import launch_log_prob as run
-    operands = (x, sample, cond, uncond, guidance, table, step if step_tensor is None else step_tensor)
-    reduction: Reduction = "sum" if sum_elements else "mean"
-    out = run(*operands, mean_old=mean_old, return_mean=return_mean, reduction=reduction)
-    return tuple(x.new_empty(0) if t is None else t for t in out)  # type: ignore[return-value]
+    *given, step, step_tensor, mean_old, return_mean, sum_elements = operands
+    row, reduction = step if step_tensor is None else step_tensor, "sum" if sum_elements else "mean"
+    out = run(x, *given, row, mean_old=mean_old, return_mean=return_mean, reduction=reduction)
+    return tuple(x.new_empty(0) if t is None else t for t in out)
 
 
 def _fake(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -47,26 +42,13 @@ def _fake(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
-def _log_prob_backward(
-    grad_logp: Tensor,
-    grad_drift: Tensor | None,
-    x: Tensor,
-    sample: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance: Tensor,
-    table: Tensor,
-    step: int,
-    step_tensor: Tensor | None,
-    mean_old: Tensor | None,
-    sum_elements: bool,
-) -> tuple[Tensor, Tensor]:
-    run = log_prob_backward_reference
+def _run_backward(grad_logp: Tensor, grad_drift: Tensor | None, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    run: Any = log_prob_backward_reference
     if x.is_cuda:
         from .logprob_triton import launch_log_prob_backward as run
-    operands = (x, sample, cond, uncond, guidance, table, step if step_tensor is None else step_tensor)
-    reduction: Reduction = "sum" if sum_elements else "mean"
-    grad_cond, grad_uncond = run(grad_logp, grad_drift, *operands, mean_old=mean_old, reduction=reduction)
+    *given, step, step_tensor, mean_old, sum_elements = operands
+    row, reduction = step if step_tensor is None else step_tensor, "sum" if sum_elements else "mean"
+    grad_cond, grad_uncond = run(grad_logp, grad_drift, x, *given, row, mean_old=mean_old, reduction=reduction)
     return grad_cond, x.new_empty(0) if grad_uncond is None else grad_uncond
 
 
@@ -100,8 +82,8 @@ def _backward(
     return tuple(none)
 
 
-_BACKWARD = define(_log_prob_backward, _fake_backward)
-_OP = define(_log_prob, _fake)
+_BACKWARD = define(_BACKWARD_SCHEMA, _run_backward, _fake_backward)
+_OP = define(_SCHEMA, _run, _fake)
 torch.library.register_autograd("opd_kernels::log_prob", _backward, setup_context=_setup_context)
 
 

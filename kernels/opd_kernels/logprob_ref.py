@@ -28,10 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .operator import Reduction
+from .operators import Reduction
 from .step_ref import _velocity
-
-__all__ = ["LogProb", "log_prob_backward_reference", "log_prob_reference"]
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 

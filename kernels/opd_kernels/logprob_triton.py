@@ -21,10 +21,8 @@ from torch import Tensor
 
 from .launching import launch, present
 from .logprob_ref import HALF_LOG_2PI, LogProb
-from .operator import Reduction
+from .operators import Reduction
 from .row_triton import step_number, store_gradients, sum_partials, table_row, velocity_block
-
-__all__ = ["launch_log_prob", "launch_log_prob_backward"]
 
 
 @triton.jit

@@ -18,16 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .operator import define
-
-__all__ = ["INITIAL_NOISE", "philox4x32", "philox_normal"]
+from .operators import define
 
 INITIAL_NOISE = 2**31 - 1
 """Counter reserved for the initial state, far above any step number."""
@@ -40,25 +37,6 @@ _SHIFT = np.uint64(32)
 _CHUNK = 16384  # counters a pass: six uint64 arrays of this length stay in a core's cache
 
 _U64 = NDArray[np.uint64]
-
-
-def philox4x32(
-    key: tuple[int, int], counter: tuple[int | _U64, int, int, int] | Sequence[Any], rounds: int = _ROUNDS
-) -> tuple[_U64, _U64, _U64, _U64]:
-    """Philox4x32 by the book: the specification, for tests and for reading.
-
-    `counter` entries and `key` are uint32 values (ints or uint64 arrays that broadcast); returns four uint64 arrays
-    holding uint32 values. `philox_normal` computes the same words with fewer operations.
-    """
-    c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in counter)
-    k0, k1 = (int(k) & 0xFFFFFFFF for k in key)
-    for _ in range(rounds):
-        p0 = c0 * np.uint64(_MUL[0])
-        p1 = c2 * np.uint64(_MUL[1])
-        c0, c1 = (p1 >> _SHIFT) ^ c1 ^ np.uint64(k0), p1 & _MASK
-        c2, c3 = (p0 >> _SHIFT) ^ c3 ^ np.uint64(k1), p0 & _MASK
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return c0, c1, c2, c3
 
 
 @cache
@@ -159,7 +137,7 @@ def normal_reference(keys: Tensor, elements: int, counter: int) -> Tensor:
     return noise if elements == 4 * quads else noise[:, :elements].contiguous()
 
 
-def _philox_normal(keys: Tensor, shape: Sequence[int], counter: int, counter_tensor: Tensor | None) -> Tensor:
+def _run(keys: Tensor, shape: Sequence[int], counter: int, counter_tensor: Tensor | None) -> Tensor:
     elements = math.prod(shape)
     if keys.is_cuda:
         from .philox_triton import launch_normal
@@ -174,7 +152,8 @@ def _fake(keys: Tensor, shape: Sequence[int], counter: int, counter_tensor: Tens
     return keys.new_empty((keys.shape[0], *shape), dtype=torch.float32)
 
 
-_OP = define(_philox_normal, _fake)
+_SCHEMA = "philox_normal(Tensor keys, SymInt[] shape, SymInt counter, Tensor? counter_tensor) -> Tensor"
+_OP = define(_SCHEMA, _run, _fake)
 
 
 def philox_normal(keys: Tensor, shape: Sequence[int], counter: int | Tensor) -> Tensor:

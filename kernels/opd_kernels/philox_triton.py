@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["launch_normal", "normal_block"]
-
 BLOCK = 1024
 
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operator import VELOCITY_DTYPES, define
+from .operators import VELOCITY_DTYPES, define
 from .quantize_ref import FLOAT8, Quantized, quantize_rows_reference
-
-__all__ = ["FLOAT8", "Quantized", "quantize_rows"]
 
 LONGEST_ROW = 32768
 """Elements that a program holds in registers."""
 
 
-def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def _run(x: Tensor) -> tuple[Tensor, Tensor]:
     run = quantize_rows_reference
     # Older devices have no instruction for the conversion: there the twin runs, in several passes over x.
     if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9):
@@ -32,7 +30,7 @@ def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FLOAT8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-_OP = define(_quantize_rows, _fake)
+_OP = define("quantize_rows(Tensor x) -> (Tensor, Tensor)", _run, _fake)
 
 
 def quantize_rows(x: Tensor) -> Quantized:

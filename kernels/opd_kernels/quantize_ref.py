@@ -16,8 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FLOAT8", "LARGEST", "SMALLEST_SCALE", "Quantized", "quantize_rows_reference"]
-
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST_SCALE = 2.0**-126

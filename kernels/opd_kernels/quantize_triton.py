@@ -19,8 +19,6 @@ from torch import Tensor
 
 from .quantize_ref import FLOAT8, LARGEST, SMALLEST_SCALE, Quantized
 
-__all__ = ["launch_quantize_rows"]
-
 ELEMENTS = 2048
 
 _LARGEST = tl.constexpr(LARGEST)

@@ -20,8 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Recorder"]
-
 T = TypeVar("T")
 
 

@@ -11,40 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operator import ROW, VELOCITY_DTYPES, Reduction, check_row, check_state, check_tensor, define
+from .operators import VELOCITY_DTYPES, Reduction, check_row, check_state, check_tensor, define
 from .step_ref import StepOutput, fused_step_reference
 
-__all__ = ["ROW", "StepOutput", "fused_step"]
+_SCHEMA = (
+    "fused_step(Tensor x, Tensor cond_s, Tensor? uncond_s, Tensor cond_t, Tensor? uncond_t, Tensor guidance_s, "
+    "Tensor guidance_t, Tensor table, SymInt step, Tensor? step_tensor, Tensor scale, Tensor? noise, Tensor? keys, "
+    "Tensor? history, bool want_x0, bool return_means, bool sum_elements) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
-def _fused_step(
-    x: Tensor,
-    cond_s: Tensor,
-    uncond_s: Tensor | None,
-    cond_t: Tensor,
-    uncond_t: Tensor | None,
-    guidance_s: Tensor,
-    guidance_t: Tensor,
-    table: Tensor,
-    step: int,
-    step_tensor: Tensor | None,
-    scale: Tensor,
-    noise: Tensor | None,
-    keys: Tensor | None,
-    history: Tensor | None,
-    want_x0: bool,
-    return_means: bool,
-    sum_elements: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _run(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     """Return StepOutput as seven tensors; an absent output is an empty one, because an operator cannot return None."""
-    run = fused_step_reference
+    run: Any = fused_step_reference
     if x.is_cuda:
         from .step_triton import launch_step as run
-    state = (x, cond_s, uncond_s, cond_t, uncond_t, guidance_s, guidance_t, table)
+    *state, step, step_tensor, scale, noise, keys, history, want_x0, return_means, sum_elements = operands
     optional: Any = {"noise": noise, "keys": keys, "history": history}
     optional |= {"want_x0": want_x0, "return_means": return_means, "reduction": "sum" if sum_elements else "mean"}
-    out = run(*state, step if step_tensor is None else step_tensor, scale, **optional)
-    return tuple(x.new_empty(0) if t is None else t for t in out)  # type: ignore[return-value]
+    out = run(x, *state, step if step_tensor is None else step_tensor, scale, **optional)
+    return tuple(x.new_empty(0) if t is None else t for t in out)
 
 
 def _fake(x: Tensor, cond_s: Tensor, uncond_s: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
@@ -82,7 +69,7 @@ def _backward(ctx: Any, _x: Any, grad_loss: Tensor | None, *_rest: Any) -> tuple
     return tuple(none)
 
 
-_OP = define(_fused_step, _fake)
+_OP = define(_SCHEMA, _run, _fake)
 torch.library.register_autograd("opd_kernels::fused_step", _backward, setup_context=_setup_context)
 
 

@@ -21,10 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .operator import Reduction
+from .operators import Reduction
 from .philox import philox_normal
-
-__all__ = ["StepOutput", "fused_step_reference"]
 
 
 class StepOutput(NamedTuple):

@@ -20,12 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import launch, present
-from .operator import Reduction
+from .operators import Reduction
 from .philox_triton import normal_block
 from .row_triton import step_number, store_gradients, sum_partials, table_row, velocity_block
 from .step_ref import StepOutput
-
-__all__ = ["launch_step"]
 
 
 @triton.jit(do_not_specialize=["step"])

@@ -43,8 +43,6 @@ import triton
 
 from opd_kernels.recording import Recorder
 
-__all__ = ["CANDIDATES", "Choice", "Launch", "Problem", "choices", "measuring", "using"]
-
 
 class Launch(NamedTuple):
     """Elements of a tile, warps of a program, tiles of a program."""

@@ -15,14 +15,14 @@ Reduction = Literal["mean", "sum"]
 VELOCITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def define(run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `run`, named `_NAME`, as `opd_kernels::NAME` for the CPU and CUDA, and return the operator.
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register `run` as the operator of the schema `NAME(...) -> ...` for the CPU and CUDA, and return the operator.
 
     It takes `torch.library.define` and `impl`, because the wrapper of the `custom_op` decorator costs as much as a
     whole step on a CPU at small latents. `fake` takes the arguments of `run` and returns empty outputs.
     """
-    name = run.__name__.removeprefix("_")
-    torch.library.define(f"opd_kernels::{name}", torch.library.infer_schema(run, mutates_args=()))
+    name = schema.partition("(")[0]
+    torch.library.define(f"opd_kernels::{name}", schema.removeprefix(name))
     torch.library.impl(f"opd_kernels::{name}", ("cpu", "cuda"), run)
     torch.library.register_fake(f"opd_kernels::{name}", fake)
     return getattr(torch.ops.opd_kernels, name).default
