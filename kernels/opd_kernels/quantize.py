@@ -1,8 +1,8 @@
 """Row-wise float8 quantisation: a matrix and one scale a row, in one read and one write.
 
-Formulas and the CPU path: `quantize_ref.py`. The CUDA kernel: `quantize_triton.py`. Here: the operator as PyTorch sees
-it (custom op, fake) and the checks of its arguments. On CUDA nothing here waits for the device. It has no derivative:
-what multiplies with its result brings its own.
+`quantize_ref.py` has the formulas and the CPU path, `quantize_triton.py` the CUDA kernel. This file has the operator as
+PyTorch sees it (custom op, fake) and checks its argument. On CUDA nothing here waits for the device. The operator has
+no derivative: what multiplies with its result brings its own.
 """
 
 from __future__ import annotations
@@ -34,15 +34,13 @@ _OP = define("quantize_rows(Tensor x) -> (Tensor, Tensor)", _run, _fake)
 
 
 def quantize_rows(x: Tensor) -> Quantized:
-    """x (rows, K) as float8_e4m3fn with one float32 scale a row, x = scale[:, None] * q nearly.
+    """Quantise x to float8_e4m3fn with one float32 scale a row, so that x = scale[:, None] * q nearly.
 
     Args:
-        x: (rows, K) float32, bfloat16 or float16, 1 <= K <= 32768; any stride between rows is read in place. CUDA
-            devices below compute capability 8.9 compute it by the twin, in several passes.
+        x: (rows, K) float32, bfloat16 or float16, 1 <= K <= 32768; any stride between rows is read in place.
 
     Returns:
-        Quantized: q (rows, K) float8_e4m3fn and scale (rows,) float32, without gradient. A row that holds a NaN or an
-        infinity has a NaN in q.
+        Quantized, without gradient. A row that holds a NaN or an infinity has a NaN in q.
 
     Raises:
         ValueError: x of another shape or dtype.

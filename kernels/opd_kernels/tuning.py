@@ -3,16 +3,16 @@
 A program works on `tiles` tiles of `block` elements with `warps` warps. Larger programs share their fixed cost (the
 row, the guidance, the noise key: three dependent reads) among more elements; smaller ones fill the chip when the
 tensors are small. All candidates give a thread at least 8 elements of a tile, so that every access is 16 bytes wide in
-bfloat16 as in float32. Nothing else is worth choosing. `num_stages` has nothing to overlap: the loads go to registers,
-not through shared memory, and since an output may alias an input none moves above the stores of the tile before it. For
-the same reason the loop over tiles is not unrolled: that took registers, up to a spill, and bought nothing.
+bfloat16 as in float32. Nothing else is worth choosing: `num_stages` has nothing to overlap, because the loads go to
+registers, and unrolling the loop over tiles took registers, up to a spill, and bought nothing. (An output may alias an
+input, so that no load moves above the stores of the tile before it.)
 
-What a choice changes. States and gradients are computed element by element, the same way whatever the tiling. Sums over
-a sample (loss, log-probability) follow the tiling, which is their order: another choice may change their last bits. So
-a choice, once used, stays for the whole of a run, and `choices()` has it for the record. Measured choices are kept in
-`kernels.json` in $OPD_FAST_CACHE, else $XDG_CACHE_HOME/opd_fast, else ~/.cache/opd_fast, under the device's name, the
-Triton version and a hash of the kernels: the next run, or a resumed one, on such a device takes the same. What was
-measured while something else used the device counts for an hour and is then measured again.
+States and gradients are computed element by element, the same way whatever the tiling. Sums over a sample (loss,
+log-probability) follow the order of the tiling: another choice may change their last bits. So a choice, once used,
+stays for the whole of a run. Measured choices are kept in `kernels.json` in $OPD_FAST_CACHE, else
+$XDG_CACHE_HOME/opd_fast, else ~/.cache/opd_fast, under the device's name, the Triton version and a hash of the kernels:
+the next run, or a resumed one, on such a device takes the same. What was measured while something else used the device
+counts for an hour and is then measured again.
 
     with measuring() as chosen:      # before the first step of a run, outside of any CUDA-graph capture
         ...                          # one step, eagerly: each launch of a new kind times its candidates first
@@ -139,7 +139,6 @@ class Tuner:
         self._forced: Launch | None = None
         self._measured: list[Choice] | None = None
         self._settled: dict[tuple[str, str], Choice] = {}
-        self._kept: dict[str, Any] | None = None
 
     def choose(
         self, problem: Problem, device: torch.device, attempt: Callable[[Launch], Callable[[], object]]
@@ -162,10 +161,7 @@ class Tuner:
         candidates = problem.candidates()
         if not enabled():
             return Choice(problem.key, candidates[0], "rule")
-        if self._kept is None:
-            self._kept = read_json(cache_file())
-        kept = _choice(problem.key, self._kept.get(place))
-        if kept is not None:
+        if (kept := _kept(problem.key, place)) is not None:
             return kept
         if self._measured is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return Choice(problem.key, candidates[0], "rule")
@@ -190,7 +186,6 @@ class Tuner:
         if self._measured is not None:
             raise ValueError("measuring() is already active; enter it once, before the first step")
         self._settled = {key: choice for key, choice in self._settled.items() if choice.source != "rule"}
-        self._kept = None  # another process may have measured since
         self.epoch += 1
         self._measured = []
         try:
@@ -274,10 +269,8 @@ def still_counts(until: object) -> bool:
 
 def cache_file() -> Path:
     """Return the file in which measured choices are kept."""
-    folder = os.environ.get("OPD_FAST_CACHE")
-    if folder:
-        return Path(folder).expanduser() / "kernels.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opd_fast" / "kernels.json"
+    users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "opd_fast"
+    return Path(os.environ.get("OPD_FAST_CACHE") or users).expanduser() / "kernels.json"
 
 
 @cache
@@ -301,8 +294,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _choice(key: str, entries: Any) -> Choice | None:
+def _kept(key: str, place: str) -> Choice | None:
     """Return the kept choice if it could be measured today, and was not measured at an earlier busy moment."""
+    entries = read_json(cache_file()).get(place)
     entry = entries.get(key) if isinstance(entries, dict) else None
     if not isinstance(entry, dict) or not isinstance(entry.get("microseconds"), dict):
         return None
@@ -318,8 +312,8 @@ def _keep(place: str, choice: Choice, until: float | None) -> None:
     content = read_json(cache_file())
     if not isinstance(content.get(place), dict):
         content[place] = {}
-    entry = {"launch": str(choice.launch), "microseconds": choice.microseconds, "until": until}
-    content[place][choice.problem] = entry
+    timed = {"launch": str(choice.launch), "microseconds": choice.microseconds}
+    content[place][choice.problem] = timed | {"until": until}
     replace_json(cache_file(), content)
 
 
