@@ -165,7 +165,7 @@ def layer_errors(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> 
 
 
 def outliers(errors: dict[str, float], threshold: float = OUTLIER) -> tuple[list[str], str]:
-    """Return the layers whose error is above `threshold`, for `quantize_frozen` to skip, and a line for the log."""
+    """Return the layers whose error is above `threshold`, and a line for the log."""
     worst = sorted(errors, key=lambda name: -errors[name])
     above = [name for name in worst if not errors[name] <= threshold]  # a NaN as well
     if not errors:

@@ -18,7 +18,7 @@ and is slower than no quantisation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +88,7 @@ def fits(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def quantize_weight(weight: Tensor, *, transposed: bool = False) -> Float8Weight:
-    """weight (out, in) float32, bfloat16 or float16 in float8; `transposed` adds the copy for the data gradient."""
+    """Quantise weight (out, in) float32, bfloat16 or float16; `transposed` adds the copy for the data gradient."""
     return Float8Weight(*quantize_rows(weight), *(quantize_rows(weight.T.contiguous()) if transposed else ()))
 
 
@@ -108,7 +108,7 @@ def _has_units(device: torch.device) -> bool:
 
 
 def _on_units(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fast: bool) -> Tensor:
-    """`_product` by torch's own kernels. Row-wise scales give bfloat16 and take a bias of that type alone."""
+    """Compute `_product` by torch's own kernels. With row-wise scales they give and add bfloat16 alone."""
     outside = bias if dtype != torch.bfloat16 else None
     y = torch._scaled_mm(
         x.q,
@@ -123,7 +123,7 @@ def _on_units(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype
 
 
 def _product(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fast: bool) -> Tensor:
-    """x (rows, K) times the transpose of q (columns, K) with scale (columns,), plus bias (columns,): (rows, columns).
+    """Return x (rows, K) times the transpose of q (columns, K) with scale (columns,), plus bias (columns,).
 
     `fast` lets Hopper's units add up in their own registers, about 14 bits wide, instead of going over to float32 every
     128 terms: right for a forward, whose rounding to 4 bits is coarser by far, and not taken for gradients.
@@ -137,13 +137,13 @@ def _product(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype:
 
 
 def float8_linear(x: Tensor, weight: Float8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x (..., in) W^T + bias (out,) as (..., out) in `dtype`, without autograd."""
+    """Return x (..., in) W^T + bias (out,) as (..., out) in `dtype`, without autograd."""
     y = _product(quantize_rows(x.flatten(0, -2)), weight.q, weight.scale, bias, dtype, fast=True)
     return y.unflatten(0, x.shape[:-1])
 
 
 def data_gradient(dy: Tensor, weight: Float8Weight) -> Tensor:
-    """dx (..., in) = dy (..., out) W in dy's type."""
+    """Return dx (..., in) = dy (..., out) W in dy's type."""
     slopes = dy.flatten(0, -2)
     if weight.columns is not None and weight.column_scale is not None:
         dx = _product(quantize_rows(slopes), weight.columns, weight.column_scale, None, dy.dtype, fast=False)
@@ -223,32 +223,26 @@ class Float8Linear(nn.Module):
 
 
 def frozen_layers(layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Those of a family's `DiffusionModel.token_layers` that can be kept in float8.
+    """Return those of a family's `DiffusionModel.token_layers` that can be kept in float8.
 
     Left out are trainable and sharded ones, and those with a side that is not a multiple of 16.
     """
-    return {name: layer for name, layer in layers.items() if _frozen(layer) and fits(layer.weight)}
-
-
-def _frozen(layer: nn.Linear) -> bool:
     from torch.distributed.tensor import DTensor
 
-    return not any(p.requires_grad or isinstance(p, DTensor) for p in layer.parameters())
+    def frozen(layer: nn.Linear) -> bool:
+        return not any(p.requires_grad or isinstance(p, DTensor) for p in layer.parameters())
+
+    return {name: layer for name, layer in layers.items() if frozen(layer) and fits(layer.weight)}
 
 
-def quantize_frozen(
-    transformer: nn.Module, layers: Mapping[str, nn.Linear], *, skip: Collection[str] = (), transposed: bool = False
-) -> int:
+def quantize_frozen(transformer: nn.Module, layers: Mapping[str, nn.Linear], *, transposed: bool = False) -> int:
     """Replace the `frozen_layers` among `layers` of the transformer by `Float8Linear`; returns how many there were.
 
     Call it once the weights are final and on their device, before blocks are compiled and before hooks (offloading,
-    sharding) hold the parameters. `skip` names layers to leave; `transposed` keeps both copies (see `Float8Linear`),
-    for a transformer that gradients flow through. Raises ValueError for a name in `skip` that names no layer.
+    sharding) hold the parameters. `transposed` keeps both copies (see `Float8Linear`), for a transformer that gradients
+    flow through.
     """
-    unknown = set(skip) - {name for name, _ in transformer.named_modules()}
-    if unknown:
-        raise ValueError(f"skip names layers that are not there: {', '.join(sorted(unknown))}; see frozen_layers()")
-    chosen = {name: layer for name, layer in frozen_layers(layers).items() if name not in skip}
+    chosen = frozen_layers(layers)
     for name, layer in chosen.items():
         transformer.set_submodule(name, Float8Linear(layer, transposed=transposed))
     return len(chosen)
