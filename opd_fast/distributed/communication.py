@@ -77,7 +77,7 @@ class Collective:
 def collectives(
     workload: Workload, strategy: Strategy, world: int, shard_size: int = 8, ranks_per_node: int = 8
 ) -> list[Collective]:
-    """The traffic of a round; empty for one rank.
+    """Return the traffic of a round; there is none for one rank.
 
     Weights are gathered in the model's dtype: once a round, or, under reshard block, for each forward and again for its
     backward. Teachers that share a sharded base gather it for their own forwards, unless the student holds it gathered.
@@ -106,7 +106,7 @@ def collectives(
 
 
 def sent(found: Iterable[Collective]) -> dict[str, int]:
-    """Bytes that a rank sends in a round, by kind."""
+    """Return the bytes that a rank sends in a round, by kind."""
     totals: Counter[str] = Counter()
     for collective in found:
         totals[collective.kind] += collective.sent
@@ -117,7 +117,7 @@ def sent(found: Iterable[Collective]) -> dict[str, int]:
 
 
 def seconds(kind: Kind, size: float, ranks: int, network: Network, per_node: int | None = None) -> float:
-    """Seconds of a collective of `size` bytes over `ranks`, `per_node` of them on a node (None: as many as it has)."""
+    """Return the seconds of a collective of `size` bytes over `ranks`, `per_node` of them on a node (None: its all)."""
     g = min(ranks, network.ranks_per_node if per_node is None else per_node)
     within = (network.intra_bandwidth * network.share, network.intra_latency)
     between = (network.inter_bandwidth * network.share, network.inter_latency)
@@ -131,7 +131,7 @@ def seconds(kind: Kind, size: float, ranks: int, network: Network, per_node: int
 
 
 def _flat(kind: Kind, size: float, n: int, bandwidth: float, latency: float) -> float:
-    """Seconds over one kind of link: a ring or a tree, whichever is shorter."""
+    """Return the seconds over one kind of link, of a ring or a tree, whichever is shorter."""
     if n == 1:
         return 0.0
     hops = math.ceil(math.log2(n))
@@ -174,22 +174,22 @@ class RoundTime:
 def round_time(
     workload: Workload, work: Work, strategy: Strategy, world: int, network: Network, rate: float, shard_size: int = 8
 ) -> RoundTime:
-    """The time of a round whose collectives are those of `collectives`; `rate` is in operations a second."""
+    """Return the time of a round with the traffic of `collectives`; `rate` is in operations a second."""
     forward, teacher = work.student / rate, work.teacher / rate
     backward = forward * work.backward
+    calls = workload.steps * workload.forwards_per_step(world)
     wire = exposed = 0.0
     for c in collectives(workload, strategy, world, shard_size, network.ranks_per_node):
         if c.purpose == "gradients":
             once = seconds(c.kind, c.size, c.ranks, network, c.per_node)
             wire, exposed = wire + once, exposed + once
             continue
-        block = seconds(c.kind, c.size / work.blocks, c.ranks, network, c.per_node)
-        calls = workload.steps * workload.forwards_per_step(world)
         spans = [(c.count, teacher / max(c.count, 1))]
         if c.purpose == "student":
             spans = [(min(c.count, calls), forward / calls)]
             if workload.reshard == "block":
                 spans.append((calls, backward / calls))
+        block = seconds(c.kind, c.size / work.blocks, c.ranks, network, c.per_node)
         for count, span in spans:
             hidden = span * (work.blocks - 1) / work.blocks
             wire += count * block * work.blocks

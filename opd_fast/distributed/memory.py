@@ -97,11 +97,9 @@ def shards(strategy: Strategy, world: int, shard_size: int) -> int:
 
 
 def memory(workload: Workload, strategy: Strategy, world: int = 1, shard_size: int = 8) -> dict[str, int]:
-    """Bytes of the fullest device at the peak of a round, by purpose; see the module's table.
+    """Return the bytes of the fullest device at the peak of a round, by purpose; see the module's table.
 
-    Args:
-        world: ranks.
-        shard_size: ranks of a group under hsdp.
+    `world` counts the ranks, `shard_size` those of a group under hsdp.
     """
     s = shards(strategy, world, shard_size)
     of_masters = s if workload.kind == "full" else 1
@@ -129,12 +127,12 @@ def memory(workload: Workload, strategy: Strategy, world: int = 1, shard_size: i
 
 
 def need(workload: Workload, strategy: Strategy, world: int = 1, shard_size: int = 8) -> int:
-    """Bytes of the fullest device at the peak of a round, in all."""
+    """Return the bytes of the fullest device at the peak of a round, in all."""
     return sum(memory(workload, strategy, world, shard_size).values())
 
 
 def activations(workload: Workload) -> int:
-    """Bytes that a student forward keeps of one sample.
+    """Return the bytes that a student forward keeps of one sample.
 
     Blocks under activation checkpointing keep their inputs, and one of them at a time keeps all else as well. What is
     outside the blocks counts as theirs.
@@ -146,11 +144,8 @@ def activations(workload: Workload) -> int:
 
 
 def blocks_to_checkpoint(workload: Workload, strategy: Strategy, world: int, shard_size: int, gpu_memory: float) -> int:
-    """The fewest blocks under activation checkpointing with which a round fits; 0 where it fits without, or never.
-
-    Args:
-        gpu_memory: bytes of a device, of which `RESERVE` stays free.
-    """
+    """Return the fewest blocks under activation checkpointing with which a round fits; 0 where it fits without, or
+    never. `gpu_memory` is in bytes of a device, of which `RESERVE` stays free."""
     room = gpu_memory * (1 - RESERVE)
     for count in range(workload.blocks + 1):
         if need(replace(workload, checkpointed=count), strategy, world, shard_size) <= room:
@@ -159,18 +154,19 @@ def blocks_to_checkpoint(workload: Workload, strategy: Strategy, world: int, sha
 
 
 def working_copy(workload: Workload, s: int) -> int:
-    """Bytes of weights that live beside the stored ones from a forward to its backward.
+    """Return the bytes of weights that live beside the stored ones from a forward to its backward.
 
     Sharded weights are gathered in the model's dtype: all of them, or few blocks at a time under reshard block. Float32
     masters that are not sharded are cast by autocast, which keeps the copies for the backward.
     """
-    if s > 1:
-        return workload.parameters * workload.itemsize if workload.reshard != "block" else in_passing(workload)
-    return workload.parameters * workload.itemsize if workload.kind == "full" and workload.itemsize < 4 else 0
+    if s > 1 and workload.reshard == "block":
+        return in_passing(workload)
+    cast = workload.kind == "full" and workload.itemsize < 4
+    return workload.parameters * workload.itemsize if s > 1 or cast else 0
 
 
 def in_passing(workload: Workload) -> int:
-    """Bytes of a transformer whose blocks come and go: `PREFETCHED` of them, and what is outside them."""
+    """Return the bytes of a transformer whose blocks come and go: `PREFETCHED` of them, and what is outside them."""
     return min(PREFETCHED * workload.block + workload.outside, workload.parameters) * workload.itemsize
 
 
@@ -178,9 +174,7 @@ def choose_strategy(workload: Workload, world: int, gpu_memory: float, shard_siz
     """Choose the strategy behind parallel.strategy auto, and say why in one sentence.
 
     One device takes single. LoRA takes ddp where everything fits on every device, else fsdp2. Full weights take fsdp2.
-
-    Args:
-        gpu_memory: bytes of a device, of which `RESERVE` stays free.
+    `gpu_memory` is in bytes of a device, of which `RESERVE` stays free.
     """
     room = gpu_memory * (1 - RESERVE)
     room_words = f"the {room / GIB:.1f} GiB that may be filled of each device"
