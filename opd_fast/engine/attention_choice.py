@@ -63,24 +63,17 @@ class Case:
     """Whether autocast leaves queries and keys in float32 beside values that are not, as some norms do."""
 
     @classmethod
-    def of(
-        cls,
-        sites: Sequence[AttentionSite],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        rows: int,
-        tokens: int,
-        mask: bool = False,
-        needs_grad: bool = False,
-    ) -> Case:
-        """The case of a transformer's first attention. Raises ValueError where the family names none."""
+    def of(cls, sites: Sequence[AttentionSite], *, dtype: torch.dtype, **given: Any) -> Case:
+        """The case of a transformer's first attention; `given` are the fields that its sites do not tell.
+
+        Raises ValueError where the family names no attention.
+        """
         if not sites:
             raise ValueError("the transformer has no attention whose backend can be set")
         products = all(site.takes_functions for site in sites)
         mixed = dtype != torch.float32 and any(site.mixed_dtypes for site in sites)
-        heads, head_dim = sites[0].heads, sites[0].head_dim
-        return cls(torch.device(device), dtype, rows, heads, head_dim, tokens, mask, needs_grad, products, mixed)
+        given |= {"heads": sites[0].heads, "head_dim": sites[0].head_dim}
+        return cls(dtype=dtype, products=products, mixed=mixed, **given)
 
 
 @dataclass(frozen=True)
@@ -160,12 +153,12 @@ def _named(name: str, case: Case) -> Choice:
 
 
 def _fastest(case: Case) -> Choice:
-    names, key = _candidates(case), _key(case)
+    key = _key(case)
     kept = _read(key)
     if kept is not None:
         milliseconds, dropped = kept
     else:
-        taken, dropped = _measure(names, case)
+        taken, dropped = _measure(_candidates(case), case)
         milliseconds = {name: statistics.median(times) for name, times in taken.items()}
         if case.device.type == "cuda":
             torch.cuda.empty_cache()  # of the trials' operands
@@ -222,7 +215,7 @@ def _computed(attend: Attend, operands: list[Tensor], slope: Tensor | None) -> l
 
 
 def _try(name: str, case: Case) -> _Trial | str:
-    """A trial of the backend on the case, or a phrase that says how it fails."""
+    """Return a trial of the backend on the case, or a phrase that says how it fails."""
     try:
         trial = _Trial(name, case)
         found = trial.run()
@@ -246,7 +239,7 @@ def _try(name: str, case: Case) -> _Trial | str:
 
 
 def _measure(names: list[str], case: Case) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """The milliseconds of each run of every correct backend, and why the others are dropped."""
+    """Return the milliseconds of each run of every correct backend, and why the others are dropped."""
     milliseconds: dict[str, list[float]] = {}
     dropped: dict[str, str] = {}
     waiting: dict[str, _Trial] = {}
@@ -273,10 +266,9 @@ def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 
     taken: dict[str, list[float]] = {name: [] for name in trials}
     for name in trials:
         trials[name].run()
-    began = time.perf_counter()
-    while trials and (
-        time.perf_counter() - began < seconds * len(trials) or len(next(iter(taken.values()))) < at_least
-    ):
+    end, turns = time.perf_counter() + seconds * len(trials), 0
+    while trials and (turns < at_least or time.perf_counter() < end):
+        turns += 1
         for name, trial in trials.items():
             start = time.perf_counter()
             trial.run()
@@ -293,7 +285,7 @@ def cache_file() -> Path:
 
 
 def _key(case: Case) -> str:
-    """The cache's key: everything that a measurement depends on, in words."""
+    """Return the cache's key: everything that a measurement depends on, in words."""
     if case.device.type == "cuda":
         device = f"{torch.cuda.get_device_name(case.device)}, cudnn {torch.backends.cudnn.version()}"
     else:
@@ -316,12 +308,10 @@ def _read(key: str) -> tuple[dict[str, float], dict[str, str]] | None:
     try:
         milliseconds = {str(name): float(t) for name, t in entry["milliseconds"].items()}
         dropped = {str(name): str(reason) for name, reason in entry["dropped"].items()}
-        if not tuning.still_counts(entry["until"]):
-            return None
+        sound = milliseconds.keys() <= set(BACKENDS) and all(0 < t < float("inf") for t in milliseconds.values())
+        return (milliseconds, dropped) if milliseconds and sound and tuning.still_counts(entry["until"]) else None
     except (TypeError, KeyError, ValueError, AttributeError):
         return None
-    sound = milliseconds.keys() <= set(BACKENDS) and all(0 < t < float("inf") for t in milliseconds.values())
-    return (milliseconds, dropped) if sound and milliseconds else None
 
 
 def _write(key: str, milliseconds: dict[str, float], dropped: dict[str, str], *, until: float | None) -> None:
