@@ -8,8 +8,6 @@ Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements (`tunin
 The backward is elementwise.
 """
 
-# Kernel arguments have no Python types; Triton takes them from the call.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import math

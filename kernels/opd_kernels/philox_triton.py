@@ -3,8 +3,6 @@
 Shape: keys (B,) int64 -> noise (B, elements) float32. Grid: one program for `BLOCK` elements of one sample.
 """
 
-# Kernel arguments have no Python types; Triton takes them from the call.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch

@@ -8,8 +8,6 @@ Grid: a program takes one row of more than `ELEMENTS` / 2 columns, or as many sh
 The conversion is an instruction of compute capability 8.9 and above. Triton refuses to compile it for older ones.
 """
 
-# Kernel arguments have no Python types; Triton takes them from the call.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch

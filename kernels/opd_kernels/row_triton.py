@@ -3,8 +3,6 @@
 Pointers are of the whole tensors; `start` is where the sample begins in each, and `offs` are elements of the sample.
 """
 
-# Kernel arguments have no Python types; Triton takes them from the call.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton

@@ -133,14 +133,12 @@ def fused_step(
     check_tensor("history", history, x, x.shape, torch.float32)
     row, tensor = check_row(x, table, step, reduction)
     state = (x, cond_s, uncond_s, cond_t, uncond_t, guidance_s, guidance_t, table)
+    run = _OP
     if tensor is None and type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
         grads = cond_s.requires_grad or (uncond_s is not None and uncond_s.requires_grad)
         if not (grads and torch.is_grad_enabled()):
-            # Nothing to record: straight to the twin, since the operator's dispatch takes as long as half a small step.
-            optional: Any = {"noise": noise, "keys": keys, "history": history}
-            optional |= {"want_x0": want_x0, "return_means": return_means, "reduction": reduction}
-            return fused_step_reference(*state, row, scale, **optional)
-    x_next, loss, grad_cond, grad_uncond, x0, mean_s, mean_t = _OP(
+            run = _run  # there is nothing to record, and the operator's dispatch takes as long as half a small step
+    x_next, loss, grad_cond, grad_uncond, x0, mean_s, mean_t = run(
         *state, row, tensor, scale, noise, keys, history, want_x0, return_means, reduction == "sum"
     )
     return StepOutput(

@@ -8,8 +8,6 @@ leaves its partial sum of the squared velocity gap; the sample's last program to
 so that the loss is the same bit for bit in every run, and one launch does the step.
 """
 
-# Kernel arguments have no Python types; Triton takes them from the call.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 from typing import Any
