@@ -141,7 +141,8 @@ class Planner:
     """
 
     def __init__(self, config: Config, devices: int | None = None, gpu_memory: float | None = None) -> None:
-        """`devices` and `gpu_memory` are those of `make_plan`."""
+        """`devices` are the ranks that share the round (None: WORLD_SIZE, or one), and `gpu_memory` is GiB of each
+        (None: that of this process's GPU, else `GPU_MEMORY`)."""
         self.config = config
         self._devices, self._gpu_memory = devices, gpu_memory
 
@@ -171,26 +172,18 @@ class Planner:
 
 
 def make_plan(config: Config, devices: int | None = None, gpu_memory: float | None = None) -> Plan:
-    """Work out a run from the model's configuration files.
-
-    Args:
-        devices: ranks that share the round; None: WORLD_SIZE, or one.
-        gpu_memory: GiB of each; None: that of this process's GPU, else `GPU_MEMORY`.
-
-    Raises:
-        ValueError: the model's folder is missing or damaged, or does not fit the settings.
-    """
+    """Work out a run from the model's configuration files: `Planner(...).plan`."""
     return Planner(config, devices, gpu_memory).plan
 
 
 def task_schedule(config: Config) -> TaskSchedule:
-    """Which tasks each round takes."""
+    """Return which tasks each round takes."""
     train, shares = config.train, [teacher.share for teacher in config.teachers]
     return TaskSchedule(shares, train.tasks_per_round, train.task_schedule, train.seed, config.trained)
 
 
 def rollout_solver(config: Config, model: DiffusionModel) -> SolverTable:
-    """The solver of the rollout, on the model's own noise levels."""
+    """Return the solver of the rollout, on the model's own noise levels."""
     s, resolution = config.sampler, model.resolution(config.model.resolution)
     return solver_table(s.solver, model.sigmas(s.steps, resolution), s.eta, variance=config.objective.variance)
 
@@ -198,7 +191,7 @@ def rollout_solver(config: Config, model: DiffusionModel) -> SolverTable:
 def _workload(
     config: Config, model: DiffusionModel, layers: dict[str, tuple[int, int]] | None, row: RowCost, tasks: int
 ) -> Workload:
-    """The workload of a round of `tasks` tasks; `layers` are those of a LoRA student."""
+    """Return the workload of a round of `tasks` tasks; `layers` are those of a LoRA student."""
     parameters = sum(p.numel() for p in model.transformer.parameters())
     adapter = sum(config.student.rank * (i + o) for i, o in (layers or {}).values())
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks(model.transformer)]
@@ -239,20 +232,18 @@ def _asked_steps(config: Config, trained_steps: int) -> float:
     o = config.objective
     if o.queries is None:
         return float(trained_steps)
-    # A step is drawn at all with this probability, systematic sampling's.
+    # Systematic sampling draws a step at all with this probability.
     law = query_law(trained_steps, o.query_law, o.query_alpha, o.query_beta)
     return float((law * o.queries).clamp(max=1).sum())
 
 
 def _adapter_values(weights: str) -> int | None:
-    """Values of a LoRA that lies on this machine; None for anything else."""
+    """Return the number of values of a LoRA that lies on this machine; None for anything else."""
     if resolve_source(weights, "teachers").where == "hub":
         return None
-    found = find_lora(weights)
-    if found is None:
+    if (found := find_lora(weights)) is None:
         return None
-    files = [found, found / PEFT_WEIGHTS, found / DIFFUSERS_WEIGHTS]
-    file = next((file for file in files if file.is_file()), None)
+    file = next((file for file in (found, found / PEFT_WEIGHTS, found / DIFFUSERS_WEIGHTS) if file.is_file()), None)
     try:
         with safe_open(file, framework="pt") as opened:
             return sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())  # noqa: SIM118
@@ -275,23 +266,23 @@ def check_guidance(config: Config, model: DiffusionModel) -> None:
 
 
 def branches(model: DiffusionModel, guidance: float | None) -> int:
-    """Rows that a sample takes in a forward under a guidance setting."""
+    """Return the rows that a sample takes in a forward under a guidance setting."""
     return 2 if model.is_guided(guidance) else 1
 
 
 def lora_modules(transformer: nn.Module, targets: list[str]) -> dict[str, tuple[int, int]]:
-    """Linear layers whose name is, or ends in, one of `targets`: name to (inputs, outputs).
+    """Return (inputs, outputs) by name of the linear layers whose name is, or ends in, one of `targets`.
 
-    Raises:
-        UserError: a target that names none.
+    Raises UserError for a target that names none.
     """
     linear = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
-    named = {t: {name for name in linear if name == t or name.endswith("." + t)} for t in targets}
-    for target, names in named.items():
+    wanted: set[str] = set()
+    for target in targets:
+        names = {name for name in linear if name == target or name.endswith("." + target)}
         if not names:
             problem = f"no linear layer is named {target}"
             raise UserError("student.targets", problem, "use attention, all or other names")
-    wanted = set().union(*named.values())
+        wanted |= names
     return {name: (m.in_features, m.out_features) for name, m in linear.items() if name in wanted}
 
 

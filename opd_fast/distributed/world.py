@@ -42,7 +42,7 @@ _opened = itertools.count()
 
 
 def launched() -> int | None:
-    """The processes that torchrun (or another launcher of its kind) started; None without a launcher."""
+    """Return how many processes torchrun (or a launcher of its kind) started; None without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
 
 
@@ -69,7 +69,7 @@ class World:
         return self.strategy in ("fsdp2", "hsdp")
 
     def rows(self, count: int) -> tuple[list[int], int]:
-        """Which of `count` samples this rank computes, ascending, and how many of these are its own.
+        """Return which of `count` samples this rank computes, ascending, and how many of these are its own.
 
         Forwards of sharded weights are collective, so every rank gets equally many: where they do not divide, its last
         row repeats the one before (or the very first sample) and must not count.
@@ -197,7 +197,7 @@ class World:
 
 
 def _buckets(parameters: Sequence[nn.Parameter], most: int = 2**28) -> Iterator[list[nn.Parameter]]:
-    """The parameters in order, in lists of at most `most` elements (or of one parameter)."""
+    """Yield the parameters in order, in lists of at most `most` elements (or of one parameter)."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
@@ -227,7 +227,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, in the same memory; any other tensor is returned as it is."""
+    """Return this rank's part of a sharded tensor, in the same memory; any other tensor is returned as it is."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -109,10 +109,9 @@ class ModulationCache:
                 # The negative prompt is the same in all rows of its branch.
                 distinct = batch // 2 + 1 if condition.guided else batch
                 embedding = parts.embed(sigmas, text.index(slice(distinct)), condition.embedded)
-                if before is None or before.steps is None:
+                steps = None if before is None else before.steps
+                if steps is None:
                     steps = embedding.new_empty(len(sigmas), distinct, sum(self._sizes))
-                else:
-                    steps = before.steps
                 pieces = steps.split(self._sizes, dim=-1)
                 pieces[0].copy_(embedding.transpose(0, 1))
                 # A layer at a time, so that little memory is in use besides the table.
