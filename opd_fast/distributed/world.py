@@ -23,19 +23,19 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from opd_fast.config import Config
 from opd_fast.distributed.memory import Reshard, Strategy
 from opd_fast.distributed.plan import Planner
 from opd_fast.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 _opened = itertools.count()
@@ -178,8 +178,6 @@ class World:
 
         `dtype` is the one forwards compute in. Inputs keep their types: levels and rotary angles are float32.
         """
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
         assert self.mesh is not None
         trained = any(p.requires_grad for name, p in transformer.named_parameters() if ".lora_" not in name)
         whole = {p for name, p in transformer.named_parameters() if ".lora_" in name}
@@ -212,8 +210,6 @@ def _buckets(parameters: Sequence[nn.Parameter], most: int = 2**28) -> Iterator[
 
 def reshard(transformer: nn.Module) -> None:
     """Free the gathered copies of sharded weights."""
-    from torch.distributed.fsdp import FSDPModule
-
     for module in transformer.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -221,15 +217,11 @@ def reshard(transformer: nn.Module) -> None:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor onto every rank, collectively; any other tensor is returned as it is."""
-    from torch.distributed.tensor import DTensor
-
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor, in the same memory; any other tensor is returned as it is."""
-    from torch.distributed.tensor import DTensor
-
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -292,8 +284,6 @@ def _strategy(config: Config, size: int, planner: Planner) -> Strategy:
 
 
 def _mesh(config: Config, strategy: Strategy, size: int, device: str) -> DeviceMesh | None:
-    from torch.distributed.device_mesh import init_device_mesh
-
     if strategy == "fsdp2":
         return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
     if strategy == "hsdp":

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from opd_fast.errors import UserError, one_line, short
 from opd_kernels import FLOAT8, Quantized, quantize_rows
@@ -227,7 +228,6 @@ def frozen_layers(layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
 
     Left out are trainable and sharded ones, and those with a side that is not a multiple of 16.
     """
-    from torch.distributed.tensor import DTensor
 
     def frozen(layer: nn.Linear) -> bool:
         return not any(p.requires_grad or isinstance(p, DTensor) for p in layer.parameters())

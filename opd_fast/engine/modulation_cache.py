@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from opd_fast.engine.patching import patched_forward
 from opd_fast.models.base import DiffusionModel
@@ -203,8 +204,6 @@ def _reading(slot: _Slot) -> Callable[[Tensor], Tensor]:
 
 def _fixed(module: nn.Module, device: torch.device) -> bool:
     """Whether the module's weights are frozen, unsharded and on the device where the model computes."""
-    from torch.distributed.tensor import DTensor
-
     return all(
         not p.requires_grad and p.device.type == device.type and not isinstance(p, DTensor) for p in module.parameters()
     )
