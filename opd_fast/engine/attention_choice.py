@@ -13,16 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_fast.engine.attention import (
-    AUTO,
-    BACKENDS,
-    HEADS_FIRST,
-    PACKAGES,
-    PRODUCTS,
-    attention_fn,
-    available,
-    products,
-)
+from opd_fast.engine.attention import AUTO, BACKENDS, HEADS_FIRST, PACKAGES, PRODUCTS, attention_fn, available, products
 from opd_fast.errors import UserError, one_line
 from opd_fast.models.techniques import Attend, AttentionSite
 from opd_kernels import tuning
