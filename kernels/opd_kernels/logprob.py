@@ -100,7 +100,7 @@ def log_prob(
     return_mean: bool = False,
     reduction: Reduction = "mean",
 ) -> LogProb:
-    """Log-probability of `sample`, drawn from the state `x` at row `step`, under the velocities given.
+    """Compute the log-probability of `sample`, drawn from the state `x` at row `step`, under the velocities given.
 
     Args:
         x: (B, C, H, W) float32, the state at row `step`.

@@ -25,7 +25,7 @@ from .row_triton import step_number, store_gradients, sum_partials, table_row, v
 
 @triton.jit
 def drawn_row(table_ptr, step_ptr, step, rows):
-    """(a, b, std) of the row; NaN for one outside the table or without noise, which must not look like a result."""
+    """Return (a, b, std) of the row; NaN for one outside the table or without noise, where there is no result."""
     a, b, h, std, _, _ = table_row(table_ptr, step_number(step_ptr, step), rows)
     return a, b, tl.where((std > 0) & (h == 0), std, float("nan"))
 

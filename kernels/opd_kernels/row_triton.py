@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def step_number(step_ptr, step):
-    """The step as int64: the number that lies at `step_ptr`, or `step` where that is None."""
+    """Return the step as int64: the number that lies at `step_ptr`, or `step` where that is None."""
     if step_ptr is not None:
         step = tl.load(step_ptr)
     return tl.cast(step, tl.int64)
@@ -19,7 +19,7 @@ def step_number(step_ptr, step):
 
 @triton.jit
 def table_row(table_ptr, step, rows):
-    """(a, b, h, std, weight, sigma) of the row; NaN for one outside the table, which must not look like a result."""
+    """Return (a, b, h, std, weight, sigma) of the row; NaN for one outside the table, where there is no result."""
     inside = (step >= 0) & (step < rows)
     nan = float("nan")
     row = table_ptr + step * 6
@@ -34,7 +34,7 @@ def table_row(table_ptr, step, rows):
 
 @triton.jit
 def velocity_block(cond_ptr, cond_start, uncond_ptr, uncond_start, g, offs, elements):
-    """u + g*(c - u) at `offs`, float32; c where g = 1 (nothing of u is read, which may hold anything) or u is None."""
+    """Return u + g*(c - u) at `offs`, float32. Where g = 1 or u is None it is c, and u is not read."""
     v = tl.load(cond_ptr + cond_start + offs, mask=offs < elements, other=0.0).to(tl.float32)
     if uncond_ptr is not None:
         # The last element moves to the front instead of a second mask: this keeps the alignment that the compiler
@@ -57,7 +57,7 @@ def store_gradients(cond_ptr, uncond_ptr, start, offs, slope, g, mask):
 
 @triton.jit
 def sum_partials(partial_ptr, blocks, PASSES: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of a sample's partial sums, in a fixed order."""
+    """Return the sum of a sample's partial sums, taken in a fixed order."""
     sums = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(PASSES):
         at = i * BLOCK + tl.arange(0, BLOCK)

@@ -138,15 +138,7 @@ def fused_step(
         grads = cond_s.requires_grad or (uncond_s is not None and uncond_s.requires_grad)
         if not (grads and torch.is_grad_enabled()):
             run = _run  # there is nothing to record, and the operator's dispatch takes as long as half a small step
-    x_next, loss, grad_cond, grad_uncond, x0, mean_s, mean_t = run(
-        *state, row, tensor, scale, noise, keys, history, want_x0, return_means, reduction == "sum"
-    )
-    return StepOutput(
-        x_next,
-        loss,
-        grad_cond,
-        None if uncond_s is None else grad_uncond,
-        x0 if want_x0 or history is not None else None,
-        mean_s if return_means else None,
-        mean_t if return_means else None,
-    )
+    out = run(*state, row, tensor, scale, noise, keys, history, want_x0, return_means, reduction == "sum")
+    wanted = (True, True, True, uncond_s is not None, want_x0 or history is not None, return_means, return_means)
+    present: list[Any] = [t if given else None for t, given in zip(out, wanted, strict=True)]
+    return StepOutput(*present)

@@ -97,7 +97,7 @@ class Problem(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Sizes in powers of two; ragged samples apart, since their accesses are narrow."""
+        """Name the problem by sizes in powers of two, and ragged samples apart, since their accesses are narrow."""
         batch, elements = (1 << (size - 1).bit_length() for size in (self.batch, self.elements))
         ragged = "" if self.elements % 16 == 0 else " ragged"
         return f"{self.kernel} batch<={batch} elements<={elements}{ragged} {self.operands}"

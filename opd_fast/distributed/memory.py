@@ -80,11 +80,11 @@ class Workload:
     """Blocks of the student under activation checkpointing."""
 
     def samples_per_device(self, world: int) -> int:
-        """Samples of the rank that has most of them: sample i goes to rank i % world."""
+        """Return the samples of the rank that has most of them: sample i goes to rank i % world."""
         return math.ceil(self.samples / world)
 
     def forward_samples(self, world: int) -> int:
-        """Samples of one student forward on the rank that has most."""
+        """Return the samples of one student forward on the rank that has most."""
         return min(self.samples_per_device(world), self.micro_batch or self.samples)
 
     def forwards_per_step(self, world: int) -> int:
@@ -92,7 +92,7 @@ class Workload:
 
 
 def shards(strategy: Strategy, world: int, shard_size: int) -> int:
-    """The number of parts into which a sharded tensor is cut."""
+    """Return the number of parts into which a sharded tensor is cut."""
     return {"single": 1, "ddp": 1, "fsdp2": world, "hsdp": min(shard_size, world)}[strategy]
 
 

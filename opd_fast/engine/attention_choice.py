@@ -55,7 +55,7 @@ class Case:
 
     @classmethod
     def of(cls, sites: Sequence[AttentionSite], *, dtype: torch.dtype, **given: Any) -> Case:
-        """The case of a transformer's first attention; `given` are the fields that its sites do not tell.
+        """Make the case of a transformer's first attention; `given` are the fields that its sites do not tell.
 
         Raises ValueError where the family names no attention.
         """
@@ -271,7 +271,7 @@ def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 
 
 
 def cache_file() -> Path:
-    """`attention.json` in $OPD_FAST_CACHE, else in `opd_fast` of the user's cache directory ($XDG_CACHE_HOME)."""
+    """Return the file in which measurements are kept, beside that of the kernels."""
     return tuning.cache_file().with_name("attention.json")
 
 

@@ -83,7 +83,7 @@ class Float8Weight(NamedTuple):
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether a matrix has sides that the matrix units and the quantisation of their rows take."""
+    """Return whether a matrix has sides that the matrix units and the quantisation of their rows take."""
     return weight.dim() == 2 and all(side % MULTIPLE == 0 and 0 < side <= LONGEST_ROW for side in weight.shape)
 
 

@@ -54,7 +54,7 @@ def _fuse(site: AttentionSite) -> bool:
 
 
 def _alike(layers: list[Any]) -> bool:
-    """Whether these are plain linear layers of one input, width, bias, dtype and device."""
+    """Return whether these are plain linear layers of one input, width, bias, dtype and device."""
     if not all(type(layer) is nn.Linear for layer in layers):
         return False
     return len({(*x.weight.shape, x.bias is None, x.weight.dtype, x.weight.device) for x in layers}) == 1

@@ -139,7 +139,7 @@ class _Layer:
 
 
 def _batched(base: nn.Module, a: Tensor, b: Tensor, rows: int) -> _Forward:
-    """Equal parts: a (G, R, in) and b (G, out, R) of each."""
+    """Return a forward for equal parts; a (G, R, in) and b (G, out, R) are those of each."""
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         _check_rows(x, rows)
@@ -151,7 +151,7 @@ def _batched(base: nn.Module, a: Tensor, b: Tensor, rows: int) -> _Forward:
 
 
 def _sliced(base: nn.Module, slices: list[tuple[int, int, Tensor, Tensor]], dtype: torch.dtype, rows: int) -> _Forward:
-    """Parts of any size: (first row, last row + 1, a (R, in), b (out, R)) of each that has an adapter."""
+    """Return a forward for parts of any size; `slices` has (first row, last row + 1, a (R, in), b (out, R)) of each."""
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         _check_rows(x, rows)
@@ -172,7 +172,7 @@ def _check_rows(x: Tensor, rows: int) -> None:
 
 
 def _groups(spans: Sequence[Span], adapters: int) -> tuple[tuple[int | None, int, int], ...]:
-    """(adapter, start, stop) in the order of rows, gaps as the bare base's, neighbours of one adapter joined."""
+    """Return (adapter, start, stop) in the order of rows; gaps are the base's, neighbours of one adapter are joined."""
     groups: list[tuple[int | None, int, int]] = []
     end = 0
     for index, rows in sorted((span for span in spans if span[1].start != span[1].stop), key=lambda s: s[1].start):

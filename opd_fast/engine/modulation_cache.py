@@ -160,7 +160,7 @@ class ModulationCache:
         return forwards
 
     def _read_embedding(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        """In place of the embedding, with which every forward begins: the step's row, for the layers that follow."""
+        """Replace the embedding, with which every forward begins: set the step's row for the layers that follow."""
         table = self._of_batch([*inputs, *named.values()][-1])
         assert table.steps is not None
         if any(vars(module).get("forward") is not forward for module, forward in self._forwards):
@@ -203,7 +203,7 @@ def _reading(slot: _Slot) -> Callable[[Tensor], Tensor]:
 
 
 def _fixed(module: nn.Module, device: torch.device) -> bool:
-    """Whether the module's weights are frozen, unsharded and on the device where the model computes."""
+    """Return whether the module's weights are frozen, unsharded and on the device where the model computes."""
     return all(
         not p.requires_grad and p.device.type == device.type and not isinstance(p, DTensor) for p in module.parameters()
     )
