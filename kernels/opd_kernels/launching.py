@@ -167,22 +167,22 @@ def launch(
     absent = [t is None for t in outputs]
     key = (kernel.__name__, tuner.epoch, device, x.shape, table.shape[0], reduction, *absent, *layout)
 
-    def bind(launch: Launch) -> BoundLaunch:
-        blocks, share = launch.blocks(elements), 1.0 / elements if reduction == "mean" else 1.0
+    def bind(tiling: Launch) -> BoundLaunch:
+        blocks, share = tiling.blocks(elements), 1.0 / elements if reduction == "mean" else 1.0
         strides = (batch_stride(t) for t in given[:states])
-        tiling = (launch.tiles, -(-blocks // launch.block), launch.block) if sums else (launch.block,)
-        constants = (*strides, elements, blocks, table.shape[0], share, *extra, *tiling)
+        sizes = (tiling.tiles, -(-blocks // tiling.block), tiling.block) if sums else (tiling.block,)
+        constants = (*strides, elements, blocks, table.shape[0], share, *extra, *sizes)
         copied = [
             i for i, t in enumerate(given) if t is not None and not (in_place(t) if i < states else t.is_contiguous())
         ]
-        return BoundLaunch(kernel, batch * blocks, launch.warps, constants, copied)
+        return BoundLaunch(kernel, batch * blocks, tiling.warps, constants, copied)
 
     def tensors(bound: BoundLaunch) -> tuple[Tensor | None, ...]:
         partial = scratch.take(device, batch, sums * bound.programs, bound.programs > batch) if sums else ()
         return (*given, *outputs, *partial)
 
-    def attempt(launch: Launch) -> Callable[[], None]:
-        trial = bind(launch)
+    def attempt(tiling: Launch) -> Callable[[], None]:
+        trial = bind(tiling)
         taken = tensors(trial)
         return lambda: trial(taken, row)
 
