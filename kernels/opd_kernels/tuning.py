@@ -149,31 +149,17 @@ class Tuner:
         place = identity(device)
         choice = self._settled.get((place, problem.key))
         if choice is None:
-            choice = self._decide(problem, place, device, attempt)
+            choice = _kept(problem.key, place) if enabled() else None
+            if choice is None:
+                may_measure = enabled() and self._measured is not None and device.type == "cuda"
+                if may_measure and not torch.cuda.is_current_stream_capturing():
+                    choice = _fastest(problem, place, attempt)
+                else:
+                    choice = Choice(problem.key, problem.candidates()[0], "rule")
             self._settled[place, problem.key] = choice
             if self._measured is not None:
                 self._measured.append(choice)
         return choice.launch
-
-    def _decide(
-        self, problem: Problem, place: str, device: torch.device, attempt: Callable[[Launch], Callable[[], object]]
-    ) -> Choice:
-        candidates = problem.candidates()
-        if not enabled():
-            return Choice(problem.key, candidates[0], "rule")
-        if (kept := _kept(problem.key, place)) is not None:
-            return kept
-        if self._measured is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return Choice(problem.key, candidates[0], "rule")
-        taken = device_times([attempt(candidate) for candidate in candidates])
-        seconds = [min(times) for times in taken]
-        best = min(range(len(candidates)), key=seconds.__getitem__)
-        if seconds[best] > (1 - MARGIN) * seconds[0]:
-            best = 0
-        times = {str(c): round(s * 1e6, 3) for c, s in zip(candidates, seconds, strict=True)}
-        choice = Choice(problem.key, candidates[best], "measured", times)
-        _keep(place, choice, keep_until(taken, CALM))
-        return choice
 
     @contextmanager
     def measuring(self) -> Iterator[list[Choice]]:
@@ -245,6 +231,20 @@ def device_times(runs: Sequence[Callable[[], object]], launches: int = 20, repla
             if turn:  # the first warms up
                 taken[i].append(begin.elapsed_time(end) / 1e3 / launches)
     return taken
+
+
+def _fastest(problem: Problem, place: str, attempt: Callable[[Launch], Callable[[], object]]) -> Choice:
+    """Measure the candidates and keep the fastest, or the rule's where none is faster by more than `MARGIN`."""
+    candidates = problem.candidates()
+    taken = device_times([attempt(candidate) for candidate in candidates])
+    seconds = [min(times) for times in taken]
+    best = min(range(len(candidates)), key=seconds.__getitem__)
+    if seconds[best] > (1 - MARGIN) * seconds[0]:
+        best = 0
+    times = {str(c): round(s * 1e6, 3) for c, s in zip(candidates, seconds, strict=True)}
+    choice = Choice(problem.key, candidates[best], "measured", times)
+    _keep(place, choice, keep_until(taken, CALM))
+    return choice
 
 
 def keep_until(taken: Iterable[Sequence[float]], most: float) -> float | None:
