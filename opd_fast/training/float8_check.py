@@ -74,4 +74,4 @@ class Float8LossCheck:
 
     def after(self) -> str:
         """Measure again: a line for the log. Raises UserError where a step's loss moved by more than is accepted."""
-        return check_losses(self.losses, self.again, limit=self.tolerance)
+        return check_losses(self.losses, self.again(), limit=self.tolerance)

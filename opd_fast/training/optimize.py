@@ -152,21 +152,19 @@ def _attention(
             except ValueError as error:  # a family of the user's own
                 say(f"attention: {error}; it stays as it is")
                 return ()
-            told = _naming(say, "student" if needs_grad else "teachers")
+            of = "student" if needs_grad else "teachers"
             # One rank measures for all: what they compute must not depend on whose clock was disturbed.
-            name = world.on_first(partial(_backend, setting, case, told))
+            name = world.on_first(partial(_backend, setting, case, of, say))
         for transformer in {id(t): t for t in transformers}.values():
             attention.route(model.attentions(transformer), name)
         chosen.append(name)
     return tuple(chosen)
 
 
-def _backend(setting: str, case: Case, say: Callable[[str], None]) -> str:
-    return attention_choice.choose(setting, case, say=say).backend
-
-
-def _naming(say: Callable[[str], None], of: str) -> Callable[[str], None]:
-    return lambda line: say(line.replace("attention:", f"attention of the {of}:", 1))
+def _backend(setting: str, case: Case, of: str, say: Callable[[str], None]) -> str:
+    choice = attention_choice.choose(setting, case)
+    say(choice.line.replace("attention:", f"attention of the {of}:", 1))
+    return choice.backend
 
 
 def _float8(
