@@ -21,15 +21,6 @@ class ReinforcementSpec(MethodSpec):
         rl, method = config.rl, self.name
         refuse_unread(config, ["rl.statistics"] if rl.std == "group" else [], "rl.std group")
         check_replicated(config)
-        for key, value in (("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)):
-            if value is not None and value <= 0:
-                raise UserError(key, f"{value} is not above 0", "give a positive number")
-        if rl.kl is not None and rl.kl < 0:
-            raise UserError("rl.kl", f"{rl.kl} is below 0", "give 0 or more")
-        if rl.updates < 1:
-            raise UserError("rl.updates", f"{rl.updates} is below 1", "give 1 or more")
-        if rl.images_per_prompt < 2:
-            raise UserError("rl.images_per_prompt", f"{rl.images_per_prompt} is not a group", "give 2 or more")
         samples, images = config.train.samples_per_task, rl.images_per_prompt
         if samples % images:
             raise UserError(
