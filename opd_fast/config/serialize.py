@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,12 @@ from opd_fast.errors import UserError, did_you_mean
 # What may change when a run is resumed: how long it goes on, where, and what it writes down, never what it learns from.
 RESUMABLE = ("train.rounds", "model.text_cache", "logging.", "evaluation.", "checkpoint.", "parallel.")
 
+_hints = functools.cache(get_type_hints)
+
 
 def sections() -> dict[str, type]:
     """Section name to dataclass, without `teachers`, in the order of `Config`."""
-    hints = get_type_hints(Config)
+    hints = _hints(Config)
     return {f.name: hints[f.name] for f in fields(Config) if f.name != "teachers"}
 
 
@@ -39,7 +42,7 @@ def teacher_leaves() -> dict[str, tuple[Any, Any, str]]:
 
 
 def _fields(kind: type) -> Iterator[tuple[str, Any, Any, str]]:
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     for f in fields(kind):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         yield f.name, hints[f.name], default, f.metadata["help"]
@@ -56,7 +59,7 @@ def from_dict(data: dict[str, Any]) -> Config:
     made: dict[str, Any] = {}
     for name, kind in sections().items():
         values = dict(data.get(name) or {})
-        for key, hint in get_type_hints(kind).items():
+        for key, hint in _hints(kind).items():
             if getattr(hint, "__origin__", None) is tuple and key in values:
                 values[key] = tuple(values[key])
         made[name] = kind(**values)

@@ -7,8 +7,8 @@ import math
 import os
 from dataclasses import fields
 
-from opd_fast.config import DETERMINISTIC, Config, ObjectiveConfig
-from opd_fast.config.methods.spec import method_spec, refuse_unread_settings
+from opd_fast.config import DETERMINISTIC, Config
+from opd_fast.config.methods.spec import method_spec, refuse_set, refuse_unread_settings
 from opd_fast.config.paths import ASSETS, is_bundled
 from opd_fast.config.serialize import flatten, sections
 from opd_fast.errors import UserError, did_you_mean
@@ -80,9 +80,8 @@ def _check_ranges(config: Config) -> None:
 def _check_sampler(config: Config) -> None:
     s = config.sampler
     if s.solver not in DETERMINISTIC and s.eta == 0:
-        raise UserError(
-            "sampler.eta", f"{s.solver} with eta 0 adds no noise, so its KL is undefined", "give eta > 0 or solver ode"
-        )
+        why = f"{s.solver} with eta 0 adds no noise, so its KL is undefined"
+        raise UserError("sampler.eta", why, "give eta > 0 or solver ode")
     # DDIM draws sqrt of 1 - (...) and CPS turns by eta * pi / 2: both end at eta = 1.
     if s.solver in ("ddim", "cps") and s.eta > 1:
         raise UserError("sampler.eta", f"{s.eta} is above 1, the most {s.solver} can add", "give eta in (0, 1]")
@@ -94,7 +93,6 @@ def _check_sampler(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     o, s = config.objective, config.sampler
-    default = ObjectiveConfig()
     readers: list[tuple[tuple[str, ...], bool, str]] = [
         (("reward_gradient", "kl_scale", "clamp"), o.kind == "ppo", "objective.kind ppo"),
         (("log_prob",), o.kind == "ppo" and s.solver == "cps", "objective.kind ppo and sampler.solver cps"),
@@ -104,48 +102,43 @@ def _check_objective(config: Config) -> None:
         (("query_alpha", "query_beta"), o.query_law == "beta", "objective.query_law beta"),
     ]
     for names, read, reader in readers:
-        for name in names:
-            if not read and getattr(o, name) != getattr(default, name):
-                raise UserError(f"objective.{name}", "has no reader", f"set {reader}, or leave it out")
+        if not read:
+            refuse_set(
+                config, [f"objective.{name}" for name in names], "has no reader", f"set {reader}, or leave it out"
+            )
     if o.kind == "ppo" and s.solver in DETERMINISTIC:
-        raise UserError(
-            "objective.kind", f"ppo needs log-probabilities, and {s.solver} draws nothing", "use solver flow_sde, or kl"
-        )
+        why = f"ppo needs log-probabilities, and {s.solver} draws nothing"
+        raise UserError("objective.kind", why, "use solver flow_sde, or kl")
     if o.kind == "ppo" and s.train_last and s.solver in ("cps", "ddim"):
-        raise UserError(
-            "sampler.train_last", f"the last step of {s.solver} adds no noise, so ppo cannot train it", "set it false"
-        )
+        why = f"the last step of {s.solver} adds no noise, so ppo cannot train it"
+        raise UserError("sampler.train_last", why, "set it false")
+    if o.queries is None:
+        return
     trained = s.steps if s.train_last else s.steps - 1
-    if o.queries is not None and not 1 <= o.queries <= trained:
+    if not 1 <= o.queries <= trained:
         raise UserError("objective.queries", f"{o.queries} of {trained} trained steps", f"give 1 to {trained}, or null")
-    if o.queries is not None and o.kind == "ppo":
+    if o.kind == "ppo":
         raise UserError("objective.queries", "are not for ppo, whose rewards are those of all steps", "use kl or null")
 
 
 def _check_teachers(config: Config) -> None:
     if not config.teachers:
-        raise UserError(
-            "teachers", "none is given", "list at least one as {name, weights, prompts}, or start from a recipe"
-        )
+        remedy = "list at least one as {name, weights, prompts}, or start from a recipe"
+        raise UserError("teachers", "none is given", remedy)
     names = [teacher.name for teacher in config.teachers]
-    if config.train.tasks is not None:
-        for name in config.train.tasks:
-            if name not in names:
-                raise UserError("train.tasks", f"{name!r} is not a task", did_you_mean(name, names))
-        if not config.train.tasks:
-            raise UserError("train.tasks", "is empty, so that nothing is trained", "name one, or give null")
-    most = len(config.trained)
-    if (config.train.tasks_per_round or 1) > most:
-        raise UserError(
-            "train.tasks_per_round", f"{config.train.tasks_per_round} of {most} tasks", f"give {most} or less, or null"
-        )
-    seen: set[str] = set()
+    for name in config.train.tasks or []:
+        if name not in names:
+            raise UserError("train.tasks", f"{name!r} is not a task", did_you_mean(name, names))
+    if config.train.tasks == []:
+        raise UserError("train.tasks", "is empty, so that nothing is trained", "name one, or give null")
+    asked, most = config.train.tasks_per_round, len(config.trained)
+    if asked is not None and asked > most:
+        raise UserError("train.tasks_per_round", f"{asked} of {most} tasks", f"give {most} or less, or null")
     for i, teacher in enumerate(config.teachers):
         if not teacher.name or not all(c.isalnum() or c in "-_." for c in teacher.name):
             raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is not a name", "use letters, digits, - _ .")
-        if teacher.name in seen:
+        if teacher.name in names[:i]:
             raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is used twice", "give each teacher its own name")
-        seen.add(teacher.name)
         for key, value in (("weight", teacher.weight), ("share", teacher.share)):
             if value <= 0:
                 why = f"{value} is not above 0"
@@ -171,33 +164,25 @@ def _check_bundled(config: Config) -> None:
     named += [(f"teachers[{i}].weights", teacher.weights) for i, teacher in enumerate(config.teachers)]
     for key, weights in named:
         if weights is not None and is_bundled(weights):
-            raise UserError(
-                key,
-                f"{weights} is a LoRA of the bundled pipeline, and model.path is {config.model.path}",
-                "name weights that were made for this model, or set model.path bundled",
-            )
+            why = f"{weights} is a LoRA of the bundled pipeline, and model.path is {config.model.path}"
+            raise UserError(key, why, "name weights that were made for this model, or set model.path bundled")
 
 
 def _check_engine(config: Config) -> None:
-    precision, dtype = config.engine.precision, config.model.dtype
+    precision, dtype, parallel = config.engine.precision, config.model.dtype, config.parallel
     if precision in ("float32", "tf32") and dtype not in ("auto", "float32"):
-        raise UserError(
-            "engine.precision", f"{precision} contradicts model.dtype = {dtype}", "set model.dtype to auto or float32"
-        )
-    parallel = config.parallel
+        why = f"{precision} contradicts model.dtype = {dtype}"
+        raise UserError("engine.precision", why, "set model.dtype to auto or float32")
     if parallel.shard_size is not None and parallel.strategy != "hsdp":
-        raise UserError(
-            "parallel.shard_size", f"{parallel.shard_size} is read by hsdp alone", "set parallel.strategy hsdp, or null"
-        )
+        why = f"{parallel.shard_size} is read by hsdp alone"
+        raise UserError("parallel.shard_size", why, "set parallel.strategy hsdp, or null")
     if parallel.offload_teachers and config.engine.placement != "merged":
-        raise UserError(
-            "parallel.offload_teachers", "teachers share the base", "set engine.placement merged, or offload nothing"
-        )
+        remedy = "set engine.placement merged, or offload nothing"
+        raise UserError("parallel.offload_teachers", "teachers share the base", remedy)
     for name, wanted, extra in (
         ("wandb", config.logging.wandb, "opd_fast[wandb]"),
         ("tensorboard", config.logging.tensorboard, "tensorboard"),
     ):
         if wanted and importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"logging.{name}", f"{name} is not installed", f"pip install '{extra}' or --logging.{name} false"
-            )
+            remedy = f"pip install '{extra}' or --logging.{name} false"
+            raise UserError(f"logging.{name}", f"{name} is not installed", remedy)

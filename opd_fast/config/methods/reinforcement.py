@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opd_fast.config.methods.spec import MethodSpec, RoundSize, check_replicated, check_updates, refuse_unread
+from opd_fast.config.methods.spec import MethodSpec, RoundSize, check_replicated, check_updates, refuse_set
 from opd_fast.config.schema import Config
 from opd_fast.errors import UserError
 
@@ -19,7 +19,8 @@ class ReinforcementSpec(MethodSpec):
 
     def check(self, config: Config) -> None:
         rl, method = config.rl, self.name
-        refuse_unread(config, ["rl.statistics"] if rl.std == "group" else [], "rl.std group")
+        if rl.std == "group":
+            refuse_set(config, ["rl.statistics"], "is not read under rl.std group")
         check_replicated(config)
         samples, images = config.train.samples_per_task, rl.images_per_prompt
         if samples % images:

@@ -120,16 +120,16 @@ def refuse_unread_settings(config: Config) -> None:
     spec = method_spec(config)
     unread = {key for key in METHOD_SETTINGS if not any(fnmatchcase(key, pattern) for pattern in spec.reads)}
     keys = [key for key in flatten(config) if re.sub(r"\[\d+\]", "", key) in unread]
-    refuse_unread(config, keys, f"train.method {spec.name}")
+    refuse_set(config, keys, f"is not read under train.method {spec.name}")
 
 
-def refuse_unread(config: Config, keys: list[str], under: str) -> None:
-    """Raise `UserError` for the first of the settings that is not at its default, because nothing reads it."""
+def refuse_set(config: Config, keys: list[str], problem: str, remedy: str = "leave it out") -> None:
+    """Raise `UserError` for the first of the settings that is not at its default."""
     flat, known, of_teacher = flatten(config), leaves(), teacher_leaves()
     for key in keys:
         default: Any = (known[key] if key in known else of_teacher[key.rpartition(".")[2]])[1]
         if flat[key] != default:
-            raise UserError(key, f"is not read under {under}", "leave it out")
+            raise UserError(key, problem, remedy)
 
 
 # --- checks that methods share ----------------------------------------------------------------------------------------
