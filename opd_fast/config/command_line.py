@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from opd_fast.config import Config
-from opd_fast.config.earlier import in_todays_settings, is_earlier_run
+from opd_fast.config.earlier import in_todays_settings
 from opd_fast.config.layers import overlay, read_yaml, refuse_unknown_elements, setting_options, teachers_option
 from opd_fast.config.options import Given, Option, print_help, read, settle
 from opd_fast.config.paths import package_file
@@ -159,9 +159,7 @@ def _read_stages(given: Sequence[Given], path: Path | None, source: str) -> list
 
     A field of a single teacher is set in every stage that has the teacher.
     """
-    data = read_yaml(path) if path is not None else {}
-    if is_earlier_run(data):
-        data = in_todays_settings(data)
+    data = in_todays_settings(read_yaml(path)) if path is not None else {}
     stages: list[Stage] = []
     names: list[list[str]] = []
     for name, base in split(data, source):

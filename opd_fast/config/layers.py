@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
+
 from opd_fast.config import Config
 from opd_fast.config.options import Given, Option, typed
 from opd_fast.config.serialize import check_known, from_dict, leaves, sections, teacher_leaves
@@ -30,8 +32,6 @@ def teachers_option() -> Option:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; an empty one where it holds nothing."""
-    import yaml
-
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
 
 from opd_fast.config import Config, TeacherConfig
 from opd_fast.errors import UserError, did_you_mean
@@ -29,23 +31,20 @@ def sections() -> dict[str, type]:
 
 def leaves() -> dict[str, tuple[Any, Any, str]]:
     """Dotted key to (type, default, help) for everything outside `teachers`."""
-    found: dict[str, tuple[Any, Any, str]] = {}
-    for section, kind in sections().items():
-        for name, hint, default, help in _fields(kind):
-            found[f"{section}.{name}"] = (hint, default, help)
-    return found
+    return {f"{name}.{key}": leaf for name, kind in sections().items() for key, leaf in _fields(kind).items()}
 
 
 def teacher_leaves() -> dict[str, tuple[Any, Any, str]]:
     """Field to (type, default, help) of one teacher; the default of a required one is `dataclasses.MISSING`."""
-    return {name: (hint, default, help) for name, hint, default, help in _fields(TeacherConfig)}
+    return _fields(TeacherConfig)
 
 
-def _fields(kind: type) -> Iterator[tuple[str, Any, Any, str]]:
-    hints = _hints(kind)
+def _fields(kind: type) -> dict[str, tuple[Any, Any, str]]:
+    found = {}
     for f in fields(kind):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        yield f.name, hints[f.name], default, f.metadata["help"]
+        found[f.name] = (_hints(kind)[f.name], default, f.metadata["help"])
+    return found
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -92,27 +91,18 @@ def to_yaml(config: Config) -> str:
 
 def dump(data: dict[str, Any]) -> str:
     """Plain data as YAML, numbers written so that YAML 1.1 reads numbers."""
-    import yaml
-
-    text: str = yaml.dump(data, Dumper=_dumper(), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
-def _dumper() -> Any:
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        pass
-
-    def number(dumper: Any, value: float) -> Any:
+class _Dumper(yaml.SafeDumper):
+    def represent_float(self, data: float) -> Any:
         # YAML 1.1 reads 1e-05 as a string: a mantissa needs its point.
-        text = repr(value)
-        if "e" in text and "." not in text:
-            text = text.replace("e", ".0e")
-        return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+        text = repr(data)
+        return self.represent_scalar("tag:yaml.org,2002:float", text if "." in text else text.replace("e", ".0e"))
 
-    Dumper.add_representer(float, number)
-    return Dumper
+
+_Dumper.add_representer(float, _Dumper.represent_float)
 
 
 def config_hash(config: Config) -> str:
@@ -129,13 +119,9 @@ def changed(before: Config, after: Config) -> list[str]:
     return [key for key in {**old, **new} if old.get(key, MISSING) != new.get(key, MISSING)]
 
 
-def may_change(*, staged: bool = False) -> str:
+def may_change(keys: Sequence[str] = RESUMABLE) -> str:
     """The settings that a resumed run may change, in words."""
-    return ", ".join(key.rstrip(".") for key in _resumable(staged))
-
-
-def _resumable(staged: bool) -> list[str]:
-    return [key for key in RESUMABLE if not (staged and key == "train.rounds")]
+    return ", ".join(key.rstrip(".") for key in keys)
 
 
 def refuse_unsafe_changes(before: Config, after: Config, *, staged: bool = False, besides: Sequence[str] = ()) -> None:
@@ -144,14 +130,11 @@ def refuse_unsafe_changes(before: Config, after: Config, *, staged: bool = False
     A stage keeps its rounds as well: the next one may have begun from where they ended. `besides` are further keys
     that may change: paths whose content is compared instead.
     """
-    free = _resumable(staged)
+    free = tuple(key for key in RESUMABLE if not (staged and key == "train.rounds"))
     for key in changed(before, after):
-        if not key.startswith(tuple(free)) and key not in besides:
-            raise UserError(
-                key,
-                f"a resumed run keeps its value ({flatten(before).get(key, 'unset')})",
-                f"put it back, or start a new run; {may_change(staged=staged)} may change",
-            )
+        if not key.startswith(free) and key not in besides:
+            why = f"a resumed run keeps its value ({flatten(before).get(key, 'unset')})"
+            raise UserError(key, why, f"put it back, or start a new run; {may_change(free)} may change")
 
 
 def describe(hint: Any) -> str:
@@ -172,30 +155,28 @@ def describe(hint: Any) -> str:
 def check_known(data: dict[str, Any], source: str = "") -> None:
     """Raise for keys of nested plain data that name no setting. `source` (a file name) goes into the message."""
     where = f" in {source}" if source else ""
-    known = [*sections(), "teachers"]
+    kinds = {**sections(), "teachers": TeacherConfig}
     for section, values in data.items():
-        if section not in known:
-            raise UserError(str(section), f"unknown key{where}", did_you_mean(str(section), known))
+        if section not in kinds:
+            raise UserError(str(section), f"unknown key{where}", did_you_mean(str(section), kinds))
         if section == "teachers":
-            _check_teacher_list(values, where)
+            if not isinstance(values, list) or not all(isinstance(teacher, dict) for teacher in values):
+                why = f"is a list of teachers{where}, got {values!r}"
+                raise UserError("teachers", why, "write [{name, weights, prompts}]")
+            for i, teacher in enumerate(values):
+                _check_keys(f"teachers[{i}]", teacher, TeacherConfig, where)
             continue
-        names = [f.name for f in fields(sections()[section])]
         if not isinstance(values, dict):
-            raise UserError(section, f"holds settings{where}, got {values!r}", f"write {section}: {{{names[0]}: ...}}")
-        for key in values:
-            if key not in names:
-                near = did_you_mean(str(key), names)
-                raise UserError(f"{section}.{key}", f"unknown key{where}", near)
+            first = fields(kinds[section])[0].name
+            raise UserError(section, f"holds settings{where}, got {values!r}", f"write {section}: {{{first}: ...}}")
+        _check_keys(section, values, kinds[section], where)
 
 
-def _check_teacher_list(values: Any, where: str) -> None:
-    if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
-        raise UserError("teachers", f"is a list of teachers{where}, got {values!r}", "write [{name, weights, prompts}]")
-    names = [f.name for f in fields(TeacherConfig)]
-    for i, teacher in enumerate(values):
-        for key in teacher:
-            if key not in names:
-                raise UserError(f"teachers[{i}].{key}", f"unknown key{where}", did_you_mean(str(key), names))
-        for f in fields(TeacherConfig):
-            if f.default is MISSING and f.name not in teacher:
-                raise UserError(f"teachers[{i}].{f.name}", f"is missing{where}", f"add it: {f.metadata['help']}")
+def _check_keys(place: str, values: dict[str, Any], kind: type, where: str) -> None:
+    known = _fields(kind)
+    for key in values:
+        if key not in known:
+            raise UserError(f"{place}.{key}", f"unknown key{where}", did_you_mean(str(key), known))
+    for name, (_, default, help) in known.items():
+        if default is MISSING and name not in values:
+            raise UserError(f"{place}.{name}", f"is missing{where}", f"add it: {help}")
