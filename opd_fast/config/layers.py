@@ -16,18 +16,20 @@ from opd_fast.errors import UserError, did_you_mean, one_line
 
 def setting_options() -> list[Option]:
     """One option for each setting outside `teachers`."""
-    return [Option(key, hint, default, help) for key, (hint, default, help) in leaves().items()]
+    return [Option(key, *leaf) for key, leaf in leaves().items()]
 
 
-def teachers_option() -> Option:
-    """The option of the list of teachers, whose elements have the teachers' fields."""
-    fields = tuple(Option(name, hint, default, help) for name, (hint, default, help) in teacher_leaves().items())
-    explained = ", ".join(f"{field.name} ({field.help})" for field in fields)
-    help = (
-        "list of teachers, as YAML or JSON; --teachers.NAME.FIELD VALUE sets one field of the teacher of that name, or "
-        f"number from 0, such as --teachers.text.weight 2 or --teachers.1.weight 2; the fields: {explained}"
-    )
-    return Option("teachers", list[dict], [], help, fields)
+_FIELDS = tuple(Option(name, *leaf) for name, leaf in teacher_leaves().items())
+TEACHERS = Option(
+    "teachers",
+    list[dict],
+    [],
+    "list of teachers, as YAML or JSON; --teachers.NAME.FIELD VALUE sets one field of the teacher of that name, or "
+    "number from 0, such as --teachers.text.weight 2 or --teachers.1.weight 2; the fields: "
+    + ", ".join(f"{field.name} ({field.help})" for field in _FIELDS),
+    _FIELDS,
+)
+"""The list of teachers, whose elements have the teachers' fields."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def overlay(base: dict[str, Any], given: Sequence[Given], where: str = "") -> tu
         if name in base.get(section, {}):
             value = _as_word(option, base[section][name])
             if value is not None or option.name not in replaced:
-                value = typed(option, value, where=where)
+                value = typed(option, value, option.name, where)
         data[section][name] = value
     teachers = base.get("teachers") or []
     for one in given:
@@ -119,5 +121,5 @@ def _typed_teacher(index: int, teacher: dict[str, Any], where: str) -> dict[str,
         field.name: typed(field, teacher[field.name], f"teachers[{index}].{field.name}", where)
         if field.name in teacher
         else field.default
-        for field in teachers_option().fields
+        for field in _FIELDS
     }
