@@ -41,46 +41,38 @@ def split(data: dict[str, Any], source: str) -> list[tuple[str, dict[str, Any]]]
     """
     if "stages" not in data:
         return [("", data)]
-    common = {section: values for section, values in data.items() if section != "stages"}
-    stages = data["stages"]
+    common = dict(data)
+    stages = common.pop("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise UserError("stages", f"is a list of stages in {source}", "write [{name: NAME, train: {...}}, ...]")
     found: list[tuple[str, dict[str, Any]]] = []
     for i, stage in enumerate(stages):
-        name = stage.get("name")
+        sections = dict(stage)
+        name = sections.pop("name", None)
         if not isinstance(name, str) or not name or not all(c.isalnum() or c in "-_" for c in name):
             raise UserError(f"stages[{i}].name", f"{name!r} is not a name", "use letters, digits, - _")
         if name in [other for other, _ in found]:
             raise UserError(f"stages[{i}].name", f"{name!r} is used twice", "give each stage its own name")
-        found.append((name, _laid_over(common, {key: value for key, value in stage.items() if key != "name"})))
+        for section, values in sections.items():  # `teachers`, and mistakes, replace what the file has outside stages
+            below = common.get(section)
+            if isinstance(below, dict) and isinstance(values, dict):
+                sections[section] = below | values
+        found.append((name, common | sections))
     return found
-
-
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`below` with the sections of `above` laid over it key by key, and the rest (`teachers`, mistakes) replaced."""
-    merged = dict(below)
-    for section, values in above.items():
-        mine = below.get(section)
-        merged[section] = {**mine, **values} if isinstance(mine, dict) and isinstance(values, dict) else values
-    return merged
 
 
 def check(stages: Sequence[Stage]) -> None:
     """Raise UserError where stages could not be one run."""
-    first = to_dict(stages[0].config)
-    for i, stage in enumerate(stages[1:], start=1):
-        own = to_dict(stage.config)
-        if own["student"]["start"] not in (None, first["student"]["start"]):
+    first = stages[0].config
+    for i, config in enumerate([stage.config for stage in stages[1:]], start=1):
+        if config.student.start not in (None, first.student.start):
             raise UserError(f"stages[{i}].student.start", "is the student of the stage before", "leave it out")
-        own["student"]["start"] = first["student"]["start"]
         for section in SHARED:
-            for key, value in own[section].items():
-                if value != first[section][key]:
-                    raise UserError(
-                        f"stages[{i}].{section}.{key}",
-                        f"{value} differs from the first stage's {first[section][key]}",
-                        "set it once, outside stages",
-                    )
+            for key, value in vars(getattr(config, section)).items():
+                before = getattr(getattr(first, section), key)
+                if value != before and (section, key) != ("student", "start"):
+                    why = f"{value} differs from the first stage's {before}"
+                    raise UserError(f"stages[{i}].{section}.{key}", why, "set it once, outside stages")
     _check_one_table(stages)
 
 
