@@ -24,17 +24,13 @@ class ReinforcementSpec(MethodSpec):
         check_replicated(config)
         samples, images = config.train.samples_per_task, rl.images_per_prompt
         if samples % images:
-            raise UserError(
-                "train.samples_per_task",
-                f"{samples} is not a multiple of rl.images_per_prompt = {images}",
-                f"give {images * max(1, samples // images)}",
-            )
+            why = f"{samples} is not a multiple of rl.images_per_prompt = {images}"
+            raise UserError("train.samples_per_task", why, f"give {images * max(1, samples // images)}")
         check_updates(config, "rl.updates", rl.updates)
         for i, task in enumerate(config.teachers):
             if task.weights != "base":
-                raise UserError(
-                    f"teachers[{i}].weights", f"{task.weights} teaches nothing under {method}", "write base"
-                )
+                why = f"{task.weights} teaches nothing under {method}"
+                raise UserError(f"teachers[{i}].weights", why, "write base")
             if task.reward is None:
                 raise UserError(f"teachers[{i}].reward", f"is missing, which {method} learns from", "name a reward")
         if config.student.start == "merged":

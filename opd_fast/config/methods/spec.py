@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 from opd_fast.config.methods import METHODS
@@ -89,16 +88,10 @@ class MethodSpec:
         raise NotImplementedError
 
 
-@cache
-def _load(path: str) -> MethodSpec:
-    module, _, name = path.partition(":")
-    spec: MethodSpec = getattr(import_module(module), name)
-    return spec
-
-
 def method_spec(config: Config) -> MethodSpec:
     """The spec of `train.method`."""
-    return _load(METHODS[config.train.method])
+    spec: MethodSpec = pkgutil.resolve_name(METHODS[config.train.method])
+    return spec
 
 
 # --- which settings are read ------------------------------------------------------------------------------------------
@@ -137,9 +130,10 @@ def refuse_set(config: Config, keys: list[str], problem: str, remedy: str = "lea
 
 def check_replicated(config: Config) -> None:
     """Raise `UserError` for a strategy that shards weights."""
-    strategy, method = config.parallel.strategy, config.train.method
+    strategy = config.parallel.strategy
     if strategy not in ("auto", "single", "ddp"):
-        raise UserError("parallel.strategy", f"{strategy} under {method}, which shards no weights", "give auto or ddp")
+        why = f"{strategy} under {config.train.method}, which shards no weights"
+        raise UserError("parallel.strategy", why, "give auto or ddp")
 
 
 def check_updates(config: Config, key: str, updates: int) -> None:
