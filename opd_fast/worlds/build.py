@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from opd_fast.config.paths import ASSETS
 from opd_fast.files import open_to_umask
 from opd_fast.worlds import shapes
 from opd_fast.worlds.flow_matching import Average, flow_matching, log
@@ -89,13 +90,11 @@ def make_pools(recipe: Recipe, out: Path, *, ideal_scenes: float) -> dict[str, P
     for task, share in SHARES.items():
         total = int(recipe.pool * share)
         ideal = 0 if task == "colour" else int(total * ideal_scenes)
-        parts = [
-            encode_pool(vae, task, n, recipe.seed + 1, ideal=kind)
-            for n, kind in ((total - ideal, False), (ideal, True))
-            if n
-        ]
+        counts = {False: total - ideal, True: ideal}
+        parts = [encode_pool(vae, task, n, recipe.seed + 1, ideal=kind) for kind, n in counts.items() if n]
+        captions = [prompt.text for prompt in shapes.prompts(task, "train")]
         pools[task] = Pool(
-            torch.cat([p.latents for p in parts]), [t for p in parts for t in p.texts], parts[0].captions
+            torch.cat([latents for latents, _ in parts]), [t for _, texts in parts for t in texts], captions
         )
     return pools
 
@@ -106,33 +105,23 @@ def train_generator(recipe: Recipe, out: Path, work: Path, *, stage: str) -> Non
     tokenizer = make_tokenizer(out / "pipeline" / "tokenizer")
     tokenizer.save_pretrained(out / "pipeline" / "tokenizer_2")
     model = TextToVelocity([make_text_encoder(tokenizer) for _ in range(2)], make_transformer()).train()
-    from_scratch = stage == "generalist"
-    if not from_scratch:
+    if stage == "generalist":
+        decay, steps, lr, ideal, swapped = 0.999, recipe.generalist_steps, 1.0e-3, recipe.ideal_scenes, 0.0
+    else:
+        decay, steps, lr, ideal, swapped = 0.99, recipe.base_steps, 6e-4, 0.0, recipe.swapped_captions
         model.load_state_dict(torch.load(work / "generalist.pt", weights_only=True))
-    average = Average(model, 0.999 if from_scratch else 0.99)
+    average = Average(model, decay)
+    pools = make_pools(recipe, out, ideal_scenes=ideal)
+    data = batches(pools, SHARES, tokenizer, recipe.batch, swapped=swapped)
 
     def on_step(step: int) -> None:
         average.update(step)
         if (step + 1) % 500 == 0:
             torch.save(average.shadow, work / f"{stage}.pt")
 
-    flow_matching(
-        model,
-        list(model.parameters()),
-        batches(
-            make_pools(recipe, out, ideal_scenes=recipe.ideal_scenes if from_scratch else 0.0),
-            SHARES,
-            tokenizer,
-            recipe.batch,
-            swapped=0 if from_scratch else recipe.swapped_captions,
-        ),
-        steps=recipe.generalist_steps if from_scratch else recipe.base_steps,
-        lr=1.0e-3 if from_scratch else 6e-4,
-        name=stage,
-        on_step=on_step,
-    )
+    flow_matching(model, data, steps=steps, lr=lr, name=stage, on_step=on_step)
     torch.save(average.shadow, work / f"{stage}.pt")
-    if not from_scratch:
+    if stage == "base":
         model.load_state_dict(average.shadow)
         save_pipeline(model, tokenizer, out)
 
@@ -187,11 +176,8 @@ def keep_teacher(run_dir: Path, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
     results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
     lines = read_metrics(run_dir / "metrics.jsonl")
-    curve = [
-        {"round": line["round"], "seconds": line["time"], "rewards": line["evaluation"]}
-        for line in lines
-        if "evaluation" in line
-    ]
+    judged = [line for line in lines if "evaluation" in line]
+    curve = [{"round": line["round"], "seconds": line["time"], "rewards": line["evaluation"]} for line in judged]
     drawn = [line[f"reward/{folder.name}"] for line in lines if "loss" in line]
     record = {"recipe": f"teacher-{folder.name}", **results, "curve": curve, "training_rewards": drawn}
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -199,25 +185,24 @@ def keep_teacher(run_dir: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_out = Path(__file__).resolve().parents[1] / "assets"
-    parser.add_argument("--out", type=Path, default=default_out, help="where the bundle goes (default: the package)")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="where the bundle goes (default: the package)")
     parser.add_argument("--work", type=Path, default=Path("bundle-work"), help="intermediate weights")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--set", type=json.loads, default={}, help="sizes as JSON, e.g. '{\"generalist_steps\": 100}'")
     arguments = parser.parse_args()
-    recipe = Recipe(**arguments.set)
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    recipe, out, work = Recipe(**arguments.set), arguments.out, arguments.work
+    work.mkdir(parents=True, exist_ok=True)
     for stage in arguments.stages:
         log(f"stage {stage}")
         if stage == "prompts":
-            write_prompts(arguments.out)
+            write_prompts(out)
         elif stage == "vae":
-            train_vae(recipe, arguments.out)
+            train_vae(recipe, out)
         elif stage in ("generalist", "base"):
-            train_generator(recipe, arguments.out, arguments.work, stage=stage)
+            train_generator(recipe, out, work, stage=stage)
         else:
             for task in shapes.TASKS:
-                make_teacher(recipe, arguments.out, arguments.work, task)
+                make_teacher(recipe, out, work, task)
 
 
 if __name__ == "__main__":

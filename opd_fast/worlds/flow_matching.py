@@ -17,25 +17,24 @@ def log(text: str) -> None:
 
 
 def flow_matching(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    parameters: list[nn.Parameter],
+    model: nn.Module,
     batches: Iterator[tuple[Tensor, Tensor]],
     *,
     steps: int,
     lr: float,
     name: str,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None],
 ) -> None:
     """Minimise E ||v(x_t, t) - (eps - x0)||^2 over `batches` of (x0, token ids).
 
     The learning rate warms up to `lr`, then falls as a cosine to a twentieth of it.
     """
+    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = min(200, steps // 10 + 1)
 
     def factor(step: int) -> float:
-        progress = step / steps
-        return min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+        return min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     total, start = 0.0, time.time()
@@ -54,8 +53,7 @@ def flow_matching(
         optimizer.step()
         schedule.step()
         total += loss.item()
-        if on_step is not None:
-            on_step(step)
+        on_step(step)
         if (step + 1) % 100 == 0:
             log(f"{name} {step + 1}/{steps} loss {total / 100:.4f} {100 / (time.time() - start):.2f} steps/s")
             total, start = 0.0, time.time()
