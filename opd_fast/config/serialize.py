@@ -1,6 +1,6 @@
-"""Settings in other forms: dotted keys, plain dictionaries, YAML, hashes; and what a resumed run may change of them.
+"""Settings in other forms: dotted keys, plain dictionaries, YAML and hashes; and what a resumed run may change.
 
-`opd_fast.config.schema` says which settings there are, `opd_fast.config.validate` what they may not be.
+`opd_fast.config.schema` defines the settings, and `opd_fast.config.validate` refuses values that cannot work.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import yaml
 from opd_fast.config import Config, TeacherConfig
 from opd_fast.errors import UserError, did_you_mean
 
-# What may change when a run is resumed: how long it goes on, where, and what it writes down, never what it learns from.
 RESUMABLE = ("train.rounds", "model.text_cache", "logging.", "evaluation.", "checkpoint.", "parallel.")
+"""A resumed run may change how long it trains, on which devices, and what it records, but never what it learns from."""
 
 _hints = functools.cache(get_type_hints)
 
 
 def sections() -> dict[str, type]:
-    """Section name to dataclass, without `teachers`, in the order of `Config`."""
+    """Return the dataclass of every section but `teachers`, by name and in the order of `Config`."""
     hints = _hints(Config)
     return {f.name: hints[f.name] for f in fields(Config) if f.name != "teachers"}
 
 
 def leaves() -> dict[str, tuple[Any, Any, str]]:
-    """Dotted key to (type, default, help) for everything outside `teachers`."""
+    """Return (type, default, help) of every setting outside `teachers`, by dotted key."""
     return {f"{name}.{key}": leaf for name, kind in sections().items() for key, leaf in _fields(kind).items()}
 
 
 def teacher_leaves() -> dict[str, tuple[Any, Any, str]]:
-    """Field to (type, default, help) of one teacher; the default of a required one is `dataclasses.MISSING`."""
+    """Return (type, default, help) of a teacher's fields; a required field has the default `dataclasses.MISSING`."""
     return _fields(TeacherConfig)
 
 
@@ -48,13 +48,12 @@ def _fields(kind: type) -> dict[str, tuple[Any, Any, str]]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain data that JSON and YAML can hold; `from_dict` is the inverse."""
-    data: dict[str, Any] = json.loads(json.dumps(asdict(config)))  # tuples become lists
-    return data
+    """Return the settings as data that JSON and YAML can hold; `from_dict` reads it."""
+    return json.loads(json.dumps(asdict(config)))  # tuples become lists
 
 
 def from_dict(data: dict[str, Any]) -> Config:
-    """`Config` from checked plain data; keys that are absent keep their defaults."""
+    """Return the `Config` that checked plain data describes; keys that are absent keep their defaults."""
     made: dict[str, Any] = {}
     for name, kind in sections().items():
         values = dict(data.get(name) or {})
@@ -67,7 +66,7 @@ def from_dict(data: dict[str, Any]) -> Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Dotted key to value: `train.lr`, `teachers[0].name`, `train.betas[0]`."""
+    """Return every value by its dotted key, such as `train.lr`, `teachers[0].name` or `train.betas[0]`."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -85,14 +84,13 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as YAML; parsing it again gives an equal `Config`."""
+    """Return the settings as YAML; reading it gives an equal `Config`."""
     return dump(to_dict(config))
 
 
 def dump(data: dict[str, Any]) -> str:
-    """Plain data as YAML, numbers written so that YAML 1.1 reads numbers."""
-    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    return text
+    """Return plain data as YAML in which YAML 1.1 finds the same numbers."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -106,29 +104,29 @@ _Dumper.add_representer(float, _Dumper.represent_float)
 
 
 def config_hash(config: Config) -> str:
-    """Twelve hexadecimal digits over everything but what changes no number of a run: `logging`, `checkpoint` and
-    `model.text_cache`."""
+    """Return twelve hexadecimal digits that identify all settings except `logging`, `checkpoint` and
+    `model.text_cache`, which change no number of a run."""
     data = {key: value for key, value in to_dict(config).items() if key not in ("logging", "checkpoint")}
     del data["model"]["text_cache"]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def changed(before: Config, after: Config) -> list[str]:
-    """Dotted keys whose values differ."""
+    """Return the dotted keys whose values differ."""
     old, new = flatten(before), flatten(after)
     return [key for key in {**old, **new} if old.get(key, MISSING) != new.get(key, MISSING)]
 
 
 def may_change(keys: Sequence[str] = RESUMABLE) -> str:
-    """The settings that a resumed run may change, in words."""
+    """Return the names of the settings that a resumed run may change, as a message lists them."""
     return ", ".join(key.rstrip(".") for key in keys)
 
 
 def refuse_unsafe_changes(before: Config, after: Config, *, staged: bool = False, besides: Sequence[str] = ()) -> None:
-    """Raise unless `after` continues the run that `before` describes (see `RESUMABLE`).
+    """Raise `UserError` where a run with the settings `before` may not go on with the settings `after`.
 
-    A stage keeps its rounds as well: the next one may have begun from where they ended. `besides` are further keys
-    that may change: paths whose content is compared instead.
+    `RESUMABLE` settings may change, and those in `besides`, which are paths whose content is compared instead. A stage
+    (`staged`) keeps its rounds, because the next stage may have begun from where they ended.
     """
     free = tuple(key for key in RESUMABLE if not (staged and key == "train.rounds"))
     for key in changed(before, after):
@@ -138,7 +136,7 @@ def refuse_unsafe_changes(before: Config, after: Config, *, staged: bool = False
 
 
 def describe(hint: Any) -> str:
-    """A type in words: "a whole number or null"."""
+    """Return a type in words, such as "a whole number or null"."""
     if getattr(hint, "__origin__", None) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
@@ -153,7 +151,7 @@ def describe(hint: Any) -> str:
 
 
 def check_known(data: dict[str, Any], source: str = "") -> None:
-    """Raise for keys of nested plain data that name no setting. `source` (a file name) goes into the message."""
+    """Raise `UserError` for keys of plain data that name no setting; its message mentions `source`, a file's name."""
     where = f" in {source}" if source else ""
     kinds = {**sections(), "teachers": TeacherConfig}
     for section, values in data.items():
