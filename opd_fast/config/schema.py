@@ -1,9 +1,8 @@
 """The settings of a run: typed, strict, and complete before anything heavy is imported.
 
-A run is described by `Config`. It is read from the defaults, then a recipe or YAML file, then the command line, later
-ones winning (`opd_fast.config.command_line`). Whatever is unknown, of the wrong type (`opd_fast.config.serialize`)
-or impossible (`opd_fast.config.validate`) raises `UserError` at once. None of these imports torch, so a mistake is
-reported in well under a second.
+`Config` describes a run. The defaults fill it first, then a recipe or YAML file, then the command line
+(`opd_fast.config.command_line`). A setting that is unknown, of the wrong type (`opd_fast.config.options`) or impossible
+(`opd_fast.config.validate`) raises `UserError` at once, without an import of torch, so in well under a second.
 """
 
 # ruff: noqa: RUF009 - `option` is `dataclasses.field` with its explanation
@@ -54,13 +53,13 @@ class ModelConfig:
         "sd3, flux, qwen_image, z_image, or package.module:Class of your own; auto reads it from the pipeline", "auto"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "of the frozen weights and of every forward; auto: bfloat16 on a GPU that has it, float32 elsewhere; float16 "
-        "trains with a gradient scaler",
+        "type of the frozen weights and of every forward; auto: bfloat16 on a GPU that has it, float32 elsewhere; "
+        "float16 trains with a gradient scaler",
         "auto",
     )
     resolution: int | None = option(
-        "height and width of the images, in pixels; null: the pipeline's own, as diffusers takes it (1024 for SD3.5 "
-        "and FLUX.1, 32 for the bundled one)",
+        "height and width of the images, in pixels; null: the pipeline's own, as in diffusers (1024 for SD3.5 and "
+        "FLUX.1, 32 for the bundled pipeline)",
         None,
         least=1,
     )
@@ -78,8 +77,8 @@ class ModelConfig:
         "where the text encoders run; auto: as the model; cpu: slower, without their memory on the GPU", "auto"
     )
     guidance_convention: Literal["pipeline", "linear"] = option(
-        "what every guidance is a value of; pipeline: the argument of the model's own diffusers pipeline, with its "
-        "formula (docs/guidance.md has a table); linear: g of v = u + g (c - u), for models with a negative pass",
+        "meaning of every guidance; pipeline: the argument of the model's own diffusers pipeline, with its formula "
+        "(docs/guidance.md has a table); linear: g of v = u + g (c - u), for models with a negative pass",
         "pipeline",
     )
 
@@ -139,7 +138,7 @@ class TeacherConfig:
 
 @dataclass(kw_only=True)
 class SamplerConfig:
-    """The rollout's solver."""
+    """The solver of the rollout."""
 
     solver: Solver = option("ode, dpm1 and dpm2 are deterministic, the others add noise", "flow_sde")
     steps: int = option("solver steps in a rollout", 10, most=10_000)
@@ -160,8 +159,10 @@ class ObjectiveConfig:
     variance: Literal["exact", "published"] = option(
         "variance the KL divides by; exact: that of the step's noise; published: the released code's", "exact"
     )
-    reduction: Literal["mean", "sum"] = option("over the elements of a sample", "mean")
-    steps: Literal["sum", "mean"] = option("over the trained steps; sum: the paper's; mean: the released code's", "sum")
+    reduction: Literal["mean", "sum"] = option("how the elements of a sample are reduced", "mean")
+    steps: Literal["sum", "mean"] = option(
+        "how trained steps are reduced; sum: the paper's; mean: the released code's", "sum"
+    )
     reward_gradient: Literal["live", "detached", "return_to_go"] = option(
         "of ppo; live: pathwise gradient of the reward plus score function; detached: score function alone, whose mean "
         "is zero (a control); return_to_go: pathwise plus score function of the later steps' rewards, by a second pass",
@@ -180,7 +181,7 @@ class ObjectiveConfig:
     anchor_weight: float = option("factor on the anchor's loss (Flow-OPD's)", 0.04, positive=True)
     queries: int | None = option("trained steps drawn for each round; null: all of them; DanceOPD: 1", None)
     query_law: Literal["uniform", "beta"] = option(
-        "of the drawn steps' place between noise and image; beta: Beta(query_alpha, query_beta)", "uniform"
+        "distribution of the drawn steps between noise and image; beta: Beta(query_alpha, query_beta)", "uniform"
     )
     query_alpha: float = option("of query_law beta; above query_beta: nearer the image (DanceOPD)", 5.0, positive=True)
     query_beta: float = option("of query_law beta (DanceOPD)", 2.0, positive=True)
@@ -196,8 +197,8 @@ class TrainConfig:
     """The optimizer and the length of the run. One round is one optimizer step."""
 
     method: Method = option(
-        "opd: on-policy distillation; grpo (Flow-GRPO, GRPO-Guard), nft (DiffusionNFT): reinforcement learning, which "
-        "makes teachers: each entry of teachers is a task with its reward, its weights being base; sft: flow matching "
+        "opd: on-policy distillation; grpo (Flow-GRPO, GRPO-Guard) and nft (DiffusionNFT): reinforcement learning, "
+        "which makes teachers: an entry of teachers is a task with its reward and the weights base; sft: flow matching "
         "on images that the teachers draw, a start for opd",
         "opd",
     )
@@ -206,17 +207,17 @@ class TrainConfig:
     tasks: list[str] | None = option("names of the tasks that are trained; all are judged; null: all", None)
     tasks_per_round: int | None = option("tasks that a round takes; null: as many as are trained", None, least=1)
     task_schedule: Literal["round_robin", "weighted"] = option(
-        "how tasks come to their rounds; round_robin: in turn; weighted: at random in proportion to teachers[].share, "
-        "so that one may come several times in a round and weighs by how often it comes",
+        "order of the tasks; round_robin: in turn; weighted: at random in proportion to teachers[].share, so that a "
+        "task may come several times in a round and weighs as often",
         "round_robin",
     )
     micro_batch: int | None = option("samples in one student forward; null: all of the round", None, least=1)
     lr: float = option("peak learning rate of AdamW", 1e-3, positive=True)
-    schedule: Literal["constant", "cosine", "linear"] = option("of the learning rate after the warm-up", "constant")
+    schedule: Literal["constant", "cosine", "linear"] = option("learning rate after the warm-up", "constant")
     warmup: int = option("rounds over which the learning rate rises from 0", 0, least=0)
-    weight_decay: float = option("of AdamW", 1e-4, least=0)
-    betas: tuple[float, float] = option("of AdamW", (0.9, 0.999))
-    eps: float = option("of AdamW", 1e-8, positive=True)
+    weight_decay: float = option("weight decay of AdamW", 1e-4, least=0)
+    betas: tuple[float, float] = option("betas of AdamW", (0.9, 0.999))
+    eps: float = option("epsilon of AdamW", 1e-8, positive=True)
     clip: float = option("largest gradient norm", 1.0, positive=True)
     skip_limit: int = option(
         "rounds in a row without a finite loss or gradient before the run stops; each is left out", 3, least=1
@@ -224,7 +225,7 @@ class TrainConfig:
     ema: float = option(
         "decay of the average of the weights that is evaluated and exported; 0 follows the weights", 0.9, least=0
     )
-    seed: int = option("of prompts, noise and adapters; --seed is short for it", 0, least=0, most=2**63 - 1)
+    seed: int = option("seed of prompts, noise and adapters; --seed is short for it", 0, least=0, most=2**63 - 1)
 
 
 @dataclass(kw_only=True)
@@ -316,17 +317,16 @@ class EvaluationConfig:
         positive=True,
     )
     reward_failure: Literal["stop", "continue"] = option(
-        "what a run does whose reward gives a task no value at all when the base is judged, before training; stop: it "
-        "ends with an error; continue: it trains, and the reward's values are missing",
+        "when a reward gives a task no value at all for the base, before training; stop: the run ends with an error; "
+        "continue: it trains, and the reward's values are missing",
         "stop",
     )
     vae_tiling: bool = option("decode in overlapping tiles: less memory at high resolutions, faint seams", False)
 
     def images(self, held_out: int) -> int:
-        """How many images an evaluation draws of a task that has `held_out` prompts in its file."""
-        if self.images_per_prompt is None:
-            return self.prompts
-        return min(self.prompts, held_out) * self.images_per_prompt
+        """Return how many images an evaluation draws of a task that has `held_out` prompts in its file."""
+        each = self.images_per_prompt
+        return self.prompts if each is None else min(self.prompts, held_out) * each
 
 
 @dataclass(kw_only=True)
@@ -340,8 +340,8 @@ class ParallelConfig:
     )
     shard_size: int | None = option("devices of an hsdp group; null: those of one machine", None, least=1)
     reshard: Literal["round", "block"] = option(
-        "how long sharded weights stay gathered; round: as long as they stand still, gathered once; block: only while "
-        "their block computes, gathered twice a step, where there is no room for all",
+        "how long sharded weights stay gathered; round: until they change, gathered once; block: only while their "
+        "block computes, gathered twice a step, where there is no room for all",
         "round",
     )
     offload_teachers: bool = option("keep merged teachers in CPU memory, on the GPU only while asked", False)
@@ -350,7 +350,7 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class EngineConfig:
-    """How the same numbers are reached faster."""
+    """Techniques that reach the same numbers faster."""
 
     placement: Literal["merged", "shared"] = option(
         "merged: each teacher is a merged copy of the transformer; shared: teachers are adapters on one base", "merged"
@@ -384,7 +384,7 @@ class EngineConfig:
 
 @dataclass(kw_only=True)
 class LoggingConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """Loggers besides metrics.jsonl."""
 
     tensorboard: bool = option("write TensorBoard events to RUN_DIR/tensorboard", True)
     wandb: bool = option("log to Weights & Biases (offline or online as its own settings say)", False)
@@ -410,6 +410,6 @@ class Config:
 
     @property
     def trained(self) -> list[int]:
-        """The tasks that are trained, as places in `teachers`."""
+        """The indices in `teachers` of the tasks that are trained."""
         chosen = self.train.tasks
         return [i for i, teacher in enumerate(self.teachers) if chosen is None or teacher.name in chosen]
