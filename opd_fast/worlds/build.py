@@ -15,6 +15,7 @@ Each stage leaves its result in the output folder, so that a later one can be ru
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opd_fast.config.paths import ASSETS
 from opd_fast.files import open_to_umask
+from opd_fast.training.ema import WeightAverage
 from opd_fast.worlds import shapes
-from opd_fast.worlds.flow_matching import Average, flow_matching, log
+from opd_fast.worlds.flow_matching import flow_matching, log
 from opd_fast.worlds.networks import TextToVelocity, make_text_encoder, make_tokenizer, make_transformer, make_vae
 from opd_fast.worlds.pools import Pool, batches, encode_pool, render_pool, write_prompts
 
@@ -91,11 +93,10 @@ def make_pools(recipe: Recipe, out: Path, *, ideal_scenes: float) -> dict[str, P
         total = int(recipe.pool * share)
         ideal = 0 if task == "colour" else int(total * ideal_scenes)
         counts = {False: total - ideal, True: ideal}
-        parts = [encode_pool(vae, task, n, recipe.seed + 1, ideal=kind) for kind, n in counts.items() if n]
+        parts = (encode_pool(vae, task, n, recipe.seed + 1, ideal=kind) for kind, n in counts.items() if n)
+        latents, texts = zip(*parts, strict=True)
         captions = [prompt.text for prompt in shapes.prompts(task, "train")]
-        pools[task] = Pool(
-            torch.cat([latents for latents, _ in parts]), [t for _, texts in parts for t in texts], captions
-        )
+        pools[task] = Pool(torch.cat(latents), list(itertools.chain(*texts)), captions)
     return pools
 
 
@@ -110,19 +111,23 @@ def train_generator(recipe: Recipe, out: Path, work: Path, *, stage: str) -> Non
     else:
         decay, steps, lr, ideal, swapped = 0.99, recipe.base_steps, 6e-4, 0.0, recipe.swapped_captions
         model.load_state_dict(torch.load(work / "generalist.pt", weights_only=True))
-    average = Average(model, decay)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    average = WeightAverage(parameters)
     pools = make_pools(recipe, out, ideal_scenes=ideal)
     data = batches(pools, SHARES, tokenizer, recipe.batch, swapped=swapped)
 
+    def averaged() -> dict[str, Tensor]:
+        return model.state_dict() | dict(zip(names, average.values, strict=True))
+
     def on_step(step: int) -> None:
-        average.update(step)
+        average.update(step, decay)
         if (step + 1) % 500 == 0:
-            torch.save(average.shadow, work / f"{stage}.pt")
+            torch.save(averaged(), work / f"{stage}.pt")
 
     flow_matching(model, data, steps=steps, lr=lr, name=stage, on_step=on_step)
-    torch.save(average.shadow, work / f"{stage}.pt")
+    torch.save(averaged(), work / f"{stage}.pt")
     if stage == "base":
-        model.load_state_dict(average.shadow)
+        model.load_state_dict(averaged())
         save_pipeline(model, tokenizer, out)
 
 

@@ -79,18 +79,3 @@ def plain_attention(
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     weights = scores.softmax(-1).to(v.dtype)
     return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
-
-
-class Average:
-    """An exponential moving average of the trained parameters, whose decay warms up; `shadow` is a whole state dict."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module, self.decay = module, decay
-        self.shadow = {k: v.detach().clone() for k, v in module.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                self.shadow[name].lerp_(parameter, 1 - decay)

@@ -90,8 +90,7 @@ class MethodSpec:
 
 def method_spec(config: Config) -> MethodSpec:
     """The spec of `train.method`."""
-    spec: MethodSpec = pkgutil.resolve_name(METHODS[config.train.method])
-    return spec
+    return pkgutil.resolve_name(METHODS[config.train.method])
 
 
 # --- which settings are read ------------------------------------------------------------------------------------------
