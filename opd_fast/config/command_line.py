@@ -1,7 +1,5 @@
 """The command line of a training run: recipe, overrides, run directory.
 
-    python -m opd_fast.train [RECIPE_OR_YAML] [--section.key VALUE ...] [--run-dir DIR] [--resume RUN_DIR] [--dry-run]
-
 `parse` returns the checked settings; `opd_fast.config.run_dir` looks at the disk. Neither imports torch.
 """
 
@@ -151,19 +149,14 @@ def _beneath(given: Sequence[Given], recipe: str | None, door: SimpleNamespace) 
         return _recipe_file(recipe or "bundled"), recipe or "bundled"
     check_text("model.path", path)
     if not door.teachers:
-        raise UserError(
-            "model.path",
-            f"{path} is given without teachers, and those of the bundled recipe fit the bundled pipeline alone",
-            "name them with --teachers '[{name: N, weights: W, prompts: P}]', or in a YAML file",
-        )
+        why = f"{path} is given without teachers, and those of the bundled recipe fit the bundled pipeline alone"
+        remedy = "name them with --teachers '[{name: N, weights: W, prompts: P}]', or in a YAML file"
+        raise UserError("model.path", why, remedy)
     return None, "the command line"
 
 
 def _read_stages(given: Sequence[Given], path: Path | None, source: str) -> list[Stage]:
-    """The stages of a YAML file, `given` laid over each of them; one without name where it has none, or for no file.
-
-    A field of a single teacher is set in every stage that has the teacher.
-    """
+    """Return the stages of a YAML file, one without name where it has none, or for no file; `given` lies over each."""
     data = in_todays_settings(read_yaml(path)) if path is not None else {}
     stages, names = [], []
     for name, base in split(data, source):

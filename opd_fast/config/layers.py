@@ -48,12 +48,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def overlay(base: dict[str, Any], given: Sequence[Given], where: str = "") -> tuple[Config, list[str]]:
-    """The defaults, then `base`, then `given`.
+    """Lay `base`, a YAML file's content with known keys, over the defaults, and `given` over both.
 
-    Args:
-        base: the content of a YAML file; its keys are known.
-        given: options of settings and teachers.
-        where: what follows the problem in errors about `base`, such as " in FILE".
+    `where` follows the problem in errors about `base`, such as " in FILE".
 
     Returns:
         The settings, and the teachers' names before `given` changed fields of single ones.
@@ -65,19 +62,17 @@ def overlay(base: dict[str, Any], given: Sequence[Given], where: str = "") -> tu
     data: dict[str, dict[str, Any]] = {section: {} for section in sections()}
     for option in setting_options():
         section, name = option.name.split(".")
-        value = option.default
         if name in base.get(section, {}):
             value = _as_word(option, base[section][name])
-            if value is not None or option.name not in replaced:
-                value = typed(option, value, option.name, where)
-        data[section][name] = value
+            is_missing = value is None and option.name in replaced
+            data[section][name] = None if is_missing else typed(option, value, option.name, where)
     teachers = base.get("teachers") or []
     for one in given:
         if one.key == "teachers":
             teachers = one.value(teachers)
         elif "." in one.option.name:
             section, name = one.option.name.split(".")
-            data[section][name] = one.value(data[section][name])
+            data[section][name] = one.value(data[section].get(name, one.option.default))
     if "teachers" in replaced:
         check_known({"teachers": teachers})
         where = ""  # a mistake in them is the command line's
@@ -117,9 +112,5 @@ def _as_word(option: Option, value: Any) -> Any:
 
 
 def _typed_teacher(index: int, teacher: dict[str, Any], where: str) -> dict[str, Any]:
-    return {
-        field.name: typed(field, teacher[field.name], f"teachers[{index}].{field.name}", where)
-        if field.name in teacher
-        else field.default
-        for field in _FIELDS
-    }
+    given = [field for field in _FIELDS if field.name in teacher]
+    return {f.name: typed(f, teacher[f.name], f"teachers[{index}].{f.name}", where) for f in given}

@@ -73,11 +73,7 @@ class Given:
         return f"{self.owner}.{self.element}.{self.option.name}" if self.owner else self.option.name
 
     def value(self, before: Any = None) -> Any:
-        """The typed value: the text is read as YAML where the type is not text, and an appended one added to `before`.
-
-        Raises:
-            UserError: as `typed`.
-        """
+        """Return the typed value, read as YAML unless its type is text; an appended one is added to `before`."""
 
         def parse(parser: Any) -> Any:
             parser.set_defaults(value=before if self.appended else None)
@@ -87,12 +83,9 @@ class Given:
 
 
 def read(argv: Sequence[str], options: Sequence[Option], door: str) -> tuple[list[str], list[Given]]:
-    """The words of a command line that belong to no option, and the options given, in order.
+    """Return the words of a command line that belong to no option, and the options given, in order.
 
-    Args:
-        argv: the words behind the command, without `--help`.
-        options: those of the door.
-        door: how the command is started, for the remedy.
+    `argv` has the words behind the command, without `--help`; `door` is how the command is started, for the remedy.
 
     Raises:
         UserError: an option that is unknown, lacks its value, has one that it does not take, or no list to add to.
@@ -163,13 +156,9 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def typed(option: Option, value: Any, key: str, where: str) -> Any:
-    """A value of plain data as the option's type has it.
+    """Return a value of plain data as the option's type has it.
 
-    Args:
-        option: whose type it is.
-        value: the value.
-        key: what the value is called in errors.
-        where: what follows the problem in errors, such as " in FILE".
+    An error calls it `key`, and `where` follows the problem, such as " in FILE".
 
     Raises:
         UserError: the value is of another type, or null where the option has no null.
@@ -254,9 +243,8 @@ def print_help(
     """Where `argv` asks for help, print the page and leave with status 0.
 
     Args:
-        argv: the words behind the command.
-        door: how the command is started.
-        description: what it does.
+        argv, door: as for `read`.
+        description: what the command does.
         words: (name, how many as `nargs` of argparse, help) of what belongs to no option; None: there is nothing.
         options: all of them.
         groups: section name to title of the options `SECTION.KEY`.

@@ -30,8 +30,7 @@ def newest_round(directory: Path) -> int | None:
 def make_run_dir(run_dir: Path, *, resume: bool) -> None:
     """Make the directory where it does not exist.
 
-    Raises:
-        UserError: it cannot be made, or it holds the checkpoints of a run that is not resumed.
+    Raises `UserError` where it cannot be made, or holds the checkpoints of a run that is not resumed.
     """
     if not resume and newest_round(run_dir / "checkpoints") is not None:
         raise UserError(KEY, f"{run_dir} holds the checkpoints of a run", "give another folder, or resume that run")
@@ -40,11 +39,7 @@ def make_run_dir(run_dir: Path, *, resume: bool) -> None:
 
 
 def write_settings(run_dir: Path, config: Config) -> None:
-    """Leave the settings that a run goes on with in config.yaml, where `--resume` reads them.
-
-    Raises:
-        UserError: the directory cannot be written.
-    """
+    """Write a run's settings into config.yaml, where `--resume` reads them; raise `UserError` where that fails."""
     path, text = run_dir / "config.yaml", to_yaml(config)
     with _writing(run_dir, KEY):
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -80,8 +75,7 @@ def check_run_dir(command: Command) -> None:
 def prepare_run_dir(command: Command, hold: ExitStack | None = None) -> Path:
     """Make the run directory, write config.yaml into it and return it; keep it `locked` for as long as `hold` is open.
 
-    Raises:
-        UserError: as `check_run_dir`, or another run is in it.
+    Raises `UserError` as `check_run_dir`, or where another run is in it.
     """
     check_run_dir(command)
     with _writing(command.run_dir, _key(command)):
@@ -98,13 +92,10 @@ def _key(command: Command) -> str:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keep `run_dir` for this process until the block, or the process, ends.
+    """Keep `run_dir` for this process until the block, or the process, ends; raise `UserError` if another one has it.
 
     A launcher that is killed may leave its processes training: a resumed run must not write between them. Where the
-    file system knows no locks the block runs without one.
-
-    Raises:
-        UserError: a living process has it.
+    file system knows no locks, the block runs without one.
     """
     import fcntl
 
