@@ -50,7 +50,7 @@ class Command:
     """A parsed command line.
 
     Attributes:
-        config: the checked settings; of a run in stages, the first's.
+        config: the checked settings; of a run in stages, those of the first.
         stages: of a run that has them.
         run_dir: where the run writes; not made yet.
         resume: whether `run_dir` holds a run that goes on.
@@ -82,7 +82,7 @@ class Command:
 
 
 def recipes() -> dict[str, Path]:
-    """Recipe name to its YAML file."""
+    """Return the YAML file of every recipe, by name."""
     return {path.stem: path for path in sorted(package_file("recipes").glob("*.yaml"))}
 
 
@@ -126,10 +126,7 @@ def parse(argv: list[str]) -> Command:
 
 
 def _new_run_dir(door: SimpleNamespace, recipe: str) -> tuple[Path, bool]:
-    """(run directory, whether it holds a run that goes on).
-
-    After a failure torchrun starts the same command again: it goes on with what the first start began.
-    """
+    """Return the run directory, and whether it holds a run that goes on: torchrun repeats a command that failed."""
     if door.run_dir is None and not door.dry_run and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise UserError("--run-dir", "not given while torchrun may restart the run", "name one for it to find")
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -139,10 +136,10 @@ def _new_run_dir(door: SimpleNamespace, recipe: str) -> tuple[Path, bool]:
 
 
 def _beneath(given: Sequence[Given], recipe: str | None, door: SimpleNamespace) -> tuple[Path | None, str]:
-    """(YAML file that the command line is laid over, its name); no file: the defaults alone.
+    """Return the YAML file beneath the command line, None for the defaults alone, and its name in errors.
 
-    Where no recipe is named, the bundled one serves the bundled model: its teachers, resolution and learning rate are
-    that model's own, and another model has its teachers from the command line.
+    Without a recipe, the bundled one serves the bundled model, whose teachers, resolution and learning rate it has;
+    another model has its teachers from the command line.
     """
     path = next((one.text for one in reversed(given) if one.key == "model.path"), "bundled")
     if recipe is not None or path == "bundled":
@@ -170,7 +167,7 @@ def _read_stages(given: Sequence[Given], path: Path | None, source: str) -> list
 
 
 def _checked(stages: list[Stage]) -> list[Stage]:
-    """The same, their settings validated."""
+    """Return `stages` once their settings are validated."""
     for stage in stages:
         try:
             validate(stage.config)

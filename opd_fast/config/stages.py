@@ -1,7 +1,6 @@
 """Runs in stages: one student that goes from one set of settings to the next, as a cascade of tasks does.
 
-A YAML file with a list `stages` describes them: each has a `name` and the sections in which it differs from the rest
-of the file. Nothing here imports torch.
+A YAML file with a list `stages` describes them: each has a `name`, and the sections in which it differs from the file.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 from opd_fast.config import Config, EvaluationConfig, TeacherConfig
 from opd_fast.config.methods.spec import method_spec
+from opd_fast.config.paths import held_out
 from opd_fast.config.serialize import config_hash, dump, to_dict
 from opd_fast.errors import UserError
 
@@ -31,10 +31,7 @@ class Stage:
 
 
 def split(data: dict[str, Any], source: str) -> list[tuple[str, dict[str, Any]]]:
-    """The stages in the content of a YAML file.
-
-    Returns:
-        (name, settings) of each; a file without `stages` gives a single one, whose name is empty.
+    """Return (name, settings) of each stage in a YAML file's content; without `stages` there is one with an empty name.
 
     Raises:
         UserError: `stages` is not a list of mappings, or a name is missing, used twice, or cannot name a folder.
@@ -108,9 +105,7 @@ def _check_one_table(stages: Sequence[Stage]) -> None:
 
 
 def _held_out(task: TeacherConfig) -> Path | str:
-    """The file of a task's held-out prompts, or the setting that names it where there is no such file."""
-    from opd_fast.config.paths import held_out
-
+    """Return the file of a task's held-out prompts, or the setting that names it where there is no such file."""
     with contextlib.suppress(ValueError):
         if (file := held_out(task.prompts, task.eval_prompts)) is not None:
             return file.resolve()
@@ -118,10 +113,10 @@ def _held_out(task: TeacherConfig) -> Path | str:
 
 
 def stages_to_yaml(stages: Sequence[Stage]) -> str:
-    """The stages as YAML, each with all of its settings; `split` reads it again."""
+    """Return the stages as YAML, each with all of its settings; `split` reads it."""
     return dump({"stages": [{"name": stage.name, **to_dict(stage.config)} for stage in stages]})
 
 
 def stages_hash(stages: Sequence[Stage]) -> str:
-    """Twelve hexadecimal digits that identify the settings of all stages, as those of `config_hash` identify one."""
+    """Return twelve hexadecimal digits that identify the settings of all stages, as `config_hash` does for one."""
     return hashlib.sha256(" ".join(config_hash(stage.config) for stage in stages).encode()).hexdigest()[:12]

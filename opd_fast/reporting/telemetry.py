@@ -63,7 +63,8 @@ class Telemetry:
             self._tensorboard = self._opened.enter_context(events)
         self._metrics = self._opened.enter_context(path.open("a", encoding="utf-8"))
         if sys.stderr.isatty():
-            self._screen = self._opened.enter_context(_Bar(self.rounds, self.start_round))
+            self._screen = _Bar(self.rounds, self.start_round)
+            self._opened.enter_context(self._screen.progress)
         self._start = time.monotonic()
         return self
 
@@ -126,13 +127,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class _Bar:
-    """A live bar on a terminal, while its `with` block runs."""
+    """A live bar on a terminal, while the context of its `progress` is open."""
 
     def __init__(self, rounds: int, start: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._progress = Progress(
+        self.progress = Progress(
             TextColumn("[bold]round"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
@@ -142,20 +143,13 @@ class _Bar:
             console=Console(stderr=True),
             refresh_per_second=4,
         )
-        self._task = self._progress.add_task("train", total=rounds, completed=start, status="")
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._progress.stop()
+        self._task = self.progress.add_task("train", total=rounds, completed=start, status="")
 
     def round(self, index: int, metrics: dict[str, float]) -> None:
-        self._progress.update(self._task, completed=index + 1, status=_status(metrics))
+        self.progress.update(self._task, completed=index + 1, status=_status(metrics))
 
     def message(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
+        self.progress.console.print(text, markup=False, highlight=False)
 
 
 class _Lines:
@@ -195,8 +189,8 @@ def _clock(seconds: float) -> str:
 def _start_wandb(run_dir: Path) -> Any:
     """Return the run at Weights & Biases that belongs to this directory.
 
-    Its identity lies in `wandb.id`, so that a resumed run goes on there, while another run of the same name, as the
-    stages of two cascades have, is a run of its own.
+    `wandb.id` keeps its identity: a resumed run goes on there, and runs of one name, such as the stages of two
+    cascades, are runs of their own.
     """
     try:
         import wandb
