@@ -15,7 +15,7 @@ from opd_fast.errors import UserError, did_you_mean, one_line
 
 
 def setting_options() -> list[Option]:
-    """One option for each setting outside `teachers`."""
+    """Return an option for each setting outside `teachers`."""
     return [Option(key, *leaf) for key, leaf in leaves().items()]
 
 
@@ -33,7 +33,7 @@ TEACHERS = Option(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds; an empty one where it holds nothing."""
+    """Return the mapping that a YAML file holds; an empty one where it holds nothing."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -63,7 +63,9 @@ def overlay(base: dict[str, Any], given: Sequence[Given], where: str = "") -> tu
     for option in setting_options():
         section, name = option.name.split(".")
         if name in base.get(section, {}):
-            value = _as_word(option, base[section][name])
+            value = base[section][name]
+            if isinstance(value, bool) and (option.hint is str or "off" in get_args(option.hint)):
+                value = "on" if value else "off"  # words that YAML 1.1 reads as booleans
             is_missing = value is None and option.name in replaced
             data[section][name] = None if is_missing else typed(option, value, option.name, where)
     teachers = base.get("teachers") or []
@@ -88,14 +90,14 @@ def overlay(base: dict[str, Any], given: Sequence[Given], where: str = "") -> tu
 
 
 def find_element(names: Sequence[str], element: str) -> int | None:
-    """The place of the element with this name, or else with this number; None where there is no such element."""
+    """Return the index of the element with this name, or else with this number; None where there is none."""
     if element in names:
         return names.index(element)
     return int(element) if element.isdecimal() and int(element) < len(names) else None
 
 
 def refuse_unknown_elements(given: Sequence[Given], stages: Sequence[Sequence[str]]) -> None:
-    """Raise UserError for a teacher that no stage has, by name or number; `stages` are the names in each."""
+    """Raise `UserError` for a teacher that no stage has, by name or number; `stages` has the names in each."""
     for one in given:
         if one.owner and all(find_element(names, one.element) is None for names in stages):
             known = list(dict.fromkeys(name for names in stages for name in names))
@@ -103,12 +105,6 @@ def refuse_unknown_elements(given: Sequence[Given], stages: Sequence[Sequence[st
             if known and one.element.isdecimal():
                 remedy = f"give a number up to {max(map(len, stages)) - 1}, or a name: {', '.join(known)}"
             raise UserError(f"{one.owner}.{one.element}", "unknown teacher", remedy)
-
-
-def _as_word(option: Option, value: Any) -> Any:
-    """`off` and `on`, which YAML 1.1 reads as booleans, where a setting takes them as words."""
-    is_word = option.hint is str or "off" in get_args(option.hint)
-    return ("on" if value else "off") if isinstance(value, bool) and is_word else value
 
 
 def _typed_teacher(index: int, teacher: dict[str, Any], where: str) -> dict[str, Any]:

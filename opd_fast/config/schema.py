@@ -58,15 +58,10 @@ class ModelConfig:
         "auto",
     )
     resolution: int | None = option(
-        "height and width of the images, in pixels; null: the pipeline's own, as in diffusers (1024 for SD3.5 and "
-        "FLUX.1, 32 for the bundled pipeline)",
-        None,
-        least=1,
+        "height and width in pixels; null: the pipeline's own (SD3.5 and FLUX.1: 1024, bundled: 32)", None, least=1
     )
     max_sequence_length: int | None = option(
-        "tokens of a prompt in the long text encoder; SD3: 0 leaves T5 out, null: 128; elsewhere null: the pipeline's",
-        None,
-        least=0,
+        "tokens in the long text encoder; SD3: 0 leaves T5 out; null: the pipeline's, SD3: 128", None, least=0
     )
     text_cache: str = option(
         "folder that keeps the prompts' embeddings from run to run; off: none; auto: opd_fast/text in the user's cache "
@@ -125,9 +120,7 @@ class TeacherConfig:
     weight: float = option("factor on this task's loss", 1.0)
     share: float = option("how often the weighted schedule takes this task, relative to the other tasks", 1.0)
     eval_prompts: str | None = option(
-        "held-out prompts that the reward needs; null: the test split in the folder of the training prompts, or those "
-        "of bundled/NAME",
-        None,
+        "held-out prompts for the reward; null: the test split beside the training prompts, if there is one", None
     )
     reward: str | None = option(
         "reward that judges this task in evaluations: composition, text, colour or package.module:function; under grpo "
@@ -174,9 +167,7 @@ class ObjectiveConfig:
     kl_scale: float = option("of ppo: factor on the KL before the clamp", 1.0, positive=True)
     clamp: float | None = option("of ppo: largest reward of a step; Flow-OPD: 5; null: none", None, positive=True)
     anchor: str | None = option(
-        "frozen weights that the student is held to by the same loss, in any form a teacher can have; base: the base; "
-        "null: none",
-        None,
+        "frozen weights that the same loss holds the student to, of a teacher's form or base; null: none", None
     )
     anchor_weight: float = option("factor on the anchor's loss (Flow-OPD's)", 0.04, positive=True)
     queries: int | None = option("trained steps drawn for each round; null: all of them; DanceOPD: 1", None)
@@ -238,7 +229,7 @@ class RLConfig:
         "optimizer steps, that is rounds, on the images of a rollout; nft publishes 1 or 2", 2, least=1
     )
     std: Literal["global", "group"] = option(
-        "standard deviation that an advantage is divided by: of all rewards of the task in a rollout, or of the group",
+        "standard deviation that divides advantages; global: of a task's rewards in a rollout; group: of a group's",
         "global",
     )
     statistics: Literal["task", "all"] = option(
@@ -246,9 +237,7 @@ class RLConfig:
     )
     advantage_clip: float = option("largest size of an advantage", 5.0, positive=True)
     kl: float | None = option(
-        "factor on the KL to the base; 0: none; null: 0.04 under grpo, 1e-4 under nft (of the velocities)",
-        None,
-        least=0,
+        "factor on the KL to the base; null: 0.04 under grpo, 1e-4 under nft (of the velocities)", None, least=0
     )
     guard: bool = option("grpo: GRPO-Guard's normalised ratio and step weights; solver flow_sde", False)
     clip: float | None = option("grpo: range of the ratio around 1; null: 1e-4, with guard 2e-6", None, positive=True)
@@ -267,8 +256,7 @@ class RLConfig:
         "nft: distance of the implied policies from the old one; published: 1 or 0.1", 1.0, positive=True
     )
     timestep_fraction: float = option(
-        "nft: share of the sampler's noise levels that an image is trained at, drawn for each; published: all but one",
-        0.99,
+        "nft: share of the noise levels that an image is trained at, drawn for each; published: all but one", 0.99
     )
     decay: Literal["early", "late"] = option(
         "nft: how the old policy follows; early: min(0.001 k, 0.5) after k updates; late: at once for 75 updates, then "
@@ -312,9 +300,7 @@ class EvaluationConfig:
     guidance: float | None = option("guidance of base and student when judged; null: student.guidance", None, least=0)
     batch: int = option("images drawn at once", 64, least=1)
     reward_timeout: float | None = option(
-        "seconds that a reward may take for a batch; one that fails or takes longer is passed over; null: any",
-        300.0,
-        positive=True,
+        "seconds for a batch; a reward that takes longer or fails is passed over; null: any", 300.0, positive=True
     )
     reward_failure: Literal["stop", "continue"] = option(
         "when a reward gives a task no value at all for the base, before training; stop: the run ends with an error; "
@@ -363,10 +349,7 @@ class EngineConfig:
         "implementation of attention; auto: the fastest of a short measurement at the start", "auto"
     )
     recompute: int | None = option(
-        "blocks of the student whose activations are computed again in the backward; null: on a GPU as few as make a "
-        "round fit, else none",
-        None,
-        least=0,
+        "student blocks that recompute activations in the backward; null: as few as a GPU needs, else 0", None, least=0
     )
     compile: Literal["auto", "on", "off"] = option("torch.compile of the blocks; auto: on a GPU", "auto")
     graphs: Literal["auto", "on", "off"] = option(
