@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opd_fast.config.methods.spec import MethodSpec, RoundSize, check_replicated, check_updates, refuse_set
+from opd_fast.config.methods.spec import MethodSpec, RoundSize, check_updates, refuse_set
 from opd_fast.config.schema import Config
 from opd_fast.errors import UserError
 
@@ -21,7 +21,7 @@ class ReinforcementSpec(MethodSpec):
         rl, method = config.rl, self.name
         if rl.std == "group":
             refuse_set(config, ["rl.statistics"], "is not read under rl.std group")
-        check_replicated(config)
+        super().check(config)
         samples, images = config.train.samples_per_task, rl.images_per_prompt
         if samples % images:
             why = f"{samples} is not a multiple of rl.images_per_prompt = {images}"
@@ -29,8 +29,9 @@ class ReinforcementSpec(MethodSpec):
         check_updates(config, "rl.updates", rl.updates)
         for i, task in enumerate(config.teachers):
             if task.weights != "base":
-                why = f"{task.weights} teaches nothing under {method}"
-                raise UserError(f"teachers[{i}].weights", why, "write base")
+                raise UserError(
+                    f"teachers[{i}].weights", f"{task.weights} teaches nothing under {method}", "write base"
+                )
             if task.reward is None:
                 raise UserError(f"teachers[{i}].reward", f"is missing, which {method} learns from", "name a reward")
         if config.student.start == "merged":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opd_fast.config.methods.spec import MethodSpec, RoundSize, check_replicated, check_updates
+from opd_fast.config.methods.spec import MethodSpec, RoundSize, check_updates
 from opd_fast.config.schema import Config
 from opd_fast.errors import UserError
 
@@ -16,7 +16,7 @@ class FinetuningSpec(MethodSpec):
 
     def check(self, config: Config) -> None:
         sft = config.sft
-        check_replicated(config)
+        super().check(config)
         check_updates(config, "sft.updates", sft.updates)
         for i in config.trained:
             if config.teachers[i].reward is None and sft.images_per_prompt > 1:

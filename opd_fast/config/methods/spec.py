@@ -16,16 +16,16 @@ from opd_fast.errors import UserError
 
 @dataclass(frozen=True)
 class RoundSize:
-    """What the transformer rows of a round follow from."""
+    """The numbers that decide a round's transformer rows."""
 
     rows: int
-    """Of one step of all of the student's samples: those of a round, or of the rollout that serves several."""
+    """The rows of one step of all of the student's samples: those of a round, or of a rollout that serves several."""
     teacher_rows: float
-    """Of one step of all of the teachers' samples, on average over rounds."""
+    """The rows of one step of all of the teachers' samples, on average over rounds."""
     steps: int
-    """At which a sample is learnt from."""
+    """The steps at which a sample is learnt from."""
     queried_steps: float
-    """Those of them that a round has a loss at, on average."""
+    """The steps among them at which a round has a loss, on average."""
 
 
 class MethodSpec:
@@ -54,6 +54,10 @@ class MethodSpec:
 
     def check(self, config: Config) -> None:
         """Raise `UserError` for values that the method cannot work with; settings it does not read are at default."""
+        strategy = config.parallel.strategy
+        if not self.shards and strategy not in ("auto", "single", "ddp"):
+            why = f"{strategy} under {self.name}, which shards no weights"
+            raise UserError("parallel.strategy", why, "give auto or ddp")
 
     def learns_from_rewards(self, config: Config) -> bool:
         """Whether a reward decides what is learnt from the training prompts."""
@@ -122,17 +126,6 @@ def refuse_set(config: Config, keys: list[str], problem: str, remedy: str = "lea
         default: Any = (known[key] if key in known else of_teacher[key.rpartition(".")[2]])[1]
         if flat[key] != default:
             raise UserError(key, problem, remedy)
-
-
-# --- checks that methods share ----------------------------------------------------------------------------------------
-
-
-def check_replicated(config: Config) -> None:
-    """Raise `UserError` for a strategy that shards weights."""
-    strategy = config.parallel.strategy
-    if strategy not in ("auto", "single", "ddp"):
-        why = f"{strategy} under {config.train.method}, which shards no weights"
-        raise UserError("parallel.strategy", why, "give auto or ddp")
 
 
 def check_updates(config: Config, key: str, updates: int) -> None:
