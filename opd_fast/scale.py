@@ -123,11 +123,11 @@ def _show(rows: Iterable[tuple[str, ...]], given: SimpleNamespace) -> None:
     console.print(table)
     console.print(
         f"{given.samples} samples a device and round, reshard {given.reshard}; {given.rate:g} TFLOP/s x "
-        f"{given.share:g}; fits: into {given.gpu_memory:g} GiB less {RESERVE:.0%}; GB and s of a rank and round",
+        f"{given.share:g}; fits: into {given.gpu_memory:g} GiB less {RESERVE:.0%}; GB and s of a rank and round"
     )
     console.print(
         f"nodes of {given.ranks_per_node}; {given.intra_bandwidth:g} GB/s and {given.intra_latency:g} us within, "
-        f"{given.inter_bandwidth:g} GB/s and {given.inter_latency:g} us between, x {given.link_share:g}",
+        f"{given.inter_bandwidth:g} GB/s and {given.inter_latency:g} us between, x {given.link_share:g}"
     )
 
 
