@@ -81,7 +81,7 @@ class RunState:
             "teachers": self._frozen_hashes(),
             "settings": to_dict(self.config),
             "sources": self.sources,
-            "attention": list(self.setup.engaged.backends),
+            "attention": list(self.setup.active.backends),
         }
         write = student_writer(self.setup.student)
         self.checkpoints.save(

@@ -55,7 +55,7 @@ class Setup:
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
     world: World
-    engaged: ActiveTechniques
+    active: ActiveTechniques
     """The engine's techniques that are at work."""
     anchor: TeacherBank | None
     """A bank with the one model that the objective holds the student to."""
@@ -100,7 +100,7 @@ def prepare(
     loss_check = (
         Float8LossCheck.before(config, model, student, teachers, table, text, prompts) if not world.sharded else None
     )
-    engaged = apply_techniques(
+    active = apply_techniques(
         config.engine,
         model,
         student,
@@ -111,7 +111,7 @@ def prepare(
         world=world,
         say=log,
     )
-    if engaged.fp8:
+    if active.fp8:
         log(loss_check.after() if loss_check is not None else "precision: fp8, its change of the losses not measured")
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
     teachers.distribute(world)
@@ -136,7 +136,7 @@ def prepare(
         tasks=tasks,
         text=text,
         world=world,
-        engaged=engaged,
+        active=active,
         anchor=anchor,
     )
 

@@ -106,7 +106,7 @@ class OPD:
             micro_batch=config.train.micro_batch,
             surrogate=self.surrogate,
             anchor=self.anchor,
-            graphs=setup.engaged.graphs,
+            graphs=setup.active.graphs,
         )
         setup.student.average_gradients()
         losses = output.losses / (scaler.get_scale() * setup.world.size)
