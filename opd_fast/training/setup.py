@@ -114,7 +114,9 @@ def prepare(
     if active.fp8:
         log(loss_check.after() if loss_check is not None else "precision: fp8, its change of the losses not measured")
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
-    teachers.distribute(world)
+    for bank in (teachers, anchor):
+        if bank is not None:
+            bank.distribute(world)
     shape = model.latent_shape(model.resolution(config.model.resolution))
     sigma = table.sigmas[0].float().to(resolved.device)
     probe = philox_normal(noise_keys(config.train.seed, samples=1).to(resolved.device), shape, INITIAL_NOISE)
