@@ -109,7 +109,7 @@ def apply_techniques(
     if settings.group_teachers and not world.sharded:
         active.grouped_teachers = teachers.group()
     if settings.cache_modulation and not world.sharded:
-        active.modulation = student.remember_modulation() + sum(bank.remember_modulation() for bank in banks)
+        active.modulation = student.cache_modulation() + sum(bank.cache_modulation() for bank in banks)
     active.checkpointed = checkpoint_blocks(model.blocks(student.transformer), resolved.checkpointed)
     if resolved.compiled:
         active.compiled = compile_blocks(model, student, *banks)

@@ -190,7 +190,7 @@ class _Rollout:
         one_task = replace(batch, tasks=((0, slice(0, len(batch))),))
         condition = Conditioning.build(self.model, batch.text, batch.negative, self.student.guidance)
         sigmas = rows[:, -1]
-        self.student.remember(sigmas, condition)
+        self.student.fill_cache(sigmas, condition)
         return _Inputs(
             condition=condition,
             teacher_condition=self.teachers.condition(batch, sigmas),

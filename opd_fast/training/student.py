@@ -52,7 +52,7 @@ class Student:
         self.world = World()
         self._hold()
         self._merged = MergedLayers(transformer, ADAPTER) if config.kind == "lora" else None
-        self._remembered: ModulationCache | None = None
+        self._cache: ModulationCache | None = None
         # Float32 adapters on a half-precision base compute in the base's type; without autocast PEFT would cast up.
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
@@ -110,15 +110,15 @@ class Student:
         self._merged = MergedLayers(self.transformer, ADAPTER, float8=True)
         return frozen + sum(fits(layer.get_base_layer().weight) for layer in self._merged.layers)
 
-    def remember_modulation(self) -> int:
-        """Let `remember` keep what depends on step and prompt alone. Returns the number of layers that it keeps."""
-        self._remembered = ModulationCache.of(self.model, self.transformer)
-        return 0 if self._remembered is None else self._remembered.layers
+    def cache_modulation(self) -> int:
+        """Let `fill_cache` keep what depends on step and prompt alone. Returns the number of layers that it keeps."""
+        self._cache = ModulationCache.of(self.model, self.transformer)
+        return 0 if self._cache is None else self._cache.layers
 
-    def remember(self, sigmas: Tensor, condition: Conditioning) -> None:
+    def fill_cache(self, sigmas: Tensor, condition: Conditioning) -> None:
         """Compute once what `velocities` would at each of the levels (N,) float32 from level and prompt alone."""
-        if self._remembered is not None:
-            self._remembered.fill(sigmas, condition)
+        if self._cache is not None:
+            self._cache.fill(sigmas, condition)
 
     def distribute(self, world: World) -> None:
         """Take this process's place in `world`: take the weights of rank 0, and shard them where its strategy does.
@@ -129,7 +129,7 @@ class Student:
         self.world = world
         world.same_weights(self.parameters())
         if world.sharded:
-            self._merged = self._remembered = None
+            self._merged = self._cache = None
             for transformer in {id(t): t for t in (self.transformer, self.model.transformer)}.values():
                 world.shard(transformer, self.model.blocks(transformer), self.model.dtype)
         self._hold()
@@ -147,10 +147,10 @@ class Student:
     ) -> Velocities:
         """The student's prediction with gradient; x (B, C, H, W) float32, sigma 0-dim float32.
 
-        `step`, a 0-dim int64 tensor on the device, is the level's place among those that `remember` was given together
+        `step`, a 0-dim int64 tensor on the device, is the level's place among those that `fill_cache` was given together
         with `condition`.
         """
-        with self._autocast, at_step(self._remembered, step):
+        with self._autocast, at_step(self._cache, step):
             return predict_velocities(model, self.transformer, x, sigma, condition)
 
     @contextlib.contextmanager
