@@ -147,8 +147,8 @@ class Student:
     ) -> Velocities:
         """The student's prediction with gradient; x (B, C, H, W) float32, sigma 0-dim float32.
 
-        `step`, a 0-dim int64 tensor on the device, is the level's place among those that `fill_cache` was given together
-        with `condition`.
+        `step`, a 0-dim int64 tensor on the device, is the level's place among those that `fill_cache` was given with
+        `condition`.
         """
         with self._autocast, at_step(self._cache, step):
             return predict_velocities(model, self.transformer, x, sigma, condition)

@@ -100,6 +100,7 @@ class TeacherBank(ABC):
 
     def distribute(self, world: World) -> None:
         """Ask every teacher on every rank where the student has sharded the base that they share."""
+        self._in_step = world.sharded and all(teacher.adapter is not None for teacher in self.teachers)
 
     def cache_modulation(self) -> int:
         """Let `condition` compute once what depends on step and prompt alone. Returns the number of layers it keeps."""
@@ -220,9 +221,6 @@ class SharedTeachers(TeacherBank):
         if self.teachers:
             self._grouped = GroupedAdapters(self.teachers[0].transformer, [_adapter(t) for t in self.teachers])
         return len(self.teachers)
-
-    def distribute(self, world: World) -> None:
-        self._in_step = world.sharded
 
 
 def _adapter(teacher: Teacher) -> str | None:
