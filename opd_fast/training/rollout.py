@@ -191,14 +191,7 @@ class _Rollout:
         )
 
     def step(
-        self,
-        inputs: _Inputs,
-        j: int | Tensor,
-        x: Tensor,
-        x0: Tensor | None,
-        has_loss: bool,
-        *,
-        last: bool = False,
+        self, inputs: _Inputs, j: int | Tensor, x: Tensor, x0: Tensor | None, has_loss: bool, *, last: bool = False
     ) -> StepOutput:
         """Take one step of the rollout and, where it has a loss, accumulate the loss's gradient.
 

@@ -17,12 +17,7 @@ def varied(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def advantages(
-    rewards: Tensor,
-    groups: Tensor,
-    *,
-    std: Literal["global", "group"] = "global",
-    eps: float = 1e-4,
-    clip: float = 5.0,
+    rewards: Tensor, groups: Tensor, *, std: Literal["global", "group"] = "global", eps: float = 1e-4, clip: float = 5.0
 ) -> Tensor:
     """(reward - mean of its group) / (std + eps), clipped to [-clip, clip].
 
