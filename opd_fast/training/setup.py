@@ -23,7 +23,7 @@ from opd_fast.models.guidance import Conditioning
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable
 from opd_fast.training.evaluation import EvalTask
-from opd_fast.training.float8_check import Float8LossCheck
+from opd_fast.training.float8_check import float8_loss_check
 from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, ResolvedSettings, apply_techniques
 from opd_fast.training.preflight import anchor_teacher, evaluation_solver, evaluation_task, frozen_teachers, refusals
 from opd_fast.training.student import Student
@@ -97,9 +97,9 @@ def prepare(
         log(f"teacher {teacher.name}: {teacher.source}")
     anchor = load_anchor(model, config)
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
-    loss_check = (
-        Float8LossCheck.before(config, model, student, teachers, table, text, prompts) if not world.sharded else None
-    )
+    loss_check = None
+    if not world.sharded:
+        loss_check = float8_loss_check(config, model, student, teachers, table, text, prompts)
     active = apply_techniques(
         config.engine,
         model,
@@ -112,7 +112,7 @@ def prepare(
         say=log,
     )
     if active.fp8:
-        log(loss_check.after() if loss_check is not None else "precision: fp8, its change of the losses not measured")
+        log(loss_check() if loss_check is not None else "precision: fp8, its change of the losses not measured")
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
     for bank in (teachers, anchor):
         if bank is not None:
