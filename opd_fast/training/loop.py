@@ -26,7 +26,7 @@ from opd_fast.training.identity import compare, identify
 from opd_fast.training.interruption import interruption
 from opd_fast.training.optimizer import learning_rate
 from opd_fast.training.problems import check_paths
-from opd_fast.training.resuming import check_rounds, ended, finished
+from opd_fast.training.resuming import ended, finished
 from opd_fast.training.run_state import RunState
 from opd_fast.training.setup import prepare
 
@@ -67,15 +67,14 @@ def train(
     check_paths(config)
     if resume and (results := world.on_first(partial(finished, run_dir, config))) is not None:
         if world.is_main:
-            _print(ended(run_dir, results))
+            print(ended(run_dir, results), flush=True)
         return results
     world.on_first(partial(make_run_dir, run_dir, resume=resume))
-    log = _print if world.is_main else _ignore
+    log: Callable[[str], None] = partial(print, flush=True) if world.is_main else lambda text: None
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, world)
     saved = checkpoints.find() if resume and world.on_first(lambda: checkpoints.latest() is not None) else None
     staged, notes = within is not None, list[str]()
     if saved is not None:
-        check_rounds(run_dir, config, saved[1]["round"])
         notes = compare(*saved, config, world.on_first(partial(identify, config)), staged=staged)
         for line in notes:
             log(line)
@@ -174,19 +173,8 @@ class Run(RunState):
         if self.skipped_in_a_row < self.config.train.skip_limit:
             return
         self.checkpoints.wait()
-        last = self.checkpoints.latest()
-        raise UserError(
-            f"round {self.rounds}",
-            f"{fault}, as in {self.skipped_in_a_row} rounds in a row; the weights are unharmed",
-            f"lower train.lr, then go on with --resume {self.run_dir}"
-            if last
-            else "lower train.lr or set model.dtype float32",
-        )
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
-
-
-def _ignore(text: str) -> None:
-    """What the other processes do with what the first one prints."""
+        remedy = "lower train.lr or set model.dtype float32"
+        if self.checkpoints.latest():
+            remedy = f"lower train.lr, then go on with --resume {self.run_dir}"
+        problem = f"{fault}, as in {self.skipped_in_a_row} rounds in a row; the weights are unharmed"
+        raise UserError(f"round {self.rounds}", problem, remedy)

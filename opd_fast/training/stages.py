@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from opd_fast.reporting.table import print_table
 from opd_fast.reporting.telemetry import read_metrics
 from opd_fast.rewards import judged_rewards
 from opd_fast.training.loop import train
+from opd_fast.training.resuming import read_results
 
 Row = dict[str, Any]
 """The means of one row of results.json, by key."""
@@ -42,17 +42,19 @@ def train_stages(
 
     Returns the content of results.json: the rewards of the base, of the teachers, of the student after each stage (rows
     `stage:NAME`) and of the last student, and the rounds and seconds of all together. An interrupted run returns what
-    its stage did. `planner` is that of the first stage, where the caller has
-    one.
+    its stage did. `planner` is that of the first stage, where the caller has one.
     """
     world, run_dir = world or World(), Path(run_dir).expanduser()
     done: list[dict[str, Any]] = []
     printed: set[tuple[str, str]] = set()
     folders = [run_dir / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
-        config = stage.config if number == 0 else starting_from(stage.config, folders[number - 1] / "student")
-        results = world.on_first(partial(_finished, folder)) if resume else None
-        if results is None:
+        config = stage.config
+        if number > 0:
+            config = copy.deepcopy(config)
+            config.student.start = str(folders[number - 1] / "student")
+        results = world.on_first(partial(read_results, folder)) if resume else {}
+        if not results:
             if world.is_main:
                 print(f"stage {number + 1} of {len(stages)}: {stage.name}", flush=True)
             again = world.on_first(partial(_begin, folder, config))
@@ -70,22 +72,6 @@ def train_stages(
             return results
         done.append(results)
     return _finish(stages, folders, done, run_dir, world)
-
-
-def starting_from(config: Config, student: Path) -> Config:
-    """Returns the settings with another start."""
-    config = copy.deepcopy(config)
-    config.student.start = str(student)
-    return config
-
-
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """Returns the results of a stage that ran to its end; None of any other."""
-    path = folder / "results.json"
-    if not path.is_file():
-        return None
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return results
 
 
 def _begin(folder: Path, config: Config) -> bool:
@@ -147,7 +133,7 @@ def history(folders: Sequence[Path], done: Sequence[dict[str, Any]]) -> list[dic
     lines: list[dict[str, Any]] = []
     rounds, seconds = 0, 0.0
     for folder, results in zip(folders, done, strict=True):
-        for line in read_metrics(folder / "metrics.jsonl"):
-            lines.append(line | {"round": rounds + line["round"], "time": seconds + line["time"]})
+        metrics = read_metrics(folder / "metrics.jsonl")
+        lines += [line | {"round": rounds + line["round"], "time": seconds + line["time"]} for line in metrics]
         rounds, seconds = rounds + results["rounds"], seconds + results["seconds"]["total"]
     return lines
