@@ -146,8 +146,10 @@ class Run(RunState):
             metrics = {**self.method.metrics(self.rounds, losses), "lr": rate}
             if math.isfinite(norm):
                 metrics["gradient_norm"] = float(norm)
-            fault = self.method.fault(self.rounds, losses)
-            if fault is None and not math.isfinite(norm) and not self.scaler.is_enabled():
+            fault, bad = None, torch.nonzero(~torch.isfinite(losses))
+            if len(bad):
+                fault = self.method.fault(self.rounds, *bad[0].tolist())
+            elif not math.isfinite(norm) and not self.scaler.is_enabled():
                 fault = "its gradient is not finite, though its loss is"
             if fault is None:
                 self.scaler.step(self.optimizer)  # where half precision overflowed, the scaler leaves the round out

@@ -26,9 +26,8 @@ class Method(Protocol):
         Returns the weighed loss of every sample at every trained step (steps, samples), unscaled, those of all ranks.
         """
 
-    def fault(self, index: int, losses: Tensor) -> str | None:
-        """Where a round's losses (steps, samples), on the CPU, first cease to be finite, in words; None where all
-        are."""
+    def fault(self, index: int, row: int, sample: int) -> str:
+        """Say that losses[row, sample] of a round is not finite."""
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
         """What the round just accumulated has for metrics.jsonl; losses (steps, samples) on the CPU."""

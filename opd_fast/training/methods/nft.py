@@ -105,9 +105,6 @@ class NFT(Reinforcement):
         super().__init__(setup)
         self.old = [p.detach().clone() for p in setup.student.parameters()]
 
-    def chosen(self, drawn: dict[str, Tensor]) -> Tensor:
-        return torch.ones_like(drawn["advantage"], dtype=torch.bool)
-
     def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         setup, keys, latents = self.setup, self.keys(epoch), [self.no_images()]
         if epoch:
@@ -115,20 +112,16 @@ class NFT(Reinforcement):
             move_old_policy(self.old, [p.detach() for p in setup.student.parameters()], decay)
         with setup.student.with_weights(self.old) as transformer:
             for part in self.micro_batches(self.rank_indices):
-                part_keys = keys[part.to(keys.device)]
-                text = self.text(epoch, part)
-                latents.append(
-                    sample(setup.model, transformer, text, None, None, setup.table, shape=setup.shape, keys=part_keys)
-                )
+                text, of_part = self.text(epoch, part), keys[part.to(keys.device)]
+                x0 = sample(setup.model, transformer, text, None, None, setup.table, shape=setup.shape, keys=of_part)
+                latents.append(x0)
         x0 = torch.cat(latents)
         return x0, {"x0": x0}
 
     def noise_levels(self, epoch: int) -> Tensor:
         """Returns (B, N) bool: at the noise levels of which steps each image of rollout `epoch` is trained."""
-        steps = self.setup.table.steps
-        order = torch.rand(
-            self.images, steps, generator=generator(self.setup.config.train.seed, Stream.NFT_LEVELS, epoch)
-        )
+        steps, chance = self.setup.table.steps, generator(self.setup.config.train.seed, Stream.NFT_LEVELS, epoch)
+        order = torch.rand(self.images, steps, generator=chance)
         return order.argsort(1) < int(steps * self.rl.timestep_fraction)
 
     def trained_steps(self, epoch: int) -> range:

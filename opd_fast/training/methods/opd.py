@@ -119,15 +119,10 @@ class OPD:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `state` gave."""
 
-    def fault(self, index: int, losses: Tensor) -> str | None:
-        """Returns in words where a round's losses first cease to be finite; None where all are finite."""
-        bad = torch.nonzero(~torch.isfinite(losses))
-        if not len(bad):
-            return None
-        step, sample = bad[0].tolist()
-        names = [teacher.name for teacher in self.setup.config.teachers]
-        teacher = next(names[i] for i, rows in self.tasks(index) if rows.start <= sample < rows.stop)
-        return f"the loss of task {teacher!r} is not finite at step {step}"
+    def fault(self, index: int, row: int, sample: int) -> str:
+        """Say that losses[row, sample] of a round is not finite."""
+        task = next(i for i, rows in self.tasks(index) if rows.start <= sample < rows.stop)
+        return f"the loss of task {self.setup.config.teachers[task].name!r} is not finite at step {row}"
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
         """Returns the round's loss, whole, by step and by task, from losses (steps, samples) on the CPU."""

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from opd_fast.config.methods.spec import method_spec
-from opd_fast.models.guidance import Conditioning, Velocities
+from opd_fast.models.guidance import Conditioning
 from opd_fast.rewards import prompt_groups
 from opd_fast.rewards.runner import task_reward
 from opd_fast.training.methods.advantages import advantages
 from opd_fast.training.methods.image_buffer import ImageBuffer
 from opd_fast.training.setup import Setup
-from opd_fast.training.teachers import TeacherConditioning
 
 
 class Reinforcement(ImageBuffer):
@@ -31,16 +30,15 @@ class Reinforcement(ImageBuffer):
     def __init__(self, setup: Setup) -> None:
         self.rl = setup.config.rl
         self.kl = method_spec(setup.config).base_weight(setup.config)
-        repeats, guidance = self.rl.images_per_prompt, setup.config.student.guidance
-        super().__init__(setup, updates=self.rl.updates, repeats=repeats, guidance=guidance)
+        super().__init__(setup, setup.config.student.guidance)
 
     @abstractmethod
     def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The final latents (n, C, H, W) of this process in rollout `epoch`, and what learning needs beside them."""
 
-    @abstractmethod
     def chosen(self, drawn: dict[str, Tensor]) -> Tensor:
-        """Returns (B,) bool: the images to learn from."""
+        """Returns (B,) bool: the images to learn from, by default all."""
+        return torch.ones_like(drawn["advantage"], dtype=torch.bool)
 
     def select(self, order: Tensor) -> Tensor:
         return order[self.chosen(self._drawn)[order]]
@@ -55,12 +53,8 @@ class Reinforcement(ImageBuffer):
                 parameter.grad = torch.zeros_like(parameter)
         return losses
 
-    def fault(self, index: int, losses: Tensor) -> str | None:
-        """Returns in words where a round's losses first cease to be finite; None where all are finite."""
-        if (place := self.not_finite(index, losses)) is None:
-            return None
-        row, task = place
-        return f"the loss of task {task!r} is not finite at step {self.trained_steps(index // self.updates)[row]}"
+    def fault(self, index: int, row: int, sample: int) -> str:
+        return f"{super().fault(index, row, sample)} at step {self.trained_steps(index // self.updates)[row]}"
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
         return super().metrics(index, losses) | {"images": float(self._learnt)}
@@ -69,12 +63,6 @@ class Reinforcement(ImageBuffer):
         """What the transformer is given beside the states of some images, under the student's guidance."""
         setup = self.setup
         return Conditioning.build(setup.model, self.text(epoch, rows), setup.text.negative, setup.student.guidance)
-
-    def base_velocities(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
-        """Returns the base's velocities, without gradient."""
-        guidance = torch.full((len(x),), condition.branch_guidance, device=x.device)
-        teacher_condition = TeacherConditioning(((0, slice(0, len(x)), condition),), guidance)
-        return self._base.velocities(x, sigma, teacher_condition)
 
     def _draw(self, epoch: int) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -90,10 +78,8 @@ class Reinforcement(ImageBuffer):
         """Returns the rewards of all images (images,) float32 on the CPU; each process judges what it drew."""
         rewards, teachers = torch.empty(len(self.rank_indices)), self.setup.config.teachers
         for task, prompts, in_task, positions in self.rank_parts(epoch):
-            of_images = [prompts[i] for i in positions.tolist()]
-            rewards[in_task] = task_reward(
-                self.reward_runner, teachers[task], images[in_task.to(images.device)], of_images
-            )
+            drawn, of_images = images[in_task.to(images.device)], [prompts[i] for i in positions.tolist()]
+            rewards[in_task] = task_reward(self.reward_runner, teachers[task], drawn, of_images)
         device = self.setup.model.device  # where NCCL can gather
         return self.setup.world.gather_samples(rewards.to(device), self.images).cpu()
 
