@@ -35,7 +35,7 @@ def replace_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a folder, and put it in the place of `folder` once it is whole."""
     part = folder.with_name(f".{folder.name}.part")
     for leftover in (part, folder.with_name(f".{folder.name}.old")):

@@ -94,7 +94,7 @@ def _finish(
     if not world.is_main:
         return results
     last = folders[-1] / "student"
-    replace_folder(run_dir / "student", lambda part: shutil.copytree(last, part, dirs_exist_ok=True))  # type: ignore[arg-type]
+    replace_folder(run_dir / "student", lambda part: shutil.copytree(last, part, dirs_exist_ok=True))
     (run_dir / "samples").mkdir(exist_ok=True)
     for path in newest_grids(folders[-1]).values():
         shutil.copy(path, run_dir / "samples")

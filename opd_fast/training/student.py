@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,7 @@ from opd_fast.models.lora.adapters import use_adapter
 from opd_fast.models.lora.load import load_transformer
 from opd_fast.training.ema import WeightAverage
 from opd_fast.training.step_graphs import GradientBuffers
-from opd_fast.training.student_init import (
-    MERGED,
-    MeanTaskVector,
-    add_mean,
-    passed_over,
-    start_from_lora,
-    start_from_mean,
-)
+from opd_fast.training.student_init import MERGED, MeanTaskVector, add_mean, start_from_lora, start_from_mean
 from opd_fast.training.teachers import TeacherBank
 
 ADAPTER = "student"
@@ -85,7 +79,8 @@ class Student:
                 start_from_lora(model, ADAPTER, config)
             student = cls(model, model.transformer, config)
         if mean is not None:
-            student.began = f"the mean of its teachers{passed_over()}, {share:.2%} of its square in what is trained"
+            unread = f" (the folder {MERGED} is not read; write ./{MERGED} for it)" if Path(MERGED).exists() else ""
+            student.began = f"the mean of its teachers{unread}, {share:.2%} of its square in what is trained"
         return student
 
     def _hold(self) -> None:
