@@ -29,10 +29,7 @@ def student_writer(student: Student) -> Callable[[Path], object]:
             average[name] = full.cpu().clone()
     if student.config.kind == "lora":
         factors, config = factors_by_module(average, ADAPTER), student.config
-        targets, path = list(factors), student.model.path
-        return partial(
-            save_lora, tensors=factors, rank=config.rank, alpha=config.alpha, targets=targets, base_model=path
-        )
+        return partial(save_lora, tensors=factors, rank=config.rank, alpha=config.alpha, base_model=student.model.path)
     # Now, not when it is written: taking a state dict shards again whatever is gathered.
     trained, state = dict(student.named_parameters()), student.transformer.state_dict()
     frozen = {name: tensor.cpu().clone() for name, tensor in state.items() if name not in trained}
