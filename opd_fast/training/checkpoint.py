@@ -35,16 +35,12 @@ from opd_fast.models.lora.files import sha256
 
 VERSION = 2
 _OWN = {"version", "round", "sha256", "digest"}
-"""Keys of meta.json that the checkpoint writes itself."""
 
 
 class Checkpoints:
-    """The checkpoints of a run.
+    """The newest `keep` checkpoints of a run, in a directory that all processes see.
 
-    Args:
-        directory: where they lie, on a file system that all processes see; made when the first one is saved.
-        keep: how many of the newest are kept.
-        world: the processes that save and load together, each calling the same methods; None: this one alone.
+    The processes of `world` save and load together, each calling the same methods; None stands for this one alone.
     """
 
     def __init__(self, directory: Path, keep: int, world: World | None = None) -> None:
@@ -69,17 +65,10 @@ class Checkpoints:
     ) -> Path:
         """Copy the state after `round` rounds; write it in the background, then prune the oldest.
 
-        Args:
-            round: rounds done; a checkpoint of the same round is replaced.
-            tensors: of any dtype and device, sharded or whole. They may change as soon as this returns.
-            meta: what JSON can hold; the keys `version`, `round`, `sha256` and `digest` are the checkpoint's own.
-            afterwards: called by rank 0 in the background, once the checkpoint is whole.
-
-        Returns:
-            Where it will lie.
-
-        Raises:
-            UserError: the save before this one failed: the disk is full or not writable.
+        The tensors, of any dtype and device, sharded or whole, may change as soon as this returns. `meta` is what JSON
+        can hold, under other keys than the checkpoint's own. Rank 0 calls `afterwards` in the
+        background, once the checkpoint is whole. A checkpoint of the same round is replaced. Returns where it will lie.
+        Raises UserError where the save before this one failed, because the disk is full or not writable.
         """
         if reserved := _OWN & set(meta):
             raise ValueError(f"meta keys {sorted(reserved)} are the checkpoint's own; name them otherwise")
@@ -100,26 +89,17 @@ class Checkpoints:
         return next(reversed(self._all()), None)
 
     def find(self, path: Path | None = None) -> tuple[Path, dict[str, Any]]:
-        """Verify a checkpoint and read its metadata.
+        """Verify the checkpoint in a folder, or find the newest whole one; damaged ones are named on stderr.
 
-        Args:
-            path: one checkpoint's folder. None: the newest whole one; each damaged one that is passed over is named
-                on stderr.
-
-        Returns:
-            Its folder, and the metadata (`round` among it).
-
-        Raises:
-            UserError: the checkpoint named is damaged, or none is whole.
+        Returns its folder and its metadata (`round` among it). Raises UserError where the one named is damaged, or none
+        is whole.
         """
         return self.world.on_first(lambda: self._find(path))
 
     def restore(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
         """Fill `targets`, sharded or whole, with the tensors of their names.
 
-        Raises:
-            ValueError: a name is missing or of another shape.
-            UserError: the files cannot be read.
+        Raises ValueError for a name that is missing or of another shape, UserError for files that cannot be read.
         """
         shapes = {name: tuple(entry.size) for name, entry in _entries(folder).items()}
         for name, target in targets.items():
@@ -154,12 +134,12 @@ class Checkpoints:
     ) -> None:
         """In the writer's thread; every process calls it for the same checkpoint."""
         temporary = self.directory / f".{final.name}.part"
-        self._by_first(final, lambda: self._begin(temporary))
+        self._on_first(final, lambda: self._begin(temporary))
         with _disk_errors(final):
             writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1)
         header = {"version": VERSION, "round": round, "sha256": self._digests(temporary), **meta}
-        self._by_first(final, lambda: self._commit(temporary, final, header))
+        self._on_first(final, lambda: self._commit(temporary, final, header))
         if afterwards is not None and self.world.is_main:
             afterwards()
 
@@ -173,17 +153,15 @@ class Checkpoints:
     def _restore_replaced(self) -> None:
         """Put back a checkpoint that a crash caught between its own renaming and its successor's."""
         for old in self.directory.glob(".round-*.old"):
-            final = self.directory / old.name[1 : -len(".old")]
-            if not final.exists():
+            if not (final := self.directory / old.name[1 : -len(".old")]).exists():
                 os.replace(old, final)
 
     def _digests(self, folder: Path) -> dict[str, str]:
         """SHA-256 of every shard, each hashed and forced to the disk by the process that wrote it."""
-        mine = {}
-        for path in sorted(folder.glob(f"shard-{self.world.rank + 1:05d}-*.safetensors")):
+        shards = sorted(folder.glob(f"shard-{self.world.rank + 1:05d}-*.safetensors"))
+        for path in shards:
             _sync(path)
-            mine[path.name] = sha256(path)
-        return dict(self.world.all_gather_objects(list(mine.items()), self._group))
+        return dict(self.world.all_gather_objects([(path.name, sha256(path)) for path in shards], self._group))
 
     def _commit(self, temporary: Path, final: Path, header: dict[str, Any]) -> None:
         text = json.dumps({**header, "digest": _digest(header)}, indent=1)
@@ -195,7 +173,7 @@ class Checkpoints:
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _by_first(self, final: Path, work: Callable[[], None]) -> None:
+    def _on_first(self, final: Path, work: Callable[[], None]) -> None:
         """Rank 0 works while the others wait; where it fails all of them raise."""
 
         self.world.on_first(_disk_errors(final)(work), self._group)
@@ -236,11 +214,9 @@ def _verify(folder: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         version = meta["version"]
         if version != VERSION:
-            raise UserError(
-                str(folder), f"is of format {version}, not {VERSION}", "resume with the version that wrote it"
-            )
-        digest = meta.pop("digest")
-        if digest != _digest(meta):
+            problem = f"is of format {version}, not {VERSION}"
+            raise UserError(str(folder), problem, "resume with the version that wrote it")
+        if meta.pop("digest") != _digest(meta):
             raise UserError(str(folder), "checkpoint is damaged (meta.json was altered)", remedy)
         for name, expected in meta.pop("sha256").items():
             if sha256(folder / name) != expected:

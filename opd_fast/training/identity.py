@@ -104,11 +104,8 @@ def identify(config: Config) -> Sources:
     found = {"model.path": _pipeline(config.model.path), "model.family": _family(config.model.family)}
     found["libraries"] = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     found["model.dtype"] = {"": str(resolve(config).dtype).removeprefix("torch.")}
-    for key, weights, own in (
-        ("student.start", config.student.start, MERGED),
-        ("objective.anchor", config.objective.anchor, BASE),
-    ):
-        found[key] = {} if weights in (None, own) else _weights(str(weights))
+    found["student.start"] = _weights(config.student.start, MERGED)
+    found["objective.anchor"] = _weights(config.objective.anchor, BASE)
     for teacher in config.teachers:
         found |= {f"teachers.{teacher.name}.{name}": files for name, files in _task(teacher, config).items()}
     return {key: files for key, files in found.items() if files}
@@ -157,11 +154,11 @@ def _loaded(folder: Path) -> list[Path]:
     return [file for file in files if not any(fnmatch(file.name, variant) for variant in _VARIANTS)]
 
 
-def _weights(path: str) -> dict[str, str]:
-    """The files of a LoRA or of a whole transformer on this machine."""
+def _weights(path: str | None, own: str | None = None) -> dict[str, str]:
+    """The files of a LoRA or of a whole transformer on this machine; none for no weights or the pipeline's `own`."""
     from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 
-    local = resolve_source(path, "teachers").path
+    local = None if path is None or path == own else resolve_source(path, "teachers").path
     if local is None:
         return {}
     with contextlib.suppress(OSError):
@@ -195,10 +192,9 @@ def _reward(text: str) -> dict[str, str]:
 
     found: dict[str, str] = {}
     with contextlib.suppress(ValueError, OSError):
-        for name in (term.reward for term in reward_terms(text)):
-            if ":" in name:
-                function = get_reward(name)  # imports its module
-                found |= _code(sys.modules.get(name.partition(":")[0]), function)
+        for name in (term.reward for term in reward_terms(text) if ":" in term.reward):
+            function = get_reward(name)  # imports its module
+            found |= _code(sys.modules.get(name.partition(":")[0]), function)
     return found
 
 
@@ -216,8 +212,7 @@ def _code(*made: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for thing in made:
         with contextlib.suppress(TypeError, OSError):  # what has no source file
-            file = inspect.getsourcefile(inspect.unwrap(thing))
-            if file is not None:
+            if (file := inspect.getsourcefile(inspect.unwrap(thing))) is not None:
                 found[Path(file).name] = digest(Path(file))
     return found
 
@@ -226,20 +221,14 @@ def _code(*made: Any) -> dict[str, str]:
 
 
 def compare(folder: Path, meta: dict[str, Any], config: Config, found: Sources, *, staged: bool = False) -> list[str]:
-    """Hold a resumed run to what its checkpoint recorded.
+    """Hold a run that goes on with `config` to what its checkpoint recorded.
 
-    Args:
-        folder: the checkpoint's; its name goes into the messages.
-        meta: the checkpoint's metadata, with `settings` (`to_dict`) and `sources` (`identify`).
-        config: the settings that the run goes on with.
-        found: what `identify` finds now; a source that only one side has is passed over.
-        staged: whether the run is a stage of another, whose `student.start` moves with it.
+    `meta` is the checkpoint's metadata, with `settings` (`to_dict`) and `sources` (`identify`), and `found` is what
+    `identify` finds now. A source that only one of the two has is passed over. `staged` says that the run is a stage of
+    another, with which its `student.start` moves.
 
-    Returns:
-        Lines for the user: what changed and may change, or what an earlier version did not record.
-
-    Raises:
-        UserError: a setting or a source that the numbers follow from has changed.
+    Returns lines for the user: what changed and may change, or what an earlier version did not record. Raises UserError
+    where a setting or a source that the numbers follow from has changed.
     """
     if "sources" not in meta or "settings" not in meta:
         what = "whether model.path, the prompts, the rewards or the settings in config.yaml have changed since then"

@@ -42,23 +42,17 @@ def train(
     within: Path | None = None,
     printed: set[tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """Run `config` to its end in `run_dir`, or on from its newest checkpoint.
+    """Run `config` to its end in `run_dir`, or on from its newest checkpoint. Returns the content of results.json.
 
     Every process of `world` calls it alike. Ctrl-C or SIGTERM ends it after the round in hand, with everything learnt
-    saved. A resumed run that is finished is reported at once and not loaded again.
+    saved. A resumed run that is finished is reported at once and not loaded again. Raises ValueError for what cannot
+    run, before anything is loaded where that can be seen then.
 
     Args:
-        run_dir: is made where it does not exist.
         profile: record some rounds of rank 0 (`opd_fast.reporting.profiler`).
         planner: that of `config`, where the caller has one.
         within: the run that this one is a stage of.
         printed: (reward, reason) of the failing rewards that its other stages have printed (`Judging`).
-
-    Returns:
-        The content of results.json.
-
-    Raises:
-        ValueError: what cannot run, before anything is loaded where that can be seen then.
     """
     started = time.monotonic()
     world = world or World()

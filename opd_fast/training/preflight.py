@@ -38,10 +38,8 @@ ANCHOR = "the anchor"
 def refusals(planner: Planner, *, sharded: bool, fetches: bool) -> Iterator[ValueError]:
     """Everything that a run of the planner's settings would be refused for, in the order in which it would meet it.
 
-    Args:
-        sharded: whether several processes share the model's weights.
-        fetches: whether weights may be fetched from the hub; where they may not, those that lie there are not checked
-            (`unchecked`).
+    `sharded` says whether several processes share the model's weights, `fetches` whether weights may be fetched from
+    the hub; where they may not, those that lie there are not checked (`unchecked`).
     """
     config = planner.config
     bad = set()

@@ -83,11 +83,8 @@ def _check_weights(key: str, name: str, kind: Kind, of: str = "") -> None:
 
 
 def read_prompts(key: str, source: str, split: Split) -> list[Prompt]:
-    """The prompts of a setting's file.
-
-    Raises:
-        UserError: the file is missing, or a line of it cannot be read; the message names the setting, file and line.
-    """
+    """The prompts of a setting's file. Raises UserError, which names setting, file and line, for a file that is missing
+    or cannot be read."""
     path = resolve_source(source, "prompts").path
     if path is not None and path.is_dir() and not any(p.suffix in SUFFIXES for p in path.glob(f"{split}*")):
         remedy = f"give a file ({', '.join(SUFFIXES)}), a folder with one for each split, or bundled/NAME"

@@ -17,11 +17,7 @@ from opd_fast.errors import UserError
 def finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
     """Read results.json of a run that has done all rounds of `config` and was evaluated under its settings.
 
-    Returns:
-        Its content; None where something is left to do.
-
-    Raises:
-        UserError: `train.rounds` is below the rounds that were done.
+    Returns None where something is left to do. Raises UserError for `train.rounds` below the rounds that were done.
     """
     rounds, done = config.train.rounds, newest_round(run_dir / "checkpoints")
     if done is not None and rounds < done:

@@ -31,12 +31,7 @@ from opd_fast.training.teachers import BASE
 
 
 class RunState:
-    """The state of a run between rounds.
-
-    Args:
-        started: `time.monotonic()` when the run began or was resumed.
-        printed: see `Judging`.
-    """
+    """The state of a run between rounds, which began or was resumed at `time.monotonic()` = `started`."""
 
     def __init__(
         self,
@@ -59,7 +54,7 @@ class RunState:
         self.judging = Judging(setup, run_dir, printed)
         self.rounds = 0
         self.skipped, self.skipped_in_a_row = 0, 0
-        self.train_seconds, self.seconds_before, self.started = 0.0, 0.0, started
+        self.train_seconds, self.started = 0.0, started
         self.interrupted = False
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -74,7 +69,7 @@ class RunState:
             "rows": self.judging.rows,
             "failures": [[*reason, words] for reason, words in self.judging.failures.items()],
             "train_seconds": self.train_seconds,
-            "total_seconds": self._total_seconds(),
+            "total_seconds": time.monotonic() - self.started,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "scaler": self.scaler.state_dict(),
@@ -83,10 +78,8 @@ class RunState:
             "sources": self.sources,
             "attention": list(self.setup.active.backends),
         }
-        write = student_writer(self.setup.student)
-        self.checkpoints.save(
-            self.rounds, tensors, meta, afterwards=lambda: replace_folder(self.run_dir / "student", write)
-        )
+        export = partial(replace_folder, self.run_dir / "student", student_writer(self.setup.student))
+        self.checkpoints.save(self.rounds, tensors, meta, afterwards=export)
 
     def load(self, folder: Path, meta: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises ValueError for one of another student or other teachers."""
@@ -105,7 +98,8 @@ class RunState:
         self.rounds, self.judging.rows = meta["round"], rows
         self.judging.failures = {(reward, reason): words for reward, reason, words in meta.get("failures", ())}
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
-        self.train_seconds, self.seconds_before = meta["train_seconds"], meta["total_seconds"]
+        self.train_seconds = meta["train_seconds"]
+        self.started -= meta["total_seconds"]
 
     def _frozen_hashes(self) -> dict[str, str]:
         """What identifies the teachers and the anchor, by name."""
@@ -140,9 +134,6 @@ class RunState:
 
     # --- results -----------------------------------------------------------------------------------------------------
 
-    def _total_seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
-
     def finish(self, resume: Path) -> dict[str, Any]:
         """Write results.json and the report and print the table; an interrupted run only says that `resume` goes on.
 
@@ -152,7 +143,8 @@ class RunState:
         results["rows"] = rows
         results["failures"] = list(self.judging.failures.values())
         results["rounds"] = self.rounds
-        results["seconds"] = {"train": round(self.train_seconds, 2), "total": round(self._total_seconds(), 2)}
+        total = time.monotonic() - self.started
+        results["seconds"] = {"train": round(self.train_seconds, 2), "total": round(total, 2)}
         if not self.world.is_main:
             return results
         if self.interrupted:

@@ -71,9 +71,7 @@ def prepare(
     """Check what `config` names, load it, and put the engine's techniques to work.
 
     `backends` of attention are those that a resumed run had; `planner` is that of `config`, where the caller has one.
-
-    Raises:
-        ValueError: something is missing or does not fit; the message names the setting.
+    Raises ValueError, which names the setting, where something is missing or does not fit.
     """
     world = world or World()
     planner = planner or Planner(config, world.size)

@@ -21,16 +21,10 @@ def advantages(
 ) -> Tensor:
     """(reward - mean of its group) / (std + eps), clipped to [-clip, clip].
 
-    Args:
-        rewards: (B,) finite.
-        groups: (B,) int64, equal for the images of one prompt, numbered from 0 (`rewards.prompt_groups`).
-        std: population standard deviation of all rewards (Flow-GRPO's default), or of each group's.
-
-    Returns:
-        (B,) float32; exactly 0 in groups whose rewards are all equal.
-
-    Raises:
-        ValueError: a reward that is not finite; the mean would spread it over its group.
+    `groups` (B,) int64 is equal for the images of one prompt, numbered from 0 (`rewards.prompt_groups`). `std` is the
+    population standard deviation of all rewards (B,), Flow-GRPO's default, or of each group's. Returns (B,) float32,
+    exactly 0 in groups whose rewards are all equal. Raises ValueError for a reward that is not finite, because the mean
+    would spread it over its group.
     """
     if not bool(rewards.isfinite().all()):
         raise ValueError("a reward is NaN or infinite; it would spoil its group's mean: judge with policy raise")
