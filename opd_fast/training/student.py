@@ -207,9 +207,7 @@ def _inject(model: DiffusionModel, config: StudentConfig, seed: int) -> None:
     from peft import LoraConfig
 
     targets = model.targets(config.targets)
-    settings = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False, lora_dropout=0.0
-    )
+    settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # teachers' adapters

@@ -6,7 +6,7 @@ i % size: it is drawn, kept and learnt from there. A round takes a random part o
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -18,18 +18,20 @@ from opd_fast.models.guidance import Conditioning, Velocities, predict_velocitie
 from opd_fast.models.text import TextEmbeds
 from opd_fast.rewards.runner import RewardRunner
 from opd_fast.seeds import Stream, noise_keys
+from opd_fast.training.methods.base import Method
 from opd_fast.training.setup import Setup
 from opd_fast.training.teacher_loading import base_teacher
 
 
-class ImageBuffer(ABC):
+class ImageBuffer(Method):
     """A method of the training loop whose rounds share images. `guidance` is that of the base's velocities."""
 
     replicated: tuple[str, ...] = ()
     """The names in `_drawn` of what every process keeps of all images."""
 
     def __init__(self, setup: Setup, guidance: float | None) -> None:
-        self.setup, config = setup, setup.config
+        super().__init__(setup)
+        config = setup.config
         spec = method_spec(config)
         self.updates, self.prompts_per_turn = spec.updates(config), spec.prompts_per_turn(config)
         """Rounds that learn from one draw, and distinct prompts of a task in its turn."""
@@ -79,11 +81,7 @@ class ImageBuffer(ABC):
     # --- the loop's side ---------------------------------------------------------------------------------------------
 
     def accumulate(self, index: int, scaler: torch.amp.GradScaler) -> Tensor:
-        """Add the gradient of round `index`, times the scaler's factor, to the student's parameters.
-
-        Returns the weighed loss of every image in hand at every trained step (steps, images) float32, unscaled, 0 for
-        images that the round does not learn from.
-        """
+        """As the loop asks for it; the losses (steps, images) are 0 for images that the round does not learn from."""
         config, world, device = self.setup.config, self.setup.world, self.setup.model.device
         epoch, part = divmod(index, self.updates)
         if part == 0:
@@ -108,7 +106,6 @@ class ImageBuffer(ABC):
         return world.mean(losses)
 
     def fault(self, index: int, row: int, sample: int) -> str:
-        """Say that losses[row, sample] of a round is not finite."""
         task = self.owners(index // self.updates)[sample]
         return f"the loss of task {self.setup.config.teachers[task].name!r} is not finite"
 
@@ -125,7 +122,6 @@ class ImageBuffer(ABC):
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` gave, on however many processes."""
         device = self.setup.model.device
         drawn = {k.removeprefix("drawn."): v for k, v in tensors.items() if k.startswith("drawn.")}
         self._drawn = {k: (v if k in self.replicated else v[self.rank_indices]).to(device) for k, v in drawn.items()}

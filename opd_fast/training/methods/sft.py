@@ -84,22 +84,14 @@ class SFT(ImageBuffer):
         repeated = [prompts[i] for i in positions.tolist() for _ in range(several)]
         keys = noise_keys(train.seed, Stream.ROLLOUT, epoch, task, samples=len(prompts) * several)
         keys = keys.view(-1, several)[positions].flatten().to(model.device)
-        at_once = train.micro_batch or train.samples_per_task
+        at_once, guidance = train.micro_batch or train.samples_per_task, setup.teachers.teachers[task].guidance
         latents = []
         with setup.teachers.active(task) as transformer:
             for start in range(0, len(repeated), at_once):
                 part = slice(start, start + at_once)
+                branches = setup.text.rows([prompt.text for prompt in repeated[part]]), setup.text.negative
                 latents.append(
-                    sample(
-                        model,
-                        transformer,
-                        setup.text.rows([prompt.text for prompt in repeated[part]]),
-                        setup.text.negative,
-                        setup.teachers.teachers[task].guidance,
-                        setup.table,
-                        shape=setup.shape,
-                        keys=keys[part],
-                    )
+                    sample(model, transformer, *branches, guidance, setup.table, shape=setup.shape, keys=keys[part])
                 )
         x0 = torch.cat(latents)
         if several == 1:
