@@ -83,7 +83,12 @@ class RunState:
 
     def load(self, folder: Path, meta: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises ValueError for one of another student or other teachers."""
-        self._check_frozen(folder, meta)
+        for name, digest in self._frozen_hashes().items():
+            before = str(meta["teachers"].get(name))
+            if before != digest:
+                key = "objective.anchor" if name == ANCHOR else f"teachers.{name}.weights"
+                problem = f"changed since {folder.name} was saved (sha256 {before[:12]} then, {digest[:12]} now)"
+                raise UserError(key, problem, "put the former file back, or start a new run")
         images, method = (self.checkpoints.blanks(folder, prefix) for prefix in ("images.", "method."))
         rows, self.judging.judged_again = meta["rows"], self._judged_otherwise(folder, meta)
         if self.judging.judged_again:  # beside the rewards of base and teachers the student's would mean nothing
@@ -107,17 +112,6 @@ class RunState:
         frozen = [teacher for bank in banks if bank is not None for teacher in bank.teachers]
         return {teacher.name: teacher.source.sha256 for teacher in frozen if teacher.adapter != BASE}
 
-    def _check_frozen(self, folder: Path, meta: dict[str, Any]) -> None:
-        """Raise `UserError` where a teacher or the anchor has other weights than when the checkpoint was saved."""
-        for name, digest in self._frozen_hashes().items():
-            before = meta["teachers"].get(name)
-            if before != digest:
-                raise UserError(
-                    "objective.anchor" if name == ANCHOR else f"teachers.{name}.weights",
-                    f"changed since {folder.name} was saved (sha256 {str(before)[:12]} then, {digest[:12]} now)",
-                    "put the former file back, or start a new run",
-                )
-
     def _judged_otherwise(self, folder: Path, meta: dict[str, Any]) -> str:
         """Why a checkpoint's rewards of base and teachers are not what this run would measure; empty where they are.
 
@@ -139,12 +133,9 @@ class RunState:
 
         Returns the content of results.json.
         """
-        results, rows = new_results(self.config), self.judging.rows
-        results["rows"] = rows
-        results["failures"] = list(self.judging.failures.values())
-        results["rounds"] = self.rounds
-        total = time.monotonic() - self.started
-        results["seconds"] = {"train": round(self.train_seconds, 2), "total": round(total, 2)}
+        rows, seconds = self.judging.rows, {"train": self.train_seconds, "total": time.monotonic() - self.started}
+        results = new_results(self.config) | {"rows": rows, "failures": list(self.judging.failures.values())}
+        results |= {"rounds": self.rounds, "seconds": {key: round(value, 2) for key, value in seconds.items()}}
         if not self.world.is_main:
             return results
         if self.interrupted:

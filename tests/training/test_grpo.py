@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from opd_fast.solvers import SolverTable, sd3_sigmas, solver_table
-from opd_fast.training.methods.advantages import advantages, varied
 from opd_fast.training.methods.grpo import clipped_surrogate, policy_loss, ratio_change
+from opd_fast.training.methods.reward_learning import advantages, varied
 from opd_kernels import fused_step, log_prob, log_prob_reference
 
 TABLE = solver_table("flow_sde", sd3_sigmas(10), 0.7)

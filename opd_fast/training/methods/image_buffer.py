@@ -31,8 +31,7 @@ class ImageBuffer(Method):
 
     def __init__(self, setup: Setup, guidance: float | None) -> None:
         super().__init__(setup)
-        config = setup.config
-        spec = method_spec(config)
+        config, spec = setup.config, method_spec(setup.config)
         self.updates, self.prompts_per_turn = spec.updates(config), spec.prompts_per_turn(config)
         """Rounds that learn from one draw, and distinct prompts of a task in its turn."""
         self.images = config.train.samples_per_task * setup.schedule.per_round
