@@ -83,10 +83,9 @@ def train(
         run.load(*saved)
     elif resume and world.is_main:
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
-    rounds, begun = config.train.rounds, run.rounds
-    telemetry = (
-        Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.is_main else NullTelemetry()
-    )
+    telemetry: Telemetry | NullTelemetry = NullTelemetry()
+    if world.is_main:
+        telemetry = Telemetry(run_dir, config.logging, rounds=config.train.rounds, start_round=run.rounds)
     with telemetry, RoundProfiler(run_dir, log=telemetry.message) if profile and world.is_main else nullcontext() as p:
         try:
             run.go(telemetry, p.round if p is not None else nullcontext)

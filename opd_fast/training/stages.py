@@ -46,7 +46,7 @@ def train_stages(
     """
     world, run_dir = world or World(), Path(run_dir).expanduser()
     done: list[dict[str, Any]] = []
-    printed: set[tuple[str, str]] = set()
+    run = partial(train, profile=profile, world=world, within=run_dir, printed=set())
     folders = [run_dir / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
         config = stage.config
@@ -58,16 +58,7 @@ def train_stages(
             if world.is_main:
                 print(f"stage {number + 1} of {len(stages)}: {stage.name}", flush=True)
             again = world.on_first(partial(_begin, folder, config))
-            results = train(
-                config,
-                folder,
-                resume=again,
-                profile=profile,
-                world=world,
-                planner=planner if number == 0 else None,
-                within=run_dir,
-                printed=printed,
-            )
+            results = run(config, folder, resume=again, planner=planner if number == 0 else None)
         if results["rounds"] < config.train.rounds:
             return results
         done.append(results)
@@ -85,8 +76,8 @@ def _begin(folder: Path, config: Config) -> bool:
 def _finish(
     stages: Sequence[Stage], folders: Sequence[Path], done: Sequence[dict[str, Any]], run_dir: Path, world: World
 ) -> dict[str, Any]:
-    results = new_results(stages[-1].config) | {"config_hash": stages_hash(stages)}
-    results["rows"] = joined_rows(stages, [stage["rows"] for stage in done])
+    rows = joined_rows(stages, [stage["rows"] for stage in done])
+    results = new_results(stages[-1].config) | {"config_hash": stages_hash(stages), "rows": rows}
     results["recovered"] = done[-1]["recovered"]
     results["failures"] = list(dict.fromkeys(failure for stage in done for failure in stage.get("failures", ())))
     results["rounds"] = sum(stage["rounds"] for stage in done)
@@ -116,10 +107,8 @@ def joined_rows(stages: Sequence[Stage], tables: Sequence[dict[str, Row]]) -> di
     teachers: dict[str, Row] = {}
     students: dict[str, Row] = {}
     for stage, of_stage, rows in zip(stages, pairs, tables, strict=True):
-        stage_keys = reward_keys(of_stage)
-        joined = {
-            name: {keys[pair]: row[key] for pair, key in stage_keys.items() if key in row} for name, row in rows.items()
-        }
+        renamed = [(key, keys[pair]) for pair, key in reward_keys(of_stage).items()]
+        joined = {name: {new: row[key] for key, new in renamed if key in row} for name, row in rows.items()}
         base |= {key: mean for key, mean in joined["base"].items() if key not in base}
         for name, row in joined.items():
             if name.startswith("teacher:"):

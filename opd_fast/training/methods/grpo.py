@@ -23,6 +23,8 @@ from opd_kernels.philox import INITIAL_NOISE
 
 CLIP = {False: 1e-4, True: 2e-6}
 """The range of the ratio around 1, without and with Guard."""
+KEPT = ("x", "sample", "mean")
+"""What a rollout keeps of every trained step: state, next state and mean."""
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
@@ -70,8 +72,8 @@ def policy_loss(
 class GRPO(Reinforcement):
     """The method `grpo` of the training loop.
 
-    The student draws with noise and keeps state, next state and mean of every step that will be trained: all but the
-    last, or those of a window whose place is drawn for each rollout, the other steps being ODE steps (Flow-GRPO-Fast).
+    The student draws with noise at every step that will be trained: all but the last, or those of a window whose place
+    is drawn for each rollout, the other steps being ODE steps (Flow-GRPO-Fast).
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -107,24 +109,23 @@ class GRPO(Reinforcement):
     def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         setup, trained = self.setup, self.trained_steps(epoch)
         rows, keys = self.rows(epoch), self.keys(epoch)
-        kept = {name: [self.no_images(len(trained))] for name in ("x", "sample", "mean")}
+        kept = {name: [self.no_images(len(trained))] for name in KEPT}
         latents = [self.no_images()]
         with torch.no_grad(), setup.student.merged_for_round():
             for part in self.micro_batches(self.rank_indices):
                 condition, part_keys = self.condition(epoch, part), keys[part.to(keys.device)]
                 guidance = torch.full((len(part),), condition.branch_guidance, device=keys.device)
                 x = philox_normal(part_keys, setup.shape, INITIAL_NOISE)
-                path: dict[str, list[Tensor]] = {name: [] for name in kept}
+                path = []
                 for j in range(setup.table.steps):
                     v = Prediction(setup.student.velocities(setup.model, x, rows[j, -1], condition), guidance)
                     scale = torch.ones_like(guidance)
                     step = guided_step(x, v, v, rows, j, scale, keys=part_keys, return_means=True)
                     if j in trained and step.mean_s is not None:
-                        for name, tensor in zip(kept, (x, step.x_next, step.mean_s), strict=True):
-                            path[name].append(tensor)
+                        path.append((x, step.x_next, step.mean_s))
                     x = step.x_next
                 latents.append(x)
-                for name, tensors in path.items():
+                for name, tensors in zip(KEPT, zip(*path, strict=True), strict=True):
                     kept[name].append(torch.stack(tensors, 1))
         return torch.cat(latents), {name: torch.cat(parts) for name, parts in kept.items()}
 
@@ -140,7 +141,7 @@ class GRPO(Reinforcement):
                 guidance = torch.full((len(part),), condition.branch_guidance, device=rows.device)
                 advantage = drawn["advantage"][part]
                 for i, j in enumerate(steps):
-                    x, sample, mean = (drawn[name][self.positions(part), i] for name in ("x", "sample", "mean"))
+                    x, sample, mean = (drawn[name][self.positions(part), i] for name in KEPT)
                     sigma = self.drawing[j, -1]
                     v = setup.student.velocities(setup.model, x, sigma, condition)
                     out = log_prob(x, sample, v.cond, v.uncond, guidance, self.drawing, j, mean_old=mean)

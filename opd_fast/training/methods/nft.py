@@ -55,13 +55,8 @@ def nft_loss(
     5 (r L+ + (1 - r) L-) / beta + kl_weight mean((v - v_base)^2), with L+ and L- the self-normalised errors of v+ and
     v-. At v = v_old its gradient is -10 sigma (2 r - 1) (x0_hat - x0) / (D w), whatever beta.
 
-    Args:
-        v: (B, C, H, W) with gradient; v_old, v_base: likewise without. v_base may be None where kl_weight is 0.
-        x: (B, C, H, W), the noised image at `sigma` (0-dim or (B,)); x0: (B, C, H, W), the image's latent.
-        r: (B,) in 0..1.
-
-    Raises:
-        ValueError: kl_weight without v_base.
+    v (B, C, H, W) has a gradient, v_old and v_base none; v_base may be None where kl_weight is 0, else ValueError is
+    raised. x (B, C, H, W) is the noised image at `sigma` (0-dim or (B,)), x0 the image's latent, r (B,) in 0..1.
     """
     v, v_old, x, x0, r = (each.double() for each in (v, v_old, x, x0, r))
     t = sigma.double().view(-1, *[1] * (x.dim() - 1))
