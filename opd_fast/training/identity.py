@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from opd_fast.config import Config, TeacherConfig
+from opd_fast.config import Config
 from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.paths import BASE, MERGED, is_bundled, resolve_source
 from opd_fast.config.serialize import flatten, from_dict, leaves, refuse_unsafe_changes, sections, teacher_leaves
@@ -107,18 +107,15 @@ def identify(config: Config) -> Sources:
     found["student.start"] = _weights(config.student.start, MERGED)
     found["objective.anchor"] = _weights(config.objective.anchor, BASE)
     for teacher in config.teachers:
-        found |= {f"teachers.{teacher.name}.{name}": files for name, files in _task(teacher, config).items()}
+        name = f"teachers.{teacher.name}"
+        if method_spec(config).has_teachers:
+            found[f"{name}.weights"] = _weights(teacher.weights)
+        found[f"{name}.prompts"] = _prompts(teacher.prompts, "train")
+        if teacher.reward is not None:
+            if teacher.eval_prompts or is_bundled(teacher.prompts):
+                found[f"{name}.eval_prompts"] = _prompts(teacher.eval_prompts or teacher.prompts, "test")
+            found[f"{name}.reward"] = _reward(teacher.reward)
     return {key: files for key, files in found.items() if files}
-
-
-def _task(teacher: TeacherConfig, config: Config) -> Sources:
-    held_out = teacher.eval_prompts or (teacher.prompts if is_bundled(teacher.prompts) else None)
-    return {
-        "weights": _weights(teacher.weights) if method_spec(config).has_teachers else {},
-        "prompts": _prompts(teacher.prompts, "train"),
-        "eval_prompts": _prompts(held_out, "test") if held_out is not None and teacher.reward is not None else {},
-        "reward": {} if teacher.reward is None else _reward(teacher.reward),
-    }
 
 
 def _pipeline(name: str) -> dict[str, str]:

@@ -92,8 +92,7 @@ def apply_techniques(
 ) -> ActiveTechniques:
     """Put the techniques of `settings` to work, in place; what does not fit model or machine is left out and said.
 
-    `resolved`: what the settings that depend on the machine came to, all off by default. `world`: the one that the
-    student will be distributed in. Raises UserError for an unknown name of a setting.
+    `world` is the one that the student will be distributed in. Raises UserError for an unknown name of a setting.
     """
     world, resolved = world or World(), resolved or ResolvedSettings()
     banks = [bank for bank in (teachers, anchor) if bank is not None]

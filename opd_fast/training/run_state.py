@@ -108,8 +108,7 @@ class RunState:
 
     def _frozen_hashes(self) -> dict[str, str]:
         """What identifies the teachers and the anchor, by name."""
-        banks = (self.setup.teachers, self.setup.anchor)
-        frozen = [teacher for bank in banks if bank is not None for teacher in bank.teachers]
+        frozen = self.setup.teachers.teachers + (self.setup.anchor.teachers if self.setup.anchor else [])
         return {teacher.name: teacher.source.sha256 for teacher in frozen if teacher.adapter != BASE}
 
     def _judged_otherwise(self, folder: Path, meta: dict[str, Any]) -> str:

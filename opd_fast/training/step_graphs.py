@@ -72,10 +72,7 @@ class GradientBuffers:
         self._buffers: list[Tensor] = []
 
     def in_place(self) -> list[Tensor]:
-        """Every parameter's gradient, in the same buffer from round to round, holding what was there.
-
-        Zeroing gradients to None is fine: the buffer comes back, zeroed.
-        """
+        """Every parameter's gradient in the same buffer from round to round, with what was there: zeros for None."""
         if not self._buffers:
             self._buffers = [torch.zeros_like(p) for p in self._parameters]
         empty = []

@@ -137,10 +137,8 @@ class ImageBuffer(Method):
         return tasks
 
     def no_images(self, *each: int) -> Tensor:
-        """(0, *each, C, H, W) float32: what a process has before its first image, and one without images always.
-
-        Every process must have the same tensors, because gathering them takes all processes.
-        """
+        """(0, *each, C, H, W) float32: what a process has before its first image. Gathering takes all processes, so one
+        without images has it as well."""
         return torch.empty(0, *each, *self.setup.shape, device=self.setup.model.device)
 
     def rank_parts(self, epoch: int) -> Iterator[tuple[int, list[Prompt], Tensor, Tensor]]:
