@@ -32,7 +32,7 @@ def replace_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a folder, and put it in the place of `folder` once it is whole."""
     part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
     for leftover in (part, old):

@@ -177,9 +177,9 @@ def test_what_is_left_out(model: DiffusionModel) -> None:
 def test_nothing_to_cache(model: DiffusionModel, tmp_path: Path) -> None:
     model.transformer.requires_grad_(True)
     assert ModulationCache.of(model, model.transformer) is None
-    outline = meta_model("bundled", dtype=torch.float32)
-    outline.device = torch.device("cpu")  # the weights wait elsewhere
-    assert ModulationCache.of(outline, outline.transformer) is None
+    meta = meta_model("bundled", dtype=torch.float32)
+    meta.device = torch.device("cpu")  # the weights wait elsewhere
+    assert ModulationCache.of(meta, meta.transformer) is None
 
 
 # --- teachers --------------------------------------------------------------------------------------------------------
