@@ -12,16 +12,6 @@ PATCH = 2  # latents that a packed token holds in each direction
 _DECODE_IMAGES = 64  # decoded at once, however small
 
 
-DEFAULT_SIZE = 128
-"""Latents along the side of a default image, where diffusers' pipeline has it as a constant: FLUX.1 and
-Qwen-Image."""
-
-
-def vae_factor(vae: Any) -> int:
-    """Pixels that a latent of an AutoencoderKL stands for, along each side."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
 def latent_size(resolution: int, factor: int, patch: int) -> int:
     """Latents along the side of an image of ``resolution`` pixels, of a VAE of that factor.
 
@@ -55,12 +45,6 @@ def weight_dtype(module: Any, otherwise: torch.dtype) -> torch.dtype:
     """What ``module`` computes in: its weight's dtype, or ``otherwise`` where a wrapper (DDP, say) hides it."""
     weight = getattr(module, "weight", None)
     return weight.dtype if isinstance(weight, Tensor) else otherwise
-
-
-def kl_pixels(vae: Any, z: Tensor) -> Tensor:
-    """z / scaling_factor + shift_factor through an AutoencoderKL: (B, C, H, W) float32 to pixels in [-1, 1]."""
-    pixels: Tensor = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
-    return pixels
 
 
 def decode_in_chunks(z: Tensor, decode: Callable[[Tensor], Tensor], factor: int, pixels: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,14 @@ from opd_fast.models.weight_files import (
 _NEVER_READ = ["*.bin", "*.msgpack", "*.onnx*", "*.ckpt", "*.pt", "*.gguf"]
 _VARIANTS = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*"]
 _NOT_TOGETHER = "its weights and its config.json do not belong together: fetch the pipeline again"
+_MODEL_TYPES = {
+    "CLIPTextModel": "clip_text_model",
+    "CLIPTextModelWithProjection": "clip_text_model",
+    "T5EncoderModel": "t5",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3Model": "qwen3",
+}
+"""What the configuration of a class of transformers gives as its model type."""
 _CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json")
 
 
@@ -147,7 +155,7 @@ def check_index(folder: Path, family: type[DiffusionModel]) -> dict[str, Any]:
     return index
 
 
-def check_components(folder: Path, index: dict[str, Any], names: Sequence[str]) -> None:
+def check_components(folder: Path, index: dict[str, Any], names: Iterable[str]) -> None:
     """Raise ValueError for a component of ``names`` that model_index.json does not list."""
     for name in names:
         if has_component(index, name):
@@ -166,49 +174,46 @@ def check_components(folder: Path, index: dict[str, Any], names: Sequence[str]) 
         raise ValueError(f"{folder}/model_index.json lists no {name!r}, {needs}; fetch it again")
 
 
-def check_present(
-    folder: Path,
-    names: Sequence[str],
-    *,
-    weights: bool,
-    kinds: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Raise ValueError for a component that has no configuration, is of another class than ``kinds`` has, is quantised,
-    or, with ``weights``, has no weights that fit.  Only configurations and the files' headers are read.  The package's
-    own configurations leave the text encoders out.
+def check_present(folder: Path, classes: Mapping[str, str], *, weights: bool, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError for a component that has no configuration, is of another class than ``classes`` has, is
+    quantised, or, with ``weights``, has no weights that fit.  Only configurations and the files' headers are read.  The
+    package's own configurations leave the text encoders out.
 
-    ``kinds``: diffusers' class of a network, or transformers' model type.  ``dtype``: that the model will have.
+    ``classes``: diffusers' or transformers' class of each component but the scheduler.  ``dtype``: that the model will
+    have.
     """
-    kinds = kinds or {}
     if folder.parent == ASSETS / "configs":
         return
-    for name in names:
+    for name in (*classes, "scheduler"):
         where = folder / name
-        if not where.is_dir() or not any(where.iterdir()):
-            raise ValueError(f"pipeline {folder} lacks its component {name!r}; fetch the pipeline again")
+        _check_there(folder, name)
         if not any((where / file).is_file() for file in _CONFIGS):
             raise ValueError(
                 f"pipeline {folder} lacks the configuration of its component {name!r}; fetch the pipeline again"
             )
         if name.startswith(("scheduler", "tokenizer")):
             continue
-        _check_kind(where, name, kinds.get(name))
+        _check_kind(where, name, _MODEL_TYPES.get(classes[name], classes[name]))
         if weights:
             _check_weights(where, name, torch.float32 if name == "vae" else dtype)
+
+
+def _check_there(folder: Path, name: str) -> None:
+    if not (folder / name).is_dir() or not any((folder / name).iterdir()):
+        raise ValueError(f"pipeline {folder} lacks its component {name!r}; fetch the pipeline again")
 
 
 def _called(where: Path, name: str) -> str:
     return f"component {name!r} in {where}"
 
 
-def _check_kind(where: Path, name: str, kind: str | None) -> None:
+def _check_kind(where: Path, name: str, kind: str) -> None:
     """Raise ValueError for a network that is quantised, or of another class or model type than ``kind``."""
     config = _read_json(where / "config.json") if (where / "config.json").is_file() else {}
     frozen = name.startswith(("text_encoder", "image_encoder"))
     check_quantization(config, _called(where, name), frozen=frozen)
     found = config.get("model_type" if frozen else "_class_name")
-    if kind is None or found is None or found == kind:
+    if found is None or found == kind:
         return
     if frozen and (kind.startswith(str(found)) or str(found).startswith(kind)):  # clip and clip_text_model
         return
@@ -230,7 +235,7 @@ def _check_weights(where: Path, name: str, dtype: torch.dtype | None) -> None:
         return
     if any(".query." in key or ".proj_attn." in key for key in header):  # names that diffusers itself renames
         return
-    known = shapes_of(_without_weights(kind, where, name))
+    known = shapes_of(meta_network(kind, where.parent, name))
     check_state(header, known, what, _NOT_TOGETHER, exact=name == "transformer")
 
 
@@ -242,35 +247,16 @@ def read_config(folder: Path, name: str) -> SimpleNamespace:
     raise ValueError(f"pipeline {folder} lacks the configuration of its component {name!r}; fetch the pipeline again")
 
 
-def meta_transformer(folder: Path, ours: type | None = None) -> nn.Module:
-    """The pipeline's transformer without weights: shapes and names only.
-
-    ``ours``: a family's own form of the class, in place of diffusers' of that name.
-    """
-    import diffusers
-
-    config = _read_json(folder / "transformer" / "config.json")
-    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    if ours is not None and ours.__name__ == config.get("_class_name"):
-        kind = ours
-    if kind is None:
-        raise ValueError(
-            f"{folder}/transformer/config.json names the class {config.get('_class_name')}, which diffusers does not "
-            f"have; update diffusers, or fetch the pipeline again"
-        )
-    return _without_weights(kind, folder / "transformer", "transformer")
-
-
-def _without_weights(kind: Any, where: Path, name: str) -> nn.Module:
-    """Make a network on the meta device by its configuration file."""
-    config = _read_json(where / "config.json")
+def meta_network(kind: Any, folder: Path, name: str) -> nn.Module:
+    """Component ``name`` of class ``kind`` on the meta device, by its configuration file: shapes and names only."""
+    config = _read_json(folder / name / "config.json")
     try:
         with torch.device("meta"):
             network: nn.Module = kind.from_config(config)
     except Exception as error:  # whatever a configuration of nonsense leads to
         raise ValueError(
-            f"{_called(where, name)} cannot be made ({type(error).__name__}: {_first_line(error)}); its config.json is "
-            f"damaged: fetch the pipeline again"
+            f"{_called(folder / name, name)} cannot be made ({type(error).__name__}: {_first_line(error)}); its "
+            f"config.json is damaged: fetch the pipeline again"
         ) from None
     return network.eval().requires_grad_(False)
 
@@ -302,8 +288,7 @@ def load_component(cls: Any, folder: Path, name: str, *, exact: bool = False, **
     encoders often come with weights of a head that is not used.  ``find_weights`` chooses among variants.
     """
     where = folder / name
-    if not where.is_dir() or not any(where.iterdir()):
-        raise ValueError(f"pipeline {folder} lacks its component {name!r}; fetch the pipeline again")
+    _check_there(folder, name)
     weighted = hasattr(cls, "forward")
     if weighted:
         dtype = options.get("torch_dtype", options.get("dtype"))
@@ -313,7 +298,7 @@ def load_component(cls: Any, folder: Path, name: str, *, exact: bool = False, **
         stem = TRANSFORMERS_STEM if of_transformers else DIFFUSERS_STEM
         weights = find_weights(where, _called(where, name), dtype, stem)
         if exact:
-            known = shapes_of(_without_weights(cls, where, name))
+            known = shapes_of(meta_network(cls, folder, name))
             names = check_state(weights.header(), known, _called(where, name), _NOT_TOGETHER)
             if any(key != plain for key, plain in names.items()):
                 return load_renamed(cls, config, weights.files, names, dtype or torch.float32)
