@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +11,18 @@ import torch
 from torch import nn
 
 from opd_fast.config.paths import ASSETS, resolve_source
+from opd_fast.errors import one_line
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.weight_files import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
+    WeightFiles,
     check_quantization,
     check_state,
     find_weights,
     load_renamed,
+    meta_network,
+    read_json,
     shapes_of,
 )
 
@@ -35,6 +38,7 @@ _MODEL_TYPES = {
     "Qwen3Model": "qwen3",
 }
 """What the configuration of a class of transformers gives as its model type."""
+_ENCODERS = ("text_encoder", "image_encoder")
 _CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json")
 
 
@@ -112,8 +116,9 @@ def fetch(repo: str, patterns: Sequence[str], *, variants: bool = False) -> Path
                 f"{repo} is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE forbids fetching it; "
                 f"unset HF_HUB_OFFLINE, or run `hf download {repo}` where there is a network"
             ) from None
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{repo} is not a folder and could not be fetched from the hub ({_first_line(error)}); check the "
+            f"{repo} is not a folder and could not be fetched from the hub ({cause[:200]}); check the "
             f"name, the network, and whether the model needs `hf auth login`"
         ) from None
 
@@ -123,14 +128,14 @@ def read_index(folder: Path) -> dict[str, Any]:
     file = folder / "model_index.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json; {_instead(folder)}")
-    index = _read_json(file)
+    index = read_json(file)
     named = index.get("_class_name")
     if isinstance(named, list):
         raise ValueError(
             f"{file} names a pipeline class of its own ({'.'.join(map(str, named))}), whose code is not run; give "
             f"model.family as package.module:Class, a family that knows it"
         )
-    if not isinstance(index.get("_class_name"), str):
+    if not isinstance(named, str):
         raise ValueError(f"{file} is damaged (it names no _class_name); fetch the pipeline again")
     return index
 
@@ -186,91 +191,65 @@ def check_present(folder: Path, classes: Mapping[str, str], *, weights: bool, dt
         return
     for name in (*classes, "scheduler"):
         where = folder / name
-        _check_there(folder, name)
-        if not any((where / file).is_file() for file in _CONFIGS):
-            raise ValueError(
-                f"pipeline {folder} lacks the configuration of its component {name!r}; fetch the pipeline again"
-            )
+        if not where.is_dir() or not any(where.iterdir()):
+            raise ValueError(f"pipeline {folder} lacks its component {name!r}; fetch the pipeline again")
+        read_config(folder, name)
         if name.startswith(("scheduler", "tokenizer")):
             continue
-        _check_kind(where, name, _MODEL_TYPES.get(classes[name], classes[name]))
-        if weights:
-            _check_weights(where, name, torch.float32 if name == "vae" else dtype)
+        _check_kind(where, _MODEL_TYPES.get(classes[name], classes[name]))
+        if not weights:
+            continue
+        if name.startswith(_ENCODERS):  # transformers renames some tensors as it loads them
+            _find(where, dtype).header()
+        else:
+            _check_weights(where, classes[name], torch.float32 if name == "vae" else dtype)
 
 
-def _check_there(folder: Path, name: str) -> None:
-    if not (folder / name).is_dir() or not any((folder / name).iterdir()):
-        raise ValueError(f"pipeline {folder} lacks its component {name!r}; fetch the pipeline again")
+def _called(where: Path) -> str:
+    return f"component {where.name!r} in {where}"
 
 
-def _called(where: Path, name: str) -> str:
-    return f"component {name!r} in {where}"
-
-
-def _check_kind(where: Path, name: str, kind: str) -> None:
+def _check_kind(where: Path, kind: str) -> None:
     """Raise ValueError for a network that is quantised, or of another class or model type than ``kind``."""
-    config = _read_json(where / "config.json") if (where / "config.json").is_file() else {}
-    frozen = name.startswith(("text_encoder", "image_encoder"))
-    check_quantization(config, _called(where, name), frozen=frozen)
+    config = read_json(where / "config.json")
+    frozen = where.name.startswith(_ENCODERS)
+    check_quantization(config, _called(where), frozen=frozen)
     found = config.get("model_type" if frozen else "_class_name")
     if found is None or found == kind:
         return
     if frozen and (kind.startswith(str(found)) or str(found).startswith(kind)):  # clip and clip_text_model
         return
     raise ValueError(
-        f"{_called(where, name)} is a {found}, and this family needs a {kind}; take the component of the family's own "
+        f"{_called(where)} is a {found}, and this family needs a {kind}; take the component of the family's own "
         f"pipeline, or give model.family as package.module:Class where the class is one of yours"
     )
 
 
-def _check_weights(where: Path, name: str, dtype: torch.dtype | None) -> None:
-    """Raise ValueError for a network's folder without weights that can be read, or with only a part of them, and for
-    weights of diffusers' networks that do not fit the configuration."""
+def _find(where: Path, dtype: torch.dtype | None) -> WeightFiles:
+    stem = TRANSFORMERS_STEM if where.name.startswith(_ENCODERS) else DIFFUSERS_STEM
+    return find_weights(where, _called(where), dtype, stem)
+
+
+def _check_weights(where: Path, kind: str, dtype: torch.dtype | None) -> tuple[WeightFiles, dict[str, str]]:
+    """The weights of a network of diffusers, and the network's name of each tensor. Raises ValueError for weights that
+    cannot be read, of which a part is missing, or that do not fit the configuration.
+    """
     import diffusers
 
-    what = _called(where, name)
-    header = find_weights(where, what, dtype).header()
-    kind: Any = getattr(diffusers, str(_read_json(where / "config.json").get("_class_name")), None)
-    if kind is None:  # of transformers, which renames some tensors as it loads them
-        return
-    if any(".query." in key or ".proj_attn." in key for key in header):  # names that diffusers itself renames
-        return
-    known = shapes_of(meta_network(kind, where.parent, name))
-    check_state(header, known, what, _NOT_TOGETHER, exact=name == "transformer")
+    files = _find(where, dtype)
+    header = files.header()
+    if where.name == "vae" and any(".query." in key or ".proj_attn." in key for key in header):
+        return files, {}  # names of old autoencoders, which diffusers itself renames
+    known = shapes_of(meta_network(getattr(diffusers, kind), read_json(where / "config.json"), _called(where)))
+    return files, check_state(header, known, _called(where), _NOT_TOGETHER, exact=where.name == "transformer")
 
 
 def read_config(folder: Path, name: str) -> SimpleNamespace:
     """What stands for component ``name`` in a meta model: its configuration file, as ``.config.KEY``."""
     for file in _CONFIGS:
         if (folder / name / file).is_file():
-            return SimpleNamespace(config=SimpleNamespace(**_read_json(folder / name / file)))
+            return SimpleNamespace(config=SimpleNamespace(**read_json(folder / name / file)))
     raise ValueError(f"pipeline {folder} lacks the configuration of its component {name!r}; fetch the pipeline again")
-
-
-def meta_network(kind: Any, folder: Path, name: str) -> nn.Module:
-    """Component ``name`` of class ``kind`` on the meta device, by its configuration file: shapes and names only."""
-    config = _read_json(folder / name / "config.json")
-    try:
-        with torch.device("meta"):
-            network: nn.Module = kind.from_config(config)
-    except Exception as error:  # whatever a configuration of nonsense leads to
-        raise ValueError(
-            f"{_called(folder / name, name)} cannot be made ({type(error).__name__}: {_first_line(error)}); its "
-            f"config.json is damaged: fetch the pipeline again"
-        ) from None
-    return network.eval().requires_grad_(False)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no JSON object")
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({_first_line(error)}); fetch the pipeline again") from None
-    except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{file} is damaged ({_first_line(error)}); fetch the pipeline again") from None
-    return found
 
 
 def has_component(index: dict[str, Any], name: str) -> bool:
@@ -279,49 +258,42 @@ def has_component(index: dict[str, Any], name: str) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
-def load_component(cls: Any, folder: Path, name: str, *, exact: bool = False, **options: Any) -> Any:
+def load_transformer(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load a pipeline's transformer, on the CPU and in ``dtype``. Raises ValueError naming the folder and the remedy.
+
+    Every weight must be there and have its place: a configuration that cuts layers off is refused. The weights' names
+    may be those that a wrapper gave them.
+    """
+    where = folder / "transformer"
+    files, names = _check_weights(where, cls.__name__, dtype)
+    return load_renamed(cls, read_json(where / "config.json"), files.files, names, dtype)
+
+
+def load_component(cls: Any, folder: Path, name: str, **options: Any) -> Any:
     """Load a component by ``cls.from_pretrained(folder/name)``. Raises ValueError naming the folder and the remedy.
 
     Classes with weights must find every one of them: diffusers and transformers fill a missing weight with random
-    numbers and go on, which would distil noise.  ``exact`` also refuses weights that the component has no place for,
-    such as those of layers that its configuration cuts off, and takes weights whose names a wrapper changed; text
-    encoders often come with weights of a head that is not used.  ``find_weights`` chooses among variants.
+    numbers and go on, which would distil noise.  Weights that have no place are left out: text encoders often come with
+    a head that is not used.  ``find_weights`` chooses among variants.
     """
     where = folder / name
-    _check_there(folder, name)
     weighted = hasattr(cls, "forward")
     if weighted:
-        dtype = options.get("torch_dtype", options.get("dtype"))
-        config = _read_json(where / "config.json")
-        of_transformers = hasattr(cls, "config_class")  # the text encoders, which only ever stand frozen
-        check_quantization(config, _called(where, name), frozen=of_transformers)
-        stem = TRANSFORMERS_STEM if of_transformers else DIFFUSERS_STEM
-        weights = find_weights(where, _called(where, name), dtype, stem)
-        if exact:
-            known = shapes_of(meta_network(cls, folder, name))
-            names = check_state(weights.header(), known, _called(where, name), _NOT_TOGETHER)
-            if any(key != plain for key, plain in names.items()):
-                return load_renamed(cls, config, weights.files, names, dtype or torch.float32)
-        options = {"output_loading_info": True, "use_safetensors": True, "variant": weights.variant, **options}
+        variant = _find(where, options.get("torch_dtype", options.get("dtype"))).variant
+        options |= {"output_loading_info": True, "use_safetensors": True, "variant": variant}
     try:
         loaded = cls.from_pretrained(where, local_files_only=True, **options)
     except Exception as error:  # safetensors, json, size mismatches, OSError: whatever it is, the folder is the cause
         raise ValueError(
-            f"{_called(where, name)} cannot be loaded ({type(error).__name__}: {_first_line(error)}); the files are "
+            f"{_called(where)} cannot be loaded ({type(error).__name__}: {one_line(error)[:200]}); the files are "
             f"damaged or of another model: fetch the pipeline again"
         ) from None
     if not weighted:
         return loaded
     component, report = loaded
-    for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if exact else [])):
-        if report.get(kind):
-            keys = [str(key) for key in report[kind]]
+    for kind in ("missing_keys", "mismatched_keys"):
+        if keys := [str(key) for key in report.get(kind) or ()]:
             raise ValueError(
-                f"{_called(where, name)} has {len(keys)} {kind.replace('_', ' ')}, e.g. {min(keys)}; {_NOT_TOGETHER}"
+                f"{_called(where)} has {len(keys)} {kind.replace('_', ' ')}, e.g. {min(keys)}; {_NOT_TOGETHER}"
             )
     return component.eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__

@@ -17,12 +17,13 @@ from opd_fast.models.pipeline_folder import (
     check_index,
     check_present,
     load_component,
-    meta_network,
+    load_transformer,
     read_config,
     resolve_pipeline,
 )
 from opd_fast.models.schedule import check_schedule, flow_sigmas
 from opd_fast.models.text import TextEmbeds, TextEncoders
+from opd_fast.models.weight_files import meta_network, read_json
 
 JOINT_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 """The projections of an attention in which text and image attend to each other, as diffusers names them."""
@@ -142,7 +143,7 @@ class PipelineModel(DiffusionModel):
         import diffusers
 
         device = torch.device(device)
-        transformer = load_component(cls._transformer_class(), folder, "transformer", exact=True, torch_dtype=dtype)
+        transformer = load_transformer(cls._transformer_class(), folder, dtype)
         vae = load_component(getattr(diffusers, classes["vae"]), folder, "vae", torch_dtype=torch.float32)
         model = cls(str(path), transformer.to(device), vae.to(device), schedule, tokens, device, dtype)
 
@@ -164,7 +165,8 @@ class PipelineModel(DiffusionModel):
         """The model of a folder's configuration files.  Raises ValueError naming what is missing or damaged."""
         check_present(folder, cls._components(folder, max_sequence_length), weights=False)
         schedule, tokens = cls._check(folder, max_sequence_length)
-        transformer = meta_network(cls._transformer_class(), folder, "transformer")
+        config = read_json(folder / "transformer" / "config.json")
+        transformer = meta_network(cls._transformer_class(), config, f"component 'transformer' in {folder}")
         return cls(str(folder), transformer, read_config(folder, "vae"), schedule, tokens, torch.device("meta"), dtype)
 
     @classmethod

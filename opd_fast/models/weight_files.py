@@ -62,6 +62,19 @@ class WeightFiles:
         return {key: entry for file in self.files for key, entry in read_header(file, self.what).items()}
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a configuration file. Raises ValueError for one that is missing or damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({one_line(error)[:200]}); fetch it again") from None
+    except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{file} is damaged ({one_line(error)[:200]}); fetch it again") from None
+    return found
+
+
 def read_header(file: Path, what: str) -> Header:
     """What a safetensors file holds. Raises ValueError for one that is damaged or cut short."""
     from safetensors import SafetensorError, safe_open
@@ -76,22 +89,19 @@ def read_header(file: Path, what: str) -> Header:
         ) from None
 
 
-def find_weights(folder: Path, what: str, dtype: torch.dtype | None = None, stem: str | None = None) -> WeightFiles:
+def find_weights(folder: Path, what: str, dtype: torch.dtype | None = None, stem: str = DIFFUSERS_STEM) -> WeightFiles:
     """Find the weights in a network's folder: the plain ones where there are any, else the only variant, else the
     variant of ``dtype``.
 
-    ``what`` names the network in errors; ``stem`` is how its files begin, and None takes it from the folder's name.
+    ``what`` names the network in errors; ``stem`` is how its files begin.
     Raises ValueError, with the cause and the remedy, where there are none that can be read or a part is missing.
     """
-    if stem is None:
-        is_encoder = folder.name.startswith(("text_encoder", "image_encoder"))
-        stem = TRANSFORMERS_STEM if is_encoder else DIFFUSERS_STEM
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     indexed = {v: name for name in names if (v := _index_variant(name, stem)) is not None}
     single = {v: name for name in names if (v := _file_variant(name, stem)) is not None}
     found = {**single, **indexed}  # as diffusers has it, an index comes before a file
     if not found:
-        raise ValueError(_nothing(folder, what, stem, names))
+        raise ValueError(_nothing(what, stem, names))
     chosen = _choose(sorted(found), folder, what, dtype)
     variant = chosen or None
     if chosen not in indexed:
@@ -132,17 +142,13 @@ def _choose(variants: list[str], folder: Path, what: str, dtype: torch.dtype | N
 
 def _shards(index: Path) -> list[str]:
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted({str(shard) for shard in shards.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is damaged (it has no weight_map: {one_line(error)[:100]}); fetch it again"
-        ) from None
+        return sorted({str(shard) for shard in read_json(index)["weight_map"].values()})
+    except (KeyError, AttributeError):
+        raise ValueError(f"{index} is damaged (it has no weight_map); fetch it again") from None
 
 
-def _nothing(folder: Path, what: str, stem: str, names: Iterable[str]) -> str:
-    """Why a folder holds no weights that can be read."""
-    names = list(names)
+def _nothing(what: str, stem: str, names: list[str]) -> str:
+    """Why a folder of these files holds no weights that can be read."""
     if loose := [name for name in names if name.endswith(".safetensors")]:
         if any(_SHARD.search(name) and name.startswith(stem) for name in loose):
             return f"{what} has the shard {loose[0]} but no {stem}.safetensors.index.json; fetch the index"
@@ -243,6 +249,21 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {k.replace(".base_layer.", "."): tuple(v.shape) for k, v in state.items() if ".lora_" not in k}
 
 
+def meta_network(kind: Any, config: Mapping[str, Any], what: str) -> nn.Module:
+    """A network of diffusers' class ``kind`` on the meta device: shapes and names only. Raises ValueError where the
+    configuration makes none.
+    """
+    try:
+        with torch.device("meta"):
+            network: nn.Module = kind.from_config(config)
+    except Exception as error:  # whatever a configuration of nonsense leads to
+        raise ValueError(
+            f"{what} cannot be made ({type(error).__name__}: {one_line(error)[:200]}); its config.json is damaged: "
+            f"fetch it again"
+        ) from None
+    return network.eval().requires_grad_(False)
+
+
 def load_renamed(
     kind: Any, config: Mapping[str, Any], files: Iterable[Path], keys: Mapping[str, str], dtype: torch.dtype
 ) -> nn.Module:
@@ -264,4 +285,6 @@ def load_renamed(
                 wide = any(segment in kept for segment in name.split("."))
                 state[name] = opened.get_tensor(key).to(torch.float32 if wide else dtype)
     network.load_state_dict(state, assign=True)
-    return (network if kept else network.to(dtype)).eval().requires_grad_(False)
+    if not kept:
+        nn.Module.to(network, dtype)  # buffers outside the state; diffusers' own `to` warns of every dtype
+    return network.eval().requires_grad_(False)

@@ -33,6 +33,7 @@ from opd_fast.models.lora.keys import (
 )
 from opd_fast.models.lora.module_names import DIFFUSERS_PREFIX, PEFT_PREFIX, bare
 from opd_fast.models.pipeline_folder import fetch
+from opd_fast.models.weight_files import read_header, read_json
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -124,12 +125,7 @@ def _read_peft(folder: Path, model: DiffusionModel | None) -> LoraWeights:
         if not (folder / name).is_file():
             raise ValueError(f"LoRA {folder} lacks {name}; copy the whole adapter folder again")
     file = folder / PEFT_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); copy the adapter again") from None
+    config = read_json(file)
     weights = folder / PEFT_WEIGHTS
     names = transformer_names(model)
     tensors = _load(weights)[0]
@@ -179,22 +175,19 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise ValueError(f"{file} holds no tensors; save the LoRA again")
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(
-            tensor.float().isfinite().all()
-        ):  # in float32, in which it is applied
+        # In float32, in which it is applied.
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise ValueError(f"{file}: tensor {key} has NaN or infinite values; take another checkpoint")
     return tensors, header
 
 
 def _holds_lora(file: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            words = ("lora", "lokr", "hada", "oft_", "lycoris_")  # reading refuses other adapters by name
-            return any(word in key for key in opened.keys() for word in words)  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError):
+        keys = read_header(file, str(file))
+    except ValueError:
         return True  # damaged: reading it says so
+    words = ("lora", "lokr", "hada", "oft_", "lycoris_")  # reading refuses other adapters by name
+    return any(word in key for key in keys for word in words)
 
 
 def sha256(*files: Path) -> str:
