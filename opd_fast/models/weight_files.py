@@ -27,35 +27,21 @@ TRANSFORMERS_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 """The beginnings of the names of the files that the two libraries write."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _VARIANT_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_LIBRARIES = {
-    "bitsandbytes": "bitsandbytes",
-    "torchao": "torchao",
-    "quanto": "optimum.quanto",
-    "gguf": "gguf",
-    "gptq": "gptqmodel",
-    "modelopt": "modelopt",
-}
-_UNREAD = {
-    ".bin": "pickles, which can run code when they are opened",
-    ".pt": "pickles, which can run code when they are opened",
-    ".pth": "pickles, which can run code when they are opened",
-    ".ckpt": "pickles, which can run code when they are opened",
-    ".gguf": "GGUF's quantised weights",
-    ".msgpack": "Flax's weights",
-    ".onnx": "an ONNX graph",
-}
+_LIBRARIES = {name: name for name in ("bitsandbytes", "torchao", "gguf", "modelopt")}
+_LIBRARIES |= {"quanto": "optimum.quanto", "gptq": "gptqmodel"}
+"""The package that reads the weights of a quantisation method."""
+_UNREAD = dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), "pickles, which can run code when they are opened")
+_UNREAD |= {".gguf": "GGUF's quantised weights", ".msgpack": "Flax's weights", ".onnx": "an ONNX graph"}
 SAVE_AGAIN = "load it in diffusers and save_pretrained(FOLDER), which writes safetensors"
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """One network's weights."""
+    """One network's weights, of which `variant` is diffusers' name (None: plain) and `what` the name in errors."""
 
     files: tuple[Path, ...]
     variant: str | None
-    """Its name in diffusers' and transformers' `variant=`; None for the plain weights."""
     what: str
-    """The network's name in errors."""
 
     def header(self) -> Header:
         """Names, dtypes and shapes of all tensors. Raises ValueError for a file that is damaged or cut short."""
@@ -178,11 +164,10 @@ def check_quantization(config: Mapping[str, Any], what: str, *, frozen: bool) ->
     library = _LIBRARIES.get(method)
     if frozen and library is not None and _installed(library):
         return
-    missing = f", and {library} is not installed" if frozen and library is not None else ""
-    remedy = f"; install {library}" if missing else ""
+    missing = f", and {library} is not installed; install {library}" if frozen and library is not None else ""
     raise ValueError(
-        f"{what} is quantised by {method}{_detail(settings)}, whose weights cannot be read here{missing}{remedy}; take "
-        f"it in bfloat16 or float16, or dequantize() it in diffusers and save it again"
+        f"{what} is quantised by {method}{_detail(settings)}, whose weights cannot be read here{missing}; take it in "
+        f"bfloat16 or float16, or dequantize() it in diffusers and save it again"
     )
 
 

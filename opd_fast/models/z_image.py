@@ -58,10 +58,7 @@ class ZImage(PipelineModel):
 
     def _embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> TextEmbeds:
         rows, _ = pipeline.encode_prompt(
-            prompt=prompts,
-            device=device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.text_tokens,
+            prompt=prompts, device=device, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
         )
         lengths = torch.tensor([len(row) for row in rows], device=device)
         sequence = nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -58,10 +58,6 @@ class LoraWeights:
     note: str = ""
     """What was left out of the file, in words; empty where nothing was."""
 
-    @property
-    def ranks(self) -> set[int]:
-        return {a.shape[0] for a, _ in self.tensors.values()}
-
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -285,25 +281,11 @@ def save_lora(
         if not bool(a.isfinite().all() & b.isfinite().all()):
             raise ValueError(f"module {module} has NaN or infinite LoRA weights; take an earlier checkpoint")
     # Only settings that every PEFT knows: a reader of another version refuses names it has not heard of.
-    config: dict[str, Any] = {
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else float(alpha),
-        "target_modules": sorted(tensors if targets is None else targets),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-    }
-    peft_config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        **config,
-    }
+    config: dict[str, Any] = {"r": rank, "target_modules": sorted(tensors if targets is None else targets)}
+    config |= {"lora_alpha": int(alpha) if float(alpha).is_integer() else float(alpha)}
+    config |= {"rank_pattern": {}, "alpha_pattern": {}, "lora_dropout": 0.0, "bias": "none"}
+    config |= {"use_rslora": False, "use_dora": False, "init_lora_weights": True}
+    of_peft = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model, "inference_mode": True}
     prefixed = {DIFFUSERS_PREFIX + key: value for key, value in config.items()}
     header = {"format": "pt", _METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True)}
 
@@ -311,8 +293,7 @@ def save_lora(
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder / PEFT_WEIGHTS, tensors, PEFT_PREFIX, {"format": "pt"})
     _write_tensors(folder / DIFFUSERS_WEIGHTS, tensors, DIFFUSERS_PREFIX, header)
-    text = json.dumps(peft_config, indent=2, sort_keys=True) + "\n"
-    replace_text(folder / PEFT_CONFIG, text)
+    replace_text(folder / PEFT_CONFIG, json.dumps(of_peft | config, indent=2, sort_keys=True) + "\n")
     return folder
 
 
