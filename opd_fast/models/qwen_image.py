@@ -16,7 +16,7 @@ from opd_fast.models.text import TextEmbeds, padded
 _ATTENTION = [f"attn.{name}" for name in JOINT_ATTENTION]
 _FEED_FORWARD = ["img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"]
 _MOST_TOKENS = 1024  # the pipeline's own limit
-# Variants that are called with more than image, text and level.
+# Variants whose transformer takes more inputs than image, text and level.
 _VARIANTS = {
     "guidance_embeds": "a guidance-distilled transformer",
     "use_additional_t_cond": "Qwen-Image-Layered's transformer",
@@ -27,8 +27,8 @@ _VARIANTS = {
 class QwenImage(PipelineModel):
     """Qwen-Image: Qwen2.5-VL as text encoder, packed 2x2 latents, 8x VAE on single-frame video latents.
 
-    QwenImagePipeline takes v = u + g (c - u), g being its ``true_cfg_scale``, and then gives each packed token of it
-    the norm of the token of c.
+    QwenImagePipeline guides by v = u + g (c - u), where g is its ``true_cfg_scale``, and then rescales each packed
+    token of v to the norm of the same token of c.
     """
 
     name: ClassVar[str] = "qwen_image"
@@ -87,7 +87,7 @@ class QwenImage(PipelineModel):
         return unpack(tokens, height, width)
 
     def rescale_guided(self, guided: Tensor, cond: Tensor) -> Tensor:
-        """The norm of each packed token (2x2 latents of all channels) becomes that of the conditional prediction's."""
+        """Rescale each packed token (2x2 latents of all channels) to the norm of the conditional prediction's token."""
         _, _, height, width = guided.shape
         tokens = pack(guided)
         norms = [torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (pack(cond), tokens)]
@@ -96,8 +96,7 @@ class QwenImage(PipelineModel):
 
     def _pixels(self, z: Tensor) -> Tensor:
         config = self.vae.config
-        mean, std = (
-            torch.tensor(v, device=z.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
-        )
+        both = torch.tensor([config.latents_mean, config.latents_std], device=z.device)
+        mean, std = both.view(2, 1, -1, 1, 1)
         frames: Tensor = self.vae.decode((z * std + mean).unsqueeze(2), return_dict=False)[0]
         return frames[:, :, 0]

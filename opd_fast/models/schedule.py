@@ -1,4 +1,4 @@
-"""Noise levels as diffusers' FlowMatchEulerDiscreteScheduler makes them of linspace(1, 1/N, N)."""
+"""Noise levels that equal those which diffusers' FlowMatchEulerDiscreteScheduler makes of linspace(1, 1/N, N)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def flow_sigmas(steps: int, image_tokens: int, config: Mapping[str, Any]) -> Ten
         mu = low + (high - low) * (image_tokens - tokens) / (most - tokens)
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
     sigmas = shift * u / (1 + (shift - 1) * u)
-    # S(1) is 1, whatever floating point makes of it: the solvers treat sigma == 1 apart.
+    # The first level is 1 exactly, without rounding, because the solvers treat sigma == 1 apart.
     sigmas[0] = 1.0
     terminal = config.get("shift_terminal")
     if terminal and steps > 1:
@@ -58,8 +58,8 @@ def check_schedule(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_options(folder: Path, config: Mapping[str, Any], schedule: str, more: Sequence[str] = ()) -> None:
-    """Raise ValueError for a scheduler of another class, or with an option, of those above or of ``more``, that
-    ``schedule`` does not set.
+    """Raise ValueError for a scheduler of another class, or for one that sets an option of ``_OTHER_SCHEDULES`` or of
+    ``more``. ``schedule`` names the expected schedule in the message.
     """
     kind = config.get("_class_name", _CLASS)
     if kind != _CLASS:

@@ -21,18 +21,18 @@ _AXES_LENS = (1024, 512, 512)  # the transformer's default
 class ZImage(PipelineModel):
     """Z-Image and Z-Image-Turbo: Qwen3 with a chat template as text encoder, single-stream transformer, 8x VAE.
 
-    The transformer's clock runs the other way (t = 1 - sigma), and what it predicts is -v.
+    The transformer's time runs the other way (t = 1 - sigma), and it predicts -v.
 
-    ZImagePipeline counts its ``guidance_scale`` s from 0: v = c + s (c - u), which is u + (1 + s) (c - u).  Its
-    ``cfg_normalization`` (off by default), which bounds the norm of the guided prediction, and ``cfg_truncation`` below
-    1 are not done here.
+    ZImagePipeline counts its ``guidance_scale`` s from 0: v = c + s (c - u), which is u + (1 + s) (c - u).  Two of its
+    options are not supported: ``cfg_normalization`` (off by default), which bounds the norm of the guided prediction,
+    and ``cfg_truncation`` below 1.
     """
 
     name: ClassVar[str] = "z_image"
     pipeline_class: ClassVar[str] = "ZImagePipeline"
     unguided: ClassVar[float] = 0.0
     masks_text: ClassVar[bool] = True
-    # Of the refiners' blocks too: they are built alike.
+    # The refiners' blocks are built alike, so these names choose layers of theirs too.
     lora_targets: ClassVar[dict[str, list[str]]] = {"attention": _ATTENTION, "all": _ATTENTION + _FEED_FORWARD}
     _classes: ClassVar[dict[str, str]] = {
         "transformer": "ZImageTransformer2DModel",
