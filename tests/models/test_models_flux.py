@@ -353,7 +353,7 @@ def test_decode_in_chunks_is_decode_at_once(model: Flux, monkeypatch: pytest.Mon
         return decode(z, **options)
 
     monkeypatch.setattr(model.vae, "decode", counted)
-    monkeypatch.setattr("opd_fast.models.flux._DECODE_PIXELS", 2 * RESOLUTION**2)
+    monkeypatch.setattr(Flux, "_decode_pixels", 2 * RESOLUTION**2)
     torch.testing.assert_close(model.decode(z), whole, rtol=0, atol=1e-5)
     assert calls == [2, 2, 1]
 

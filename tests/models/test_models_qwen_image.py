@@ -190,7 +190,7 @@ def test_guidance_is_the_pipelines(model: QwenImage, folder: Path) -> None:
 def test_decode_in_chunks_is_decode_at_once(model: QwenImage, monkeypatch: pytest.MonkeyPatch) -> None:
     z = noise(model, 3)
     whole = model.decode(z)
-    monkeypatch.setattr("opd_fast.models.padded._DECODE_PIXELS", 2 * RESOLUTION**2)
+    monkeypatch.setattr(QwenImage, "_decode_pixels", 2 * RESOLUTION**2)
     torch.testing.assert_close(model.decode(z), whole, rtol=0, atol=1e-5)
 
 

@@ -264,7 +264,7 @@ def test_text_is_kept(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("a text encoder was loaded")
 
-    monkeypatch.setattr("opd_fast.models.sd3._load_text", refuse)
+    monkeypatch.setattr("opd_fast.models.pipeline_model._load_text", refuse)
     assert module.main(argv) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rewards"] == first
     with pytest.raises(AssertionError, match="was loaded"):
