@@ -116,7 +116,9 @@ def prompt_file(source: str | Path, split: Split = "train") -> Path:
             raise ValueError(f"{path} holds {which} of {names}; name the file itself")
         return found[0]
     if not path.is_file():
-        raise ValueError(f"prompt file {path} does not exist; give a file, a folder, or bundled/NAME")
+        raise ValueError(
+            f"prompt file {path} does not exist; give a file ({', '.join(SUFFIXES)}), a folder, or bundled/NAME"
+        )
     if path.suffix not in SUFFIXES:
         kinds = ".jsonl (GenEval) nor .txt (one prompt a line) nor a table (.csv, .tsv, .parquet)"
         raise ValueError(f"{path} is neither {kinds}; rename or convert it")
