@@ -63,7 +63,7 @@ class Technique:
 
 
 def _count(field: str) -> Callable[[ActiveTechniques], Any]:
-    return lambda engaged: getattr(engaged, field)
+    return lambda active: getattr(active, field)
 
 
 BARE = EngineConfig(
@@ -86,8 +86,8 @@ TECHNIQUES = (
     Technique("projections", {"fuse_projections": True}, _count("fused")),
     Technique("modulation", {"cache_modulation": True}, _count("modulation")),
     Technique("blocks", {"compile": "on"}, _count("compiled"), gpu=True),
-    Technique("attention", {"attention": "auto"}, lambda engaged: "/".join(engaged.backends)),
-    Technique("graphs", {"graphs": "on"}, lambda engaged: engaged.graphs.replays, gpu=True),
+    Technique("attention", {"attention": "auto"}, lambda active: "/".join(active.backends)),
+    Technique("graphs", {"graphs": "on"}, lambda active: active.graphs.replays, gpu=True),
     Technique("fp8", {"precision": "fp8"}, _count("fp8"), gpu=True, exact=False),
 )
 RUNGS = ("one-pass", *(technique.name for technique in TECHNIQUES), "compiled-reference")
@@ -171,15 +171,15 @@ class Ladder:
 
     def _missing(self, side: Side, asked: Sequence[Technique]) -> str | None:
         """What was asked for and is not at work."""
-        assert side.engaged is not None
-        missing = [technique.name for technique in asked if not technique.evidence(side.engaged)]
+        assert side.active is not None
+        missing = [technique.name for technique in asked if not technique.evidence(side.active)]
         return f"not engaged: {', '.join(missing)}" if missing else self._nothing_else(side, asked)
 
     def _nothing_else(self, side: Side, asked: Sequence[Technique] = ()) -> str | None:
         """What is at work and was not asked for: the row would not be what its name says."""
-        assert side.engaged is not None
+        assert side.active is not None
         names = {technique.name for technique in asked}
-        extra = [t.name for t in self.techniques if t.name not in names and t.evidence(side.engaged)]
+        extra = [t.name for t in self.techniques if t.name not in names and t.evidence(side.active)]
         return f"at work though not asked for: {', '.join(extra)}" if extra else None
 
     def _compiled_reference(self) -> Row:
@@ -231,8 +231,8 @@ class Ladder:
             "samples": len(batch),
             **self.work.errors(side, self.truth),
         }
-        if side.engaged is not None:
-            row["engaged"] = {t.name: value for t in self.techniques if (value := t.evidence(side.engaged))}
+        if side.active is not None:
+            row["engaged"] = {t.name: value for t in self.techniques if (value := t.evidence(side.active))}
         return row
 
     def _reference_row(self) -> Row:

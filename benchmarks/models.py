@@ -51,7 +51,7 @@ def random_model(shape: Shape, *, device: torch.device | str = "cpu", dtype: tor
 
     The weights come from torch's global generator.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from diffusers import SD3Transformer2DModel
 
     device = torch.device(device)
     with torch.device(device):
@@ -73,13 +73,8 @@ def random_model(shape: Shape, *, device: torch.device | str = "cpu", dtype: tor
     if dtype != torch.float32:
         transformer = transformer.to(dtype)
     transformer.eval().requires_grad_(False)
-    parts = SimpleNamespace(
-        transformer=transformer,
-        vae=SimpleNamespace(config=SimpleNamespace(block_out_channels=(1,) * shape.vae_levels)),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        tokenizer=SimpleNamespace(model_max_length=min(shape.text_tokens, 77)),
-    )
-    return SD3("random", parts, max(shape.text_tokens - 77, 0), device, dtype)
+    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(1,) * shape.vae_levels))
+    return SD3("random", transformer, vae, {"shift": 3.0}, shape.text_tokens, device, dtype)
 
 
 def random_text(count: int, shape: Shape, *, device: torch.device | str = "cpu") -> TextEmbeds:

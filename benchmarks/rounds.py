@@ -125,7 +125,7 @@ class Side:
         device: torch.device,
         *,
         before: int = 0,
-        engaged: ActiveTechniques | None = None,
+        active: ActiveTechniques | None = None,
     ) -> None:
         self.accumulate = accumulate
         """Adds a round's gradient; returns the losses of its steps and samples."""
@@ -134,10 +134,10 @@ class Side:
         self.device = device
         self.before = before
         """Bytes that were allocated on the GPU before this contestant was there."""
-        self.engaged = engaged
+        self.active = active
         """The engine's techniques that are at work; None for the reference."""
         self.optimizer = torch.optim.AdamW(
-            list(parameters.values()), lr=LEARNING_RATE, weight_decay=1e-4, fused=None if engaged is None else True
+            list(parameters.values()), lr=LEARNING_RATE, weight_decay=1e-4, fused=None if active is None else True
         )
 
     def round(self, batch: RoundBatch) -> None:
@@ -298,7 +298,7 @@ class Work:
             teacher_rows=min(at_once, recipe.samples_per_task) * (2 if max(recipe.teacher_guidance) > 1 else 1),
             resolution=recipe.resolution,
         )
-        engaged = apply_techniques(
+        active = apply_techniques(
             settings, model, student, bank, forwards, resolved=ResolvedSettings(compiled, graphed), say=say
         )
         sigmas = model.sigmas(recipe.steps, recipe.resolution)
@@ -307,12 +307,12 @@ class Work:
 
         def accumulate(batch: RoundBatch) -> Tensor:
             return one_pass(
-                model, student, bank, batch, table, weight, micro_batch=recipe.micro_batch, graphs=engaged.graphs
+                model, student, bank, batch, table, weight, micro_batch=recipe.micro_batch, graphs=active.graphs
             ).losses
 
         networks = [student.transformer, *(teacher.transformer for teacher in bank.teachers)]
         parameters = dict(student.named_parameters())
-        side = Side(accumulate, parameters, networks, self.device, before=before, engaged=engaged)
+        side = Side(accumulate, parameters, networks, self.device, before=before, active=active)
         self._to_start(side)
         return side
 
@@ -344,7 +344,7 @@ class Work:
     def errors(self, side: Side, truth: Outcome) -> dict[str, float]:
         """The relative errors `gradient_error` and `loss_error` of a side, its student put back to the start."""
         self._to_start(side)
-        return side.outcome(self._drawn() if side.engaged is None else self.part()).errors(truth)
+        return side.outcome(self._drawn() if side.active is None else self.part()).errors(truth)
 
     def _drawn(self) -> RoundBatch:
         """`part` with the noise that the engine draws from its keys."""

@@ -187,7 +187,7 @@ def test_round_sd35m(
         return
     contest = Contest(work, EngineConfig(precision=row.precision), compiled=row.compiled)
     lossy = row.precision == "fp8"
-    if lossy and not (contest.engine.engaged and contest.engine.engaged.fp8):
+    if lossy and not (contest.engine.active and contest.engine.active.fp8):
         pytest.skip("no layer is in float8 on this device")
     compare(benchmark, row.name, contest, pytestconfig, exact=not lossy, seconds=row.seconds)
 

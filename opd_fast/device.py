@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor` on `device`. From the CPU to a GPU through pinned memory, which no host sync follows."""
+    """Return `tensor` on `device`. A copy from the CPU to a GPU goes through pinned memory and does not wait."""
     device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,18 +22,11 @@ LONGEST = 600
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave.
-
-    Args:
-        key: the configuration key, option or file at fault, as the user would write it.
-        problem: what is wrong with it.
-        remedy: what to do about it.
-    """
+    """A mistake in what the user gave: the key, option or file as the user writes it, what is wrong, and a remedy."""
 
     def __init__(self, key: str, problem: str, remedy: str) -> None:
-        key, problem, remedy = (short(part) for part in (key, problem, remedy))
-        super().__init__(f"{key}: {problem}; {remedy}")
-        self.key, self.problem, self.remedy = key, problem, remedy
+        self.key, self.problem, self.remedy = short(key), short(problem), short(remedy)
+        super().__init__(f"{self.key}: {self.problem}; {self.remedy}")
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
         return type(self), (self.key, self.problem, self.remedy)  # the default would call it with the joined message
@@ -56,21 +50,19 @@ def one_line(error: BaseException) -> str:
 
 
 def is_ours(trace: TracebackType | None) -> bool:
-    """Whether an exception was raised by a file of this project rather than in a library beneath it."""
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return bool(set(Path(trace.tb_frame.f_code.co_filename).parts) & set(PACKAGES))
+    """Return whether a file of this project raised an exception, rather than a library beneath it."""
+    frames = [frame for frame, _ in traceback.walk_tb(trace)]
+    return bool(frames) and not set(Path(frames[-1].f_code.co_filename).parts).isdisjoint(PACKAGES)
 
 
-def _tell(message: str) -> None:
-    """Print to stderr: rank 0 at once, the others a little later, unless the launcher has ended them by then."""
+def _tell(message: str) -> int:
+    """Print an error to stderr and return the exit status. Rank 0 prints at once; the others wait, because they mostly
+    say the same, and the launcher ends them meanwhile."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
-        time.sleep(3)  # it mostly says the same, and then the launcher ends this one
-        message = f"rank {rank}: {message}"
-    print(message, file=sys.stderr, flush=True)
+        time.sleep(3)
+    print(f"rank {rank}: error: {message}" if rank else f"error: {message}", file=sys.stderr, flush=True)
+    return 2
 
 
 def main_guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
@@ -78,8 +70,7 @@ def main_guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
 
     A `UserError`, and any other `ValueError` that this project raises, is a mistake with its remedy in the message. A
     `ValueError` from inside a library is a defect and keeps its traceback. Where a device has no memory left, the
-    message names the settings that need less. Ctrl-C outside the training loop, which handles its own, ends with
-    status 130.
+    message names settings that need less. Ctrl-C outside the training loop, which handles it, ends with status 130.
     """
 
     @functools.wraps(main)
@@ -89,13 +80,11 @@ def main_guard(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         except ValueError as error:
             if not isinstance(error, UserError) and not is_ours(error.__traceback__):
                 raise
-            _tell(f"error: {short(one_line(error), 3 * LONGEST)}")
-            return 2
+            return _tell(short(one_line(error), 3 * LONGEST))
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's; this file does without torch
                 raise
-            _tell(f"error: {short(one_line(error), LONGEST)}; {FEWER}")
-            return 2
+            return _tell(f"{short(one_line(error))}; {FEWER}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -16,10 +16,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Give the block a path beside `path` to write, and rename it to `path` once the block has ended.
 
     A crash leaves the old file or the new one. A block that raises leaves the old one, and nothing beside it.
-
-    Args:
-        path: the file.
-        shared: whether other processes may write the same file at the same time.
+    `shared` allows other processes to write the same file at the same time.
     """
     part = path.with_name(f".{path.name}-{secrets.token_hex(6)}.part" if shared else f".{path.name}.part")
     try:
@@ -35,10 +32,10 @@ def replace_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a folder, and put it in the place of `folder` once it is whole."""
-    part = folder.with_name(f".{folder.name}.part")
-    for leftover in (part, folder.with_name(f".{folder.name}.old")):
+    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+    for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
     write(part)
@@ -55,10 +52,9 @@ def put_in_place(part: Path, folder: Path) -> None:
 
 
 def open_to_umask(*files: Path) -> None:
-    """Give files the permissions of any new file in their folder, as the user's umask and the folder's default ACL have
-    it: safetensors writes through a temporary file of its own, which leaves 0600.
+    """Give files the permissions of any new file in their folder: safetensors writes temporary files of mode 0600.
 
-    The umask cannot be read without setting it, for all threads of a process, so a new file is asked instead.
+    Reading the umask sets it for all threads of a process, and a folder may have a default ACL: a new file has both.
     """
     modes: dict[Path, int] = {}
     for file in files:

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from opd_fast.config.options import Option, read_options
 from opd_fast.config.validate import check_positive
-from opd_fast.distributed.communication import Network, RoundTime, Work, collectives, round_time, sent
+from opd_fast.distributed.communication import Network, Work, collectives, round_time, sent
 from opd_fast.distributed.memory import GIB, RESERVE, Reshard, Strategy, memory
 from opd_fast.errors import UserError, main_guard
 
 RECIPES = ("sd35-mopd", "flux-mopd")
-
-
 NETWORK = Network()
 DOOR = "python -m opd_fast.scale"
 OPTIONS = (
@@ -38,52 +40,6 @@ OPTIONS = (
     Option("inter-latency", float, NETWORK.inter_latency * 1e6, "the same between nodes"),
     Option("link-share", float, NETWORK.share, "of the bandwidths that is reached"),
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table."""
-
-    recipe: str
-    kind: str
-    strategy: Strategy
-    world: int
-    gib: float
-    sent: dict[str, int]
-    time: RoundTime
-
-
-def rows(
-    recipe: str,
-    worlds: Iterable[int],
-    samples: int,
-    network: Network,
-    rate: float,
-    reshard: Reshard = "round",
-) -> list[Row]:
-    """LoRA by ddp and full weights by fsdp2, each device with `samples` samples at every number of devices."""
-    from opd_fast.config.command_line import parse
-    from opd_fast.distributed.plan import make_plan
-
-    found = []
-    cases: tuple[tuple[Literal["lora", "full"], Strategy], ...] = (("lora", "ddp"), ("full", "fsdp2"))
-    for kind, strategy in cases:
-        config = parse([recipe, "--student.kind", kind, "--engine.recompute", "0"]).config
-        plan = make_plan(config)
-        per_device = {name: count * samples / plan.samples for name, count in plan.round_rows.items()}
-        work = Work(
-            student=per_device["student forward"] * plan.row.flops,
-            teacher=per_device["teacher forward"] * plan.row.flops,
-            backward=1.0 if kind == "lora" else 2.0,
-            blocks=plan.workload.blocks,
-        )
-        for world in worlds:
-            workload = replace(plan.workload, samples=samples * world, reshard=reshard)
-            size = sum(memory(workload, strategy, world).values()) / GIB
-            traffic = sent(collectives(workload, strategy, world, ranks_per_node=network.ranks_per_node))
-            time = round_time(workload, work, strategy, world, network, rate)
-            found.append(Row(recipe, kind, strategy, world, size, traffic, time))
-    return found
 
 
 @main_guard
@@ -110,13 +66,7 @@ def main(argv: list[str]) -> int:
         inter_latency=given.inter_latency * 1e-6,
         share=given.link_share,
     )
-    rate = given.rate * given.share * 1e12
-    found = [
-        row
-        for recipe in given.recipes or RECIPES
-        for row in rows(recipe, worlds, given.samples, network, rate, given.reshard)
-    ]
-    _show(found, given, network)
+    _show([row for recipe in given.recipes or RECIPES for row in _rows(recipe, worlds, network, given)], given)
     return 0
 
 
@@ -126,17 +76,40 @@ def _worlds(text: str) -> list[int]:
     except ValueError:
         worlds = []
     if not worlds or min(worlds) < 1:
-        raise UserError(
-            "world", f"{text!r} is not a list of device counts", "give whole numbers with commas, as 8,64,512"
-        )
+        remedy = "give whole numbers with commas, as 8,64,512"
+        raise UserError("world", f"{text!r} is not a list of device counts", remedy)
     return worlds
 
 
-def _show(found: list[Row], given: SimpleNamespace, network: Network) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def _rows(recipe: str, worlds: Iterable[int], network: Network, given: SimpleNamespace) -> Iterator[tuple[str, ...]]:
+    """The table's lines about a recipe: LoRA by ddp and full weights by fsdp2, with as many samples on each device."""
+    from opd_fast.config.command_line import parse
+    from opd_fast.distributed.plan import make_plan
 
+    cases: tuple[tuple[Literal["lora", "full"], Strategy], ...] = (("lora", "ddp"), ("full", "fsdp2"))
+    for kind, strategy in cases:
+        plan = make_plan(parse([recipe, "--student.kind", kind, "--engine.recompute", "0"]).config)
+        per_device = {name: count * given.samples / plan.samples for name, count in plan.round_rows.items()}
+        work = Work(
+            student=per_device["student forward"] * plan.row.flops,
+            teacher=per_device["teacher forward"] * plan.row.flops,
+            backward=1.0 if kind == "lora" else 2.0,
+            blocks=plan.workload.blocks,
+        )
+        for world in worlds:
+            workload = replace(plan.workload, samples=given.samples * world, reshard=given.reshard)
+            gib = sum(memory(workload, strategy, world).values()) / GIB
+            traffic = sent(collectives(workload, strategy, world, ranks_per_node=network.ranks_per_node))
+            time = round_time(workload, work, strategy, world, network, given.rate * given.share * 1e12)
+            yield (
+                *(escape(Path(recipe).stem), kind, strategy, str(world), f"{gib:.1f}"),
+                "yes" if gib <= given.gpu_memory * (1 - RESERVE) else "no",
+                f"{sum(traffic.values()) / 1e9:.2f}",
+                *(f"{time.compute:.2f}", f"{time.wire:.3f}", f"{time.exposed:.3f}", f"{time.efficiency:.2%}"),
+            )
+
+
+def _show(rows: Iterable[tuple[str, ...]], given: SimpleNamespace) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=140)
@@ -145,29 +118,16 @@ def _show(found: list[Row], given: SimpleNamespace, network: Network) -> None:
         table.add_column(name, no_wrap=True)
     for name in ("devices", "GiB", "fits", "sent GB", "compute s", "wire s", "exposed s", "efficiency"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in found:
-        t = row.time
-        table.add_row(
-            escape(Path(row.recipe).stem),
-            row.kind,
-            row.strategy,
-            str(row.world),
-            f"{row.gib:.1f}",
-            "yes" if row.gib <= given.gpu_memory * (1 - RESERVE) else "no",
-            f"{sum(row.sent.values()) / 1e9:.2f}",
-            f"{t.compute:.2f}",
-            f"{t.wire:.3f}",
-            f"{t.exposed:.3f}",
-            f"{t.efficiency:.2%}",
-        )
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     console.print(
         f"{given.samples} samples a device and round, reshard {given.reshard}; {given.rate:g} TFLOP/s x "
-        f"{given.share:g}; fits: into {given.gpu_memory:g} GiB less {RESERVE:.0%}; GB and s of a rank and round",
+        f"{given.share:g}; fits: into {given.gpu_memory:g} GiB less {RESERVE:.0%}; GB and s of a rank and round"
     )
     console.print(
-        f"nodes of {network.ranks_per_node}; {given.intra_bandwidth:g} GB/s and {given.intra_latency:g} us within, "
-        f"{given.inter_bandwidth:g} GB/s and {given.inter_latency:g} us between, x {network.share:g}",
+        f"nodes of {given.ranks_per_node}; {given.intra_bandwidth:g} GB/s and {given.intra_latency:g} us within, "
+        f"{given.inter_bandwidth:g} GB/s and {given.inter_latency:g} us between, x {given.link_share:g}"
     )
 
 

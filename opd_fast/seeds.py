@@ -43,7 +43,7 @@ class Stream(IntEnum):
 class SftDraw(IntEnum):
     """Which draw of a key of `Stream.SFT_NOISE`: the counter of `opd_kernels.philox_normal`.
 
-    A key of any other stream counts solver steps from 0 and gives the initial state at `opd_kernels`' INITIAL_NOISE.
+    The counters of every other stream are solver steps from 0, and `opd_kernels`' INITIAL_NOISE for the initial state.
     """
 
     NOISE = 0

@@ -24,11 +24,9 @@ def is_finished(command: Command) -> str | None:
 
     Raises `UserError` for fewer rounds than were done, before config.yaml is written again.
     """
-    if command.stages:
-        results = finished_stages(command.run_dir, command.stages)
-    else:
-        results = finished(command.run_dir, command.config)
-    return None if results is None else ended(command.run_dir, results, staged=bool(command.stages))
+    run_dir, stages = command.run_dir, command.stages
+    results = finished_stages(run_dir, stages) if stages else finished(run_dir, command.config)
+    return None if results is None else ended(run_dir, results, staged=bool(stages))
 
 
 @main_guard
@@ -40,7 +38,6 @@ def main(argv: list[str]) -> int:
         quiet_libraries()
         _plan(command)
         return 0
-
     if command.resume and (said := is_finished(command)) is not None:
         if os.environ.get("RANK", "0") == "0":
             print(said, flush=True)
@@ -65,10 +62,7 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(command: Command) -> None:
-    """Print what a run would do, and all that it would be refused for.
-
-    Raises ValueError, the first of these.
-    """
+    """Print what a run would do, and all that it would be refused for; raise the first of these."""
     from opd_fast.distributed.plan import Planner
     from opd_fast.distributed.plan_table import print_plan
     from opd_fast.distributed.world import check_alone, launched
@@ -85,10 +79,8 @@ def _plan(command: Command) -> None:
             refused.append(error)
     for config in command.configs:
         planner = Planner(config, command.devices, command.gpu_memory)
-        plan = planner.plan
-        sharded = plan.strategy in ("fsdp2", "hsdp")
-        refused += refusals(planner, sharded=sharded, fetches=False)
-        print_plan(plan, config, command.run_dir, dict.fromkeys(refused), unchecked(config))
+        refused += refusals(planner, sharded=planner.plan.strategy in ("fsdp2", "hsdp"), fetches=False)
+        print_plan(planner.plan, config, command.run_dir, dict.fromkeys(refused), unchecked(config))
     if refused:
         raise refused[0]
 

@@ -1,4 +1,4 @@
-"""What a family has to pass whatever its transformer looks like: one pass, samples, export, outline, compilation."""
+"""What a family has to pass whatever its transformer looks like: one pass, samples, export, meta model, compilation."""
 
 from __future__ import annotations
 
@@ -201,17 +201,17 @@ def check_export(model: DiffusionModel, pipe: Any, folder: Path, theirs: Any) ->
     assert float((draw(model, model.transformer, x, prompts) - images).abs().max()) > 0.05  # the LoRA does something
 
 
-def check_outline(model: DiffusionModel, outline: DiffusionModel) -> None:
-    """The outline of a folder answers as the model loaded from it."""
-    assert outline.device.type == "meta"
-    shapes = [{name: p.shape for name, p in m.transformer.named_parameters()} for m in (model, outline)]
+def check_meta_model(model: DiffusionModel, meta: DiffusionModel) -> None:
+    """The meta model of a folder answers as the model loaded from it."""
+    assert meta.device.type == "meta"
+    shapes = [{name: p.shape for name, p in m.transformer.named_parameters()} for m in (model, meta)]
     assert shapes[0] == shapes[1]
-    assert all(p.device.type == "meta" for p in outline.transformer.parameters())
-    assert outline.latent_shape(RESOLUTION) == model.latent_shape(RESOLUTION)
-    assert outline.image_tokens(RESOLUTION) == model.image_tokens(RESOLUTION)
-    assert outline.text_tokens == model.text_tokens
-    assert torch.equal(outline.sigmas(7, RESOLUTION), model.sigmas(7, RESOLUTION))
-    assert len(outline.blocks(outline.transformer)) == len(model.blocks(model.transformer))
+    assert all(p.device.type == "meta" for p in meta.transformer.parameters())
+    assert meta.latent_shape(RESOLUTION) == model.latent_shape(RESOLUTION)
+    assert meta.image_tokens(RESOLUTION) == model.image_tokens(RESOLUTION)
+    assert meta.text_tokens == model.text_tokens
+    assert torch.equal(meta.sigmas(7, RESOLUTION), model.sigmas(7, RESOLUTION))
+    assert len(meta.blocks(meta.transformer)) == len(model.blocks(model.transformer))
 
 
 def check_compiled(model: DiffusionModel, folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """Triton kernels for on-policy distillation, each with a twin in plain torch. Needs torch (and triton on CUDA) only."""
 
-from .logprob import LogProb, log_prob
-from .logprob_ref import log_prob_reference
+from .logprob import log_prob
+from .logprob_ref import LogProb, log_prob_reference
+from .operators import ROW
 from .philox import philox_normal
-from .quantize import FLOAT8, Quantized, quantize_rows
-from .quantize_ref import quantize_rows_reference
-from .step import ROW, StepOutput, fused_step
-from .step_ref import fused_step_reference
+from .quantize import quantize_rows
+from .quantize_ref import FLOAT8, Quantized, quantize_rows_reference
+from .step import fused_step
+from .step_ref import StepOutput, fused_step_reference
 
 __all__ = [
     "FLOAT8",

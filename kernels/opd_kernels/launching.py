@@ -6,26 +6,20 @@ the kernel itself (see `Scratch`); operands are read where they lie unless a sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["BoundLaunch", "Scratch", "in_place", "on_device_of", "remember", "scratch"]
+from .operators import Reduction
+from .tuning import Launch, Problem, tuner
 
 
-def in_place(t: Tensor | None) -> bool:
+def in_place(t: Tensor) -> bool:
     """Return whether each sample's elements lie one after another, so that a kernel can read `t` as it is."""
-    if t is None:
-        return True
-    expected = 1
-    for size, stride in zip(reversed(t.shape[1:]), reversed(t.stride()[1:]), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    return t[:1].is_contiguous()
 
 
 def batch_stride(t: Tensor | None) -> int:
@@ -109,10 +103,9 @@ class BoundLaunch:
     """
 
     def __init__(
-        self, kernel: Any, programs: int, warps: int, constants: tuple[Any, ...], copied: Sequence[int] = ()
+        self, kernel: Any, programs: int, warps: int, constants: tuple[Any, ...], copied: Sequence[int]
     ) -> None:
-        self.kernel, self.programs, self.warps, self.constants = kernel, programs, warps, constants
-        self.copied = tuple(copied)
+        self.kernel, self.programs, self.warps, self.constants, self.copied = kernel, programs, warps, constants, copied
         self._binary: Callable[..., object] | None = None
 
     def __call__(self, tensors: Sequence[Tensor | None], step: int) -> None:
@@ -132,18 +125,80 @@ class BoundLaunch:
             self._binary = compiled[(self.programs, 1, 1)]
 
 
-def remember(bound: dict[Any, Any], key: Any, launch: Any) -> None:
-    """Keep a bound launch under its key; a process that meets ever new shapes starts afresh now and then."""
-    if len(bound) >= 1024:
-        bound.clear()
-    bound[key] = launch
+_bound: dict[Any, BoundLaunch] = {}
+MOST_BOUND = 1024
+"""Launches that are kept; a process that meets ever new shapes starts afresh now and then."""
 
 
-def on_device_of(t: Tensor) -> Any:
-    """Return a context in which Triton launches on the device of `t`, because it takes the current device otherwise."""
-    if not t.is_cuda or t.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(t.device)
+def launch(
+    kernel: Any,
+    given: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor | None, ...],
+    step: int | Tensor,
+    reduction: Reduction,
+    operands: Callable[[], str],
+    *,
+    states: int,
+    sums: int,
+    extra: tuple[float, ...] = (),
+) -> None:
+    """Launch a kernel on a solver's row, which fills `outputs`: one launch, no host sync (but for a launch inside
+    `tuning.measuring()` that is the first of its kind). An empty batch launches nothing.
+
+    Args:
+        kernel: its parameters are `given`, `step_ptr`, `outputs`, with sums `partial_ptr` and `arrived_ptr`, then
+            `step`, the strides of the states, `elements`, `blocks`, `rows`, `share`, `extra`, with sums TILES and
+            PASSES, and BLOCK.
+        given: the operands, of which the last is the table.
+        operands: returns them as `Problem` has them.
+        states: how many operands come first that have a state's shape and may have any batch stride.
+        sums: how many sums over a sample the kernel forms; one that forms none takes one tile a program.
+        extra: further constants.
+    """
+    x, table = given[0], given[-1]
+    assert x is not None
+    assert table is not None
+    batch, elements, device = x.shape[0], math.prod(x.shape[1:]), x.device
+    if batch == 0:
+        return
+    step_ptr, row = (step, 0) if isinstance(step, Tensor) else (None, step)
+    given = (*given, step_ptr)
+    layout = [None if t is None else (t.dtype, t.stride()) for t in given]
+    absent = [t is None for t in outputs]
+    key = (kernel.__name__, tuner.epoch, device, x.shape, table.shape[0], reduction, *absent, *layout)
+
+    def bind(tiling: Launch) -> BoundLaunch:
+        blocks, share = tiling.blocks(elements), 1.0 / elements if reduction == "mean" else 1.0
+        strides = (batch_stride(t) for t in given[:states])
+        sizes = (tiling.tiles, -(-blocks // tiling.block), tiling.block) if sums else (tiling.block,)
+        constants = (*strides, elements, blocks, table.shape[0], share, *extra, *sizes)
+        copied = [
+            i for i, t in enumerate(given) if t is not None and not (in_place(t) if i < states else t.is_contiguous())
+        ]
+        return BoundLaunch(kernel, batch * blocks, tiling.warps, constants, copied)
+
+    def tensors(bound: BoundLaunch) -> tuple[Tensor | None, ...]:
+        partial = scratch.take(device, batch, sums * bound.programs, bound.programs > batch) if sums else ()
+        return (*given, *outputs, *partial)
+
+    def attempt(tiling: Launch) -> Callable[[], None]:
+        trial = bind(tiling)
+        taken = tensors(trial)
+        return lambda: trial(taken, row)
+
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another one
+        bound = _bound.get(key)
+        if bound is None:
+            name = kernel.__name__.removesuffix("_kernel")
+            problem = Problem(name, batch, elements, operands(), tiled=sums > 0)
+            bound = bind(tuner.choose(problem, device, attempt))
+            if len(_bound) >= MOST_BOUND:
+                _bound.clear()
+            _bound[key] = bound
+        bound(tensors(bound), row)
 
 
-_HERE = nullcontext()
+def present(velocities: dict[str, Tensor | None], others: dict[str, bool]) -> str:
+    """Return the operands of a `Problem`: each velocity that is there with its dtype, and the names that are true."""
+    named = [f"{name}={str(t.dtype).removeprefix('torch.')}" for name, t in velocities.items() if t is not None]
+    return " ".join((*named, *(name for name, given in others.items() if given)))

@@ -6,120 +6,54 @@ PyTorch sees them (custom op, fake, autograd) and checks their arguments. On CUD
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .logprob_ref import LogProb, log_prob_backward_reference, log_prob_reference
-from .step import _VELOCITY_DTYPES, _check, _check_row
-from .step_ref import Reduction
+from .operators import VELOCITY_DTYPES, Reduction, check_row, check_state, check_tensor, define
 
-__all__ = ["LogProb", "log_prob"]
+_OPERANDS = (
+    "Tensor x, Tensor sample, Tensor cond, Tensor? uncond, Tensor guidance, Tensor table, SymInt step, "
+    "Tensor? step_tensor, Tensor? mean_old"
+)
+_SCHEMA = f"log_prob({_OPERANDS}, bool return_mean, bool sum_elements) -> (Tensor, Tensor, Tensor, Tensor)"
+_BACKWARD_SCHEMA = (
+    f"log_prob_backward(Tensor grad_logp, Tensor? grad_drift, {_OPERANDS}, bool sum_elements) -> (Tensor, Tensor)"
+)
 
 
-def _log_prob(
-    x: Tensor,
-    sample: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance: Tensor,
-    table: Tensor,
-    step: int,
-    step_tensor: Tensor | None,
-    mean_old: Tensor | None,
-    return_mean: bool,
-    sum_elements: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     """Return LogProb as four tensors; an absent output is an empty one, because an operator cannot return None."""
-    run = log_prob_reference
+    run: Any = log_prob_reference
     if x.is_cuda:
         from .logprob_triton import launch_log_prob as run
-    out = run(
-        x,
-        sample,
-        cond,
-        uncond,
-        guidance,
-        table,
-        step if step_tensor is None else step_tensor,
-        mean_old=mean_old,
-        return_mean=return_mean,
-        reduction="sum" if sum_elements else "mean",
-    )
-    present = [x.new_empty(0) if t is None else t for t in out]
-    return tuple(present)  # type: ignore[return-value]
+    *given, step, step_tensor, mean_old, return_mean, sum_elements = operands
+    row, reduction = step if step_tensor is None else step_tensor, "sum" if sum_elements else "mean"
+    out = run(x, *given, row, mean_old=mean_old, return_mean=return_mean, reduction=reduction)
+    return tuple(x.new_empty(0) if t is None else t for t in out)
 
 
-def _fake(
-    x: Tensor,
-    sample: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance: Tensor,
-    table: Tensor,
-    step: int,
-    step_tensor: Tensor | None,
-    mean_old: Tensor | None,
-    return_mean: bool,
-    sum_elements: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, mean_old, return_mean, _sum_elements = others
     compared = x.shape[:1] if mean_old is not None else (0,)
-    return (
-        x.new_empty(x.shape[:1]),
-        x.new_empty(compared),
-        x.new_empty(compared),
-        x.new_empty(x.shape if return_mean else (0,)),
-    )
+    shapes = (x.shape[:1], compared, compared, x.shape if return_mean else (0,))
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
-def _log_prob_backward(
-    grad_logp: Tensor,
-    grad_drift: Tensor | None,
-    x: Tensor,
-    sample: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance: Tensor,
-    table: Tensor,
-    step: int,
-    step_tensor: Tensor | None,
-    mean_old: Tensor | None,
-    sum_elements: bool,
-) -> tuple[Tensor, Tensor]:
-    run = log_prob_backward_reference
+def _run_backward(grad_logp: Tensor, grad_drift: Tensor | None, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    run: Any = log_prob_backward_reference
     if x.is_cuda:
         from .logprob_triton import launch_log_prob_backward as run
-    grad_cond, grad_uncond = run(
-        grad_logp,
-        grad_drift,
-        x,
-        sample,
-        cond,
-        uncond,
-        guidance,
-        table,
-        step if step_tensor is None else step_tensor,
-        mean_old=mean_old,
-        reduction="sum" if sum_elements else "mean",
-    )
+    *given, step, step_tensor, mean_old, sum_elements = operands
+    row, reduction = step if step_tensor is None else step_tensor, "sum" if sum_elements else "mean"
+    grad_cond, grad_uncond = run(grad_logp, grad_drift, x, *given, row, mean_old=mean_old, reduction=reduction)
     return grad_cond, x.new_empty(0) if grad_uncond is None else grad_uncond
 
 
 def _fake_backward(
-    grad_logp: Tensor,
-    grad_drift: Tensor | None,
-    x: Tensor,
-    sample: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance: Tensor,
-    table: Tensor,
-    step: int,
-    step_tensor: Tensor | None,
-    mean_old: Tensor | None,
-    sum_elements: bool,
+    grad_logp: Tensor, grad_drift: Tensor | None, x: Tensor, sample: Tensor, cond: Tensor, uncond: Any, *_rest: Any
 ) -> tuple[Tensor, Tensor]:
     return cond.new_empty(x.shape), x.new_empty(0) if uncond is None else uncond.new_empty(x.shape)
 
@@ -141,36 +75,16 @@ def _backward(
     upstream = x.new_zeros(x.shape[:1])
     for grad in (grad_logp, grad_log_ratio):  # the two have the same gradient
         upstream = upstream if grad is None else upstream + grad
-    grad_cond, grad_uncond = _BACKWARD(
-        upstream,
-        grad_drift,
-        x,
-        sample,
-        cond,
-        uncond,
-        guidance,
-        table,
-        ctx.step,
-        step_tensor,
-        mean_old,
-        ctx.sum_elements,
-    )
+    operands = (x, sample, cond, uncond, guidance, table, ctx.step, step_tensor, mean_old)
+    grad_cond, grad_uncond = _BACKWARD(upstream, grad_drift, *operands, ctx.sum_elements)
     none[2] = grad_cond
     none[3] = None if uncond is None else grad_uncond
     return tuple(none)
 
 
-def _define(name: str, run: Any, fake: Any) -> Any:
-    torch.library.define(name, torch.library.infer_schema(run, mutates_args=()))
-    torch.library.impl(name, ("cpu", "cuda"), run)
-    torch.library.register_fake(name, fake)
-
-
-_define("opd_kernels::log_prob_backward", _log_prob_backward, _fake_backward)
-_define("opd_kernels::log_prob", _log_prob, _fake)
+_BACKWARD = define(_BACKWARD_SCHEMA, _run_backward, _fake_backward)
+_OP = define(_SCHEMA, _run, _fake)
 torch.library.register_autograd("opd_kernels::log_prob", _backward, setup_context=_setup_context)
-_OP = torch.ops.opd_kernels.log_prob.default
-_BACKWARD = torch.ops.opd_kernels.log_prob_backward.default
 
 
 def log_prob(
@@ -186,7 +100,7 @@ def log_prob(
     return_mean: bool = False,
     reduction: Reduction = "mean",
 ) -> LogProb:
-    """Log-probability of `sample`, drawn from the state `x` at row `step`, under the velocities given.
+    """Compute the log-probability of `sample`, drawn from the state `x` at row `step`, under the velocities given.
 
     Args:
         x: (B, C, H, W) float32, the state at row `step`.
@@ -209,18 +123,13 @@ def log_prob(
 
     Source: Flow-GRPO (arXiv 2505.05470) for the mean over elements; GRPO-Guard (arXiv 2510.22319) for the drift.
     """
-    if x.dim() < 2 or x.dtype != torch.float32:
-        raise ValueError(f"x must be (B, C, H, W) float32, got {tuple(x.shape)} {x.dtype}; the state stays in float32")
-    if not 0 < math.prod(x.shape[1:]) <= 2**30:
-        raise ValueError(f"x must have between 1 and 2^30 elements a sample, got shape {tuple(x.shape)}")
-    _check("sample", sample, x, x.shape, (torch.float32,))
-    _check("cond", cond, x, x.shape, _VELOCITY_DTYPES)
-    if uncond is not None:
-        _check("uncond", uncond, x, x.shape, _VELOCITY_DTYPES)
-    _check("guidance", guidance, x, x.shape[:1], (torch.float32,))
-    if mean_old is not None:
-        _check("mean_old", mean_old, x, x.shape, (torch.float32,))
-    index, tensor = _check_row(x, table, step, reduction)
+    check_state(x)
+    check_tensor("sample", sample, x, x.shape, torch.float32)
+    check_tensor("cond", cond, x, x.shape, *VELOCITY_DTYPES)
+    check_tensor("uncond", uncond, x, x.shape, *VELOCITY_DTYPES)
+    check_tensor("guidance", guidance, x, x.shape[:1], torch.float32)
+    check_tensor("mean_old", mean_old, x, x.shape, torch.float32)
+    index, tensor = check_row(x, table, step, reduction)
     logp, log_ratio, drift, mean = _OP(
         x, sample, cond, uncond, guidance, table, index, tensor, mean_old, return_mean, reduction == "sum"
     )

@@ -9,8 +9,8 @@ With row (a, b, h, std, weight, sigma) = table[step], std > 0 and h = 0, D = C*H
     log_ratio = logp - logp_old = M * sum_CHW (mean - mean_old) * (2 sample - mean - mean_old) / (2 std^2)
     drift     = M * sum_CHW (mean - mean_old)^2 / (2 std^2)
 
-`log_ratio` is not the difference of two log-probabilities but the sum of its terms, so that it is exactly 0 where
-mean = mean_old and keeps its digits where clip ranges are 1e-4 and below. The mean over elements is the published
+`log_ratio` is computed as the sum of its terms, not as the difference of two log-probabilities: so it is exactly 0
+where mean = mean_old and keeps its digits where clip ranges are 1e-4 and below. The mean over elements is the published
 convention (Flow-GRPO, arXiv 2505.05470); log_ratio + drift = M * sum (mean - mean_old) * (sample - mean_old) / std^2,
 the part of log_ratio whose mean is zero, is what GRPO-Guard (arXiv 2510.22319) normalises. Gradients:
 
@@ -28,15 +28,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .step_ref import Reduction, _velocity
-
-__all__ = ["LogProb", "log_prob_backward_reference", "log_prob_reference"]
+from .operators import Reduction
+from .step_ref import guided, table_row
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class LogProb(NamedTuple):
-    """What a drawn step gives; B samples of shape (C, H, W)."""
+    """The outputs for a drawn step of B samples of shape (C, H, W)."""
 
     logp: Tensor
     """(B,) float32."""
@@ -48,19 +47,18 @@ class LogProb(NamedTuple):
     """(B, C, H, W) float32, without gradient; with `return_mean`."""
 
 
-def _row(table: Tensor, step: int | Tensor) -> tuple[float, float, float]:
-    """(a, b, std) of a row that draws."""
-    row = int(step)
-    if not 0 <= row < table.shape[0]:
-        raise IndexError(f"step {row} is outside the table, which has {table.shape[0]} rows")
-    a, b, h, std, _, _ = table[row].tolist()
+def _drawn_row(table: Tensor, step: int | Tensor) -> tuple[float, float, float]:
+    """Return (a, b, std) of a row that draws. Raises ValueError for a row without noise."""
+    a, b, h, std, _, _ = table_row(table, step)
     if std <= 0 or h != 0:
-        raise ValueError(f"row {row} draws nothing around its mean (std {std:g}, h {h:g}): it has no log-probability")
+        raise ValueError(
+            f"row {int(step)} draws nothing around its mean (std {std:g}, h {h:g}): it has no log-probability"
+        )
     return a, b, std
 
 
 def _mean(x: Tensor, cond: Tensor, uncond: Tensor | None, guidance: Tensor, a: float, b: float) -> Tensor:
-    return torch.mul(x, a).add_(_velocity(cond, uncond, guidance, x.dtype), alpha=b)
+    return torch.mul(x, a).add_(guided(cond, uncond, guidance, x.dtype), alpha=b)
 
 
 def log_prob_reference(
@@ -76,11 +74,12 @@ def log_prob_reference(
     return_mean: bool = False,
     reduction: Reduction = "mean",
 ) -> LogProb:
-    """Formulas above, arguments as in `log_prob`. Any device and dtype; computes in the dtype of `x`, without graph.
+    """Compute the formulas above; arguments are as in `log_prob`.
 
-    Raises ValueError for a row without noise, IndexError for one outside the table.
+    Any device and dtype; computes in the dtype of `x`. Nothing is attached to the autograd graph. Raises ValueError for
+    a row without noise, IndexError for one outside the table.
     """
-    a, b, std = _row(table, step)
+    a, b, std = _drawn_row(table, step)
     with torch.no_grad():
         mean = _mean(x, cond, uncond, guidance, a, b)
         count = mean[0].numel() if len(mean) else 1
@@ -110,11 +109,11 @@ def log_prob_backward_reference(
     mean_old: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients at cond and uncond, in their dtypes, of sum_i grad_logp_i * logp_i + grad_drift_i * drift_i.
+    """Return the gradients at cond and uncond, in their dtypes, of sum_i grad_logp_i * logp_i + grad_drift_i * drift_i.
 
-    `grad_logp` (B,) is that of log_ratio too: their gradients are equal, so the caller adds the two.
+    The gradients of logp and log_ratio are equal, so the caller adds what arrives at the two into `grad_logp` (B,).
     """
-    a, b, std = _row(table, step)
+    a, b, std = _drawn_row(table, step)
     with torch.no_grad():
         mean = _mean(x, cond, uncond, guidance, a, b)
         share = 1.0 / mean[0].numel() if reduction == "mean" and len(mean) else 1.0

@@ -8,63 +8,26 @@ Grid: `blocks` programs a sample, each `TILES` tiles of `BLOCK` elements (`tunin
 The backward is elementwise.
 """
 
-# Kernel arguments have no Python types; Triton takes them from the call.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import BoundLaunch, batch_stride, in_place, on_device_of, remember, scratch
+from .launching import launch, present
 from .logprob_ref import HALF_LOG_2PI, LogProb
-from .step_ref import Reduction
-from .tuning import Launch, Problem, tuner
-
-__all__ = ["launch_log_prob", "launch_log_prob_backward"]
+from .operators import Reduction
+from .row_triton import step_number, store_gradients, sum_partials, table_row, velocity_block
 
 
 @triton.jit
 def drawn_row(table_ptr, step_ptr, step, rows):
-    """(a, b, std) of the row; NaN for one outside the table or without noise, which must not look like a result."""
-    if step_ptr is not None:
-        step = tl.load(step_ptr)
-    step = tl.cast(step, tl.int64)
-    inside = (step >= 0) & (step < rows)
-    nan = float("nan")
-    row = table_ptr + step * 6
-    a = tl.load(row, mask=inside, other=nan)
-    b = tl.load(row + 1, mask=inside, other=nan)
-    h = tl.load(row + 2, mask=inside, other=nan)
-    std = tl.load(row + 3, mask=inside, other=nan)
-    return a, b, tl.where((std > 0) & (h == 0), std, nan)
-
-
-@triton.jit
-def mean_block(x_ptr, cond_ptr, uncond_ptr, a, b, g, offs, elements):
-    """(a*x + b*v) at `offs` of a sample whose pointers these are; where g = 1 `uncond` is not read."""
-    mask = offs < elements
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
-    v = tl.load(cond_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if uncond_ptr is not None:
-        end = tl.where(g != 1.0, elements, 0)
-        u = tl.load(uncond_ptr + offs, mask=offs < end, other=0.0).to(tl.float32)
-        v = u + g * (v - u)
-    return a * x + b * v
-
-
-@triton.jit
-def whole(partial_ptr, blocks, PASSES: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of a sample's partial sums, in a fixed order."""
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(PASSES):
-        at = i * BLOCK + tl.arange(0, BLOCK)
-        sums += tl.load(partial_ptr + at, mask=at < blocks, other=0.0, cache_modifier=".cg")
-    return tl.sum(sums, axis=0)
+    """Return (a, b, std) of the row; NaN for one outside the table or without noise, where there is no result."""
+    a, b, h, std, _, _ = table_row(table_ptr, step_number(step_ptr, step), rows)
+    return a, b, tl.where((std > 0) & (h == 0), std, float("nan"))
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -105,13 +68,6 @@ def log_prob_kernel(
     base = index.to(tl.int64)
     a, b, std = drawn_row(table_ptr, step_ptr, step, rows)
     g = tl.load(guidance_ptr + index)
-    x_ptr += base * x_stride
-    sample_ptr += base * sample_stride
-    cond_ptr += base * cond_stride
-    if uncond_ptr is not None:
-        uncond_ptr += base * uncond_stride
-    if mean_old_ptr is not None:
-        mean_old_ptr += base * mean_old_stride
 
     squares = tl.zeros((BLOCK,), tl.float32)
     ratios = tl.zeros((BLOCK,), tl.float32)
@@ -119,12 +75,14 @@ def log_prob_kernel(
     for tile in range(TILES):
         offs = (block * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
         mask = offs < elements
-        mean = mean_block(x_ptr, cond_ptr, uncond_ptr, a, b, g, offs, elements)
-        sample = tl.load(sample_ptr + offs, mask=mask, other=0.0)
+        x = tl.load(x_ptr + base * x_stride + offs, mask=mask, other=0.0)
+        v = velocity_block(cond_ptr, base * cond_stride, uncond_ptr, base * uncond_stride, g, offs, elements)
+        mean = a * x + b * v
+        sample = tl.load(sample_ptr + base * sample_stride + offs, mask=mask, other=0.0)
         away = tl.where(mask, sample - mean, 0.0)
         squares += away * away
         if mean_old_ptr is not None:
-            old = tl.load(mean_old_ptr + offs, mask=mask, other=0.0)
+            old = tl.load(mean_old_ptr + base * mean_old_stride + offs, mask=mask, other=0.0)
             moved = tl.where(mask, mean - old, 0.0)
             ratios += moved * (away + (sample - old))
             drifts += moved * moved
@@ -147,10 +105,10 @@ def log_prob_kernel(
         if earlier == blocks - 1:
             tl.store(arrived_ptr + index, 0)
             first_ptr = partial_ptr + index * blocks
-            tl.store(logp_ptr + index, -factor * whole(first_ptr, blocks, PASSES, BLOCK) - offset)
+            tl.store(logp_ptr + index, -factor * sum_partials(first_ptr, blocks, PASSES, BLOCK) - offset)
             if mean_old_ptr is not None:
-                tl.store(log_ratio_ptr + index, factor * whole(first_ptr + plane, blocks, PASSES, BLOCK))
-                tl.store(drift_ptr + index, factor * whole(first_ptr + 2 * plane, blocks, PASSES, BLOCK))
+                tl.store(log_ratio_ptr + index, factor * sum_partials(first_ptr + plane, blocks, PASSES, BLOCK))
+                tl.store(drift_ptr + index, factor * sum_partials(first_ptr + 2 * plane, blocks, PASSES, BLOCK))
     else:
         tl.store(logp_ptr + index, -factor * square - offset)
         if mean_old_ptr is not None:
@@ -191,90 +149,16 @@ def log_prob_backward_kernel(
     g = tl.load(guidance_ptr + index)
     offs = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements
-    cond_ptr += base * cond_stride
-    if uncond_ptr is not None:
-        uncond_ptr += base * uncond_stride
-    mean = mean_block(x_ptr + base * x_stride, cond_ptr, uncond_ptr, a, b, g, offs, elements)
+    x = tl.load(x_ptr + base * x_stride + offs, mask=mask, other=0.0)
+    v = velocity_block(cond_ptr, base * cond_stride, uncond_ptr, base * uncond_stride, g, offs, elements)
+    mean = a * x + b * v
     sample = tl.load(sample_ptr + base * sample_stride + offs, mask=mask, other=0.0)
     slope = tl.load(grad_logp_ptr + index) * (sample - mean)
     if mean_old_ptr is not None:
         old = tl.load(mean_old_ptr + base * mean_old_stride + offs, mask=mask, other=0.0)
         slope += tl.load(grad_drift_ptr + index) * (mean - old)
     slope *= share * b / (std * std)
-    if grad_uncond_ptr is None:
-        tl.store(grad_cond_ptr + base * elements + offs, slope, mask=mask)
-    else:
-        tl.store(grad_cond_ptr + base * elements + offs, slope * g, mask=mask)
-        tl.store(grad_uncond_ptr + base * elements + offs, slope * (1.0 - g), mask=mask)
-
-
-_bound: dict[Any, BoundLaunch] = {}
-STATES = 5
-"""The first operands have a state's shape: x, sample, cond, uncond, mean_old."""
-
-
-def _bind(kernel: Any, launch: Launch, given: tuple[Tensor | None, ...], reduction: Reduction) -> BoundLaunch:
-    """The launch with its constants, in the kernel's order, for the operands `given`, of which the last but one is the
-    table."""
-    x, table = given[0], given[-2]
-    assert x is not None
-    assert table is not None
-    elements = x[0].numel()
-    blocks = launch.blocks(elements)
-    strides = (batch_stride(t) for t in given[:STATES])
-    constants = (*strides, elements, blocks, table.shape[0], 1.0 / elements if reduction == "mean" else 1.0)
-    if kernel is log_prob_kernel:
-        counted = 1 if reduction == "mean" else elements
-        constants += (counted * HALF_LOG_2PI, float(counted), launch.tiles, triton.cdiv(blocks, launch.block))
-    copied = [
-        i for i, t in enumerate(given) if t is not None and not (in_place(t) if i < STATES else t.is_contiguous())
-    ]
-    return BoundLaunch(kernel, x.shape[0] * blocks, launch.warps, (*constants, launch.block), copied)
-
-
-def _launch(
-    kernel: Any, given: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...], row: int, reduction: Reduction
-) -> None:
-    """Launch `kernel` on the operands; `outputs` are filled. Partial sums follow them in the forward alone."""
-    x, table = given[0], given[-2]
-    assert x is not None
-    assert table is not None
-    device, batch, forward = x.device, x.shape[0], kernel is log_prob_kernel
-    layout = [None if t is None else (t.dtype, t.stride()) for t in given]
-    present = [t is not None for t in outputs]
-    key = (forward, tuner.epoch, device, x.shape, table.shape[0], reduction, *present, *layout)
-
-    def operands(bound: BoundLaunch) -> tuple[Tensor | None, ...]:
-        sums = scratch.take(device, batch, 3 * bound.programs, bound.programs > batch) if forward else ()
-        return (*given, *outputs, *sums)
-
-    with on_device_of(x):
-        bound = _bound.get(key)
-        if bound is None:
-
-            def attempt(launch: Launch) -> Callable[[], None]:
-                trial = _bind(kernel, launch, given, reduction)
-                tensors = operands(trial)
-                return lambda: trial(tensors, row)
-
-            launch = tuner.choose(_problem(kernel, given, outputs), device, attempt)
-            bound = _bind(kernel, launch, given, reduction)
-            remember(_bound, key, bound)
-        bound(operands(bound), row)
-
-
-def _problem(kernel: Any, given: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> Problem:
-    x, cond, uncond, mean_old = given[0], given[2], given[3], given[4]
-    assert x is not None
-    velocities = [
-        f"{name}={str(t.dtype).removeprefix('torch.')}"
-        for name, t in (("cond", cond), ("uncond", uncond))
-        if t is not None
-    ]
-    forward = kernel is log_prob_kernel
-    rest = ["mean_old"] * (mean_old is not None) + ["mean"] * (forward and outputs[-1] is not None)
-    name = "log_prob" if forward else "log_prob_backward"
-    return Problem(name, x.shape[0], x[0].numel(), " ".join((*velocities, *rest)), tiled=forward)
+    store_gradients(grad_cond_ptr, grad_uncond_ptr, base * elements, offs, slope, g, mask)
 
 
 def launch_log_prob(
@@ -290,17 +174,21 @@ def launch_log_prob(
     return_mean: bool = False,
     reduction: Reduction = "mean",
 ) -> LogProb:
-    """Launch the forward; arguments as in `log_prob`, already checked. One launch, no host sync (but for a launch
-    inside `tuning.measuring()` that is the first of its kind)."""
-    batch, compared = x.shape[0], mean_old is not None
-    logp = torch.empty(batch, dtype=torch.float32, device=x.device)
-    log_ratio = torch.empty(batch, dtype=torch.float32, device=x.device) if compared else None
-    drift = torch.empty(batch, dtype=torch.float32, device=x.device) if compared else None
+    """Launch the forward (see `launching.launch`); arguments as in `log_prob`, already checked."""
+
+    def vector(wanted: bool) -> Tensor | None:
+        return torch.empty(x.shape[:1], dtype=torch.float32, device=x.device) if wanted else None
+
+    def operands() -> str:
+        return present({"cond": cond, "uncond": uncond}, {"mean_old": mean_old is not None, "mean": return_mean})
+
+    logp = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     mean = torch.empty(x.shape, dtype=torch.float32, device=x.device) if return_mean else None
-    out = LogProb(logp, log_ratio, drift, mean)
-    if batch > 0:
-        step_ptr, row = (step, 0) if isinstance(step, Tensor) else (None, step)
-        _launch(log_prob_kernel, (x, sample, cond, uncond, mean_old, guidance, table, step_ptr), out, row, reduction)
+    out = LogProb(logp, vector(mean_old is not None), vector(mean_old is not None), mean)
+    counted = 1 if reduction == "mean" else math.prod(x.shape[1:])
+    given = (x, sample, cond, uncond, mean_old, guidance, table)
+    extra = (counted * HALF_LOG_2PI, float(counted))
+    launch(log_prob_kernel, given, out, step, reduction, operands, states=5, sums=3, extra=extra)
     return out
 
 
@@ -318,14 +206,15 @@ def launch_log_prob_backward(
     mean_old: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the backward; arguments as in the twin. One launch, no host sync (but for a launch inside
-    `tuning.measuring()` that is the first of its kind)."""
+    """Launch the backward (see `launching.launch`); arguments as in the twin."""
     grad_cond = torch.empty(x.shape, dtype=cond.dtype, device=x.device)
     grad_uncond = None if uncond is None else torch.empty(x.shape, dtype=uncond.dtype, device=x.device)
     if mean_old is None or grad_drift is None:  # the drift has no share: its operand is not read
         mean_old = grad_drift = None
-    if x.shape[0] > 0:
-        step_ptr, row = (step, 0) if isinstance(step, Tensor) else (None, step)
-        given = (x, sample, cond, uncond, mean_old, grad_logp, grad_drift, guidance, table, step_ptr)
-        _launch(log_prob_backward_kernel, given, (grad_cond, grad_uncond), row, reduction)
+
+    def operands() -> str:
+        return present({"cond": cond, "uncond": uncond}, {"mean_old": mean_old is not None})
+
+    given = (x, sample, cond, uncond, mean_old, grad_logp, grad_drift, guidance, table)
+    launch(log_prob_backward_kernel, given, (grad_cond, grad_uncond), step, reduction, operands, states=5, sums=0)
     return grad_cond, grad_uncond

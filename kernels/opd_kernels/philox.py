@@ -18,14 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["INITIAL_NOISE", "philox4x32", "philox_normal"]
+from .operators import define
 
 INITIAL_NOISE = 2**31 - 1
 """Counter reserved for the initial state, far above any step number."""
@@ -40,34 +39,15 @@ _CHUNK = 16384  # counters a pass: six uint64 arrays of this length stay in a co
 _U64 = NDArray[np.uint64]
 
 
-def philox4x32(
-    key: tuple[int, int], counter: tuple[int | _U64, int, int, int] | Sequence[Any], rounds: int = _ROUNDS
-) -> tuple[_U64, _U64, _U64, _U64]:
-    """Philox4x32 by the book: the specification, for tests and for reading.
-
-    `counter` entries and `key` are uint32 values (ints or uint64 arrays that broadcast); returns four uint64 arrays
-    holding uint32 values. `philox_normal` computes the same words with fewer operations.
-    """
-    c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in counter)
-    k0, k1 = (int(k) & 0xFFFFFFFF for k in key)
-    for _ in range(rounds):
-        p0 = c0 * np.uint64(_MUL[0])
-        p1 = c2 * np.uint64(_MUL[1])
-        c0, c1 = (p1 >> _SHIFT) ^ c1 ^ np.uint64(k0), p1 & _MASK
-        c2, c3 = (p0 >> _SHIFT) ^ c3 ^ np.uint64(k1), p0 & _MASK
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return c0, c1, c2, c3
-
-
 @cache
 def _multipliers() -> tuple[_U64, _U64]:
-    """(A, B) and (B, A) as (2, 1, 1) arrays: the slot order alternates from round to round."""
+    """Return (A, B) and (B, A) as (2, 1, 1) arrays: the slot order alternates from round to round."""
     ab = np.array(_MUL, dtype=np.uint64).reshape(2, 1, 1)
     return ab, np.ascontiguousarray(ab[::-1])
 
 
 def _round_keys(keys: NDArray[np.int64]) -> _U64:
-    """(rounds, 2, B, 1) uint64: k0, k1 of every round, for every sample."""
+    """Return k0 and k1 of every round, for every sample: (rounds, 2, B, 1) uint64."""
     k = keys.view(np.uint64)
     words = np.stack([k & _MASK, k >> _SHIFT])  # (2, B)
     steps = np.arange(_ROUNDS, dtype=np.uint64)[:, None] * np.array(_WEYL, dtype=np.uint64)  # (rounds, 2)
@@ -75,7 +55,8 @@ def _round_keys(keys: NDArray[np.int64]) -> _U64:
 
 
 def _words(keys: _U64, start: int, stop: int, counter: int) -> tuple[_U64, _U64]:
-    """Words of the counters (start..stop-1, counter, 0, 0): x = (c0, c2), y = (c1, c3), each (2, B, stop-start) uint64.
+    """Return the words x = (c0, c2) and y = (c1, c3), each (2, B, stop-start) uint64, of the counters
+    (start..stop-1, counter, 0, 0).
 
     Only the low 32 bits of x and y count. The first two rounds are not run on whole arrays: with c2 = c3 = 0 most of
     their words depend on the sample alone or on the element alone. Afterwards each round is five array operations.
@@ -112,7 +93,7 @@ def _words(keys: _U64, start: int, stop: int, counter: int) -> tuple[_U64, _U64]
 
 
 def _fill(out: NDArray[np.float32], keys: _U64, start: int, stop: int, counter: int) -> None:
-    """Box-Muller into out (B, 4*(stop-start)) float32."""
+    """Write the normals of the counters into out (B, 4*(stop-start)) float32, by Box-Muller."""
     x, y = _words(keys, start, stop, counter)
     # The low words, read in place (little-endian halves), then the top 24 bits of each.
     low = 0 if np.little_endian else 1
@@ -131,7 +112,7 @@ def _fill(out: NDArray[np.float32], keys: _U64, start: int, stop: int, counter: 
 
 
 def _chunks(batch: int, quads: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first sample, last sample, first counter, last counter): whole samples together, or a sample in pieces."""
+    """Yield (first sample, last sample, first counter, last counter): whole samples together, or a sample in pieces."""
     if quads >= _CHUNK:
         for i in range(batch):
             for start in range(0, quads, _CHUNK):
@@ -143,7 +124,7 @@ def _chunks(batch: int, quads: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def normal_reference(keys: Tensor, elements: int, counter: int) -> Tensor:
-    """(B, elements) float32 standard normals on the CPU, for keys (B,) int64. numpy does the integer work."""
+    """Return (B, elements) float32 standard normals for keys (B,) int64, on the CPU. numpy does the integer work."""
     batch = keys.shape[0]
     quads = (elements + 3) // 4
     out = np.empty((batch, 4 * quads), dtype=np.float32)
@@ -157,7 +138,7 @@ def normal_reference(keys: Tensor, elements: int, counter: int) -> Tensor:
     return noise if elements == 4 * quads else noise[:, :elements].contiguous()
 
 
-def _philox_normal(keys: Tensor, shape: Sequence[int], counter: int, counter_tensor: Tensor | None) -> Tensor:
+def _run(keys: Tensor, shape: Sequence[int], counter: int, counter_tensor: Tensor | None) -> Tensor:
     elements = math.prod(shape)
     if keys.is_cuda:
         from .philox_triton import launch_normal
@@ -172,15 +153,12 @@ def _fake(keys: Tensor, shape: Sequence[int], counter: int, counter_tensor: Tens
     return keys.new_empty((keys.shape[0], *shape), dtype=torch.float32)
 
 
-_NAME = "opd_kernels::philox_normal"
-torch.library.define(_NAME, torch.library.infer_schema(_philox_normal, mutates_args=()))
-torch.library.impl(_NAME, ("cpu", "cuda"), _philox_normal)
-torch.library.register_fake(_NAME, _fake)
-_OP = torch.ops.opd_kernels.philox_normal.default
+_SCHEMA = "philox_normal(Tensor keys, SymInt[] shape, SymInt counter, Tensor? counter_tensor) -> Tensor"
+_OP = define(_SCHEMA, _run, _fake)
 
 
 def philox_normal(keys: Tensor, shape: Sequence[int], counter: int | Tensor) -> Tensor:
-    """Standard normal noise (B, *shape) float32, on the device of `keys`.
+    """Draw standard normal noise (B, *shape) float32 on the device of `keys`.
 
     Args:
         keys: (B,) int64, one key a sample. Equal keys give equal noise wherever they stand.

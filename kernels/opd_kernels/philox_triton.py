@@ -3,8 +3,6 @@
 Shape: keys (B,) int64 -> noise (B, elements) float32. Grid: one program for `BLOCK` elements of one sample.
 """
 
-# Kernel arguments have no Python types; Triton takes them from the call.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch
@@ -12,15 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["launch_normal", "normal_block"]
-
 BLOCK = 1024
 
 
 @triton.jit
 def _box_muller(c0, c1):
-    """Two words to two normals. Own sine and cosine: the turn t is exact, so is its reduction to an eighth of a turn,
-    and unlike the library's the code has no slow path for large angles (which would spill to local memory)."""
+    """Make two normals of two words. Sine and cosine are computed here: the turn t is exact, and so is its reduction to
+    an eighth of a turn, and unlike the library's code this has no slow path for large angles (which would spill)."""
     u = ((c0 >> 8) + 1).to(tl.float32) * 5.9604644775390625e-08
     r = tl.sqrt(-2.0 * tl.log(u))
     t = (c1.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * 5.9604644775390625e-08
@@ -41,7 +37,7 @@ def _box_muller(c0, c1):
 
 @triton.jit
 def normal_block(key, counter, quads, BLOCK: tl.constexpr):
-    """(BLOCK,) normals of the counters `quads` (BLOCK // 4,): element 4i + k is word k of counter i.
+    """Return the (BLOCK,) normals of the counters `quads` (BLOCK // 4,): element 4i + k is word k of counter i.
 
     Joining on new last dimensions keeps the four words of a counter in one thread, next to each other, so a store of
     the result is one 16-byte access."""
@@ -75,7 +71,7 @@ def normal_kernel(
 
 
 def launch_normal(keys: Tensor, elements: int, counter: int, counter_tensor: Tensor | None) -> Tensor:
-    """(B, elements) float32 normals for keys (B,) int64; `counter_tensor` (0-dim int64) stands in for `counter`."""
+    """Return (B, elements) float32 normals for keys (B,) int64; `counter_tensor` (0-dim int64) replaces `counter`."""
     batch = keys.shape[0]
     out = torch.empty((batch, elements), dtype=torch.float32, device=keys.device)
     if out.numel():

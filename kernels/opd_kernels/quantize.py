@@ -1,8 +1,8 @@
 """Row-wise float8 quantisation: a matrix and one scale a row, in one read and one write.
 
-Formulas and the CPU path: `quantize_ref.py`. The CUDA kernel: `quantize_triton.py`. Here: the operator as PyTorch sees
-it (custom op, fake) and the checks of its arguments. On CUDA nothing here waits for the device. It has no derivative:
-what multiplies with its result brings its own.
+`quantize_ref.py` has the formulas and the CPU path, `quantize_triton.py` the CUDA kernel. This file has the operator as
+PyTorch sees it (custom op, fake) and checks its argument. On CUDA nothing here waits for the device. The operator has
+no derivative: what multiplies with its result brings its own.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .operators import VELOCITY_DTYPES, define
 from .quantize_ref import FLOAT8, Quantized, quantize_rows_reference
-
-__all__ = ["FLOAT8", "Quantized", "quantize_rows"]
 
 LONGEST_ROW = 32768
 """Elements that a program holds in registers."""
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def _run(x: Tensor) -> tuple[Tensor, Tensor]:
     run = quantize_rows_reference
     # Older devices have no instruction for the conversion: there the twin runs, in several passes over x.
     if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9):
@@ -32,23 +30,17 @@ def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FLOAT8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-_NAME = "opd_kernels::quantize_rows"
-torch.library.define(_NAME, torch.library.infer_schema(_quantize_rows, mutates_args=()))
-torch.library.impl(_NAME, ("cpu", "cuda"), _quantize_rows)
-torch.library.register_fake(_NAME, _fake)
-_OP = torch.ops.opd_kernels.quantize_rows.default
+_OP = define("quantize_rows(Tensor x) -> (Tensor, Tensor)", _run, _fake)
 
 
 def quantize_rows(x: Tensor) -> Quantized:
-    """x (rows, K) as float8_e4m3fn with one float32 scale a row, x = scale[:, None] * q nearly.
+    """Quantise x to float8_e4m3fn with one float32 scale a row, so that x = scale[:, None] * q nearly.
 
     Args:
-        x: (rows, K) float32, bfloat16 or float16, 1 <= K <= 32768; any stride between rows is read in place. CUDA
-            devices below compute capability 8.9 compute it by the twin, in several passes.
+        x: (rows, K) float32, bfloat16 or float16, 1 <= K <= 32768; any stride between rows is read in place.
 
     Returns:
-        Quantized: q (rows, K) float8_e4m3fn and scale (rows,) float32, without gradient. A row that holds a NaN or an
-        infinity has a NaN in q.
+        Quantized, without gradient. A row that holds a NaN or an infinity has a NaN in q.
 
     Raises:
         ValueError: x of another shape or dtype.
@@ -57,6 +49,6 @@ def quantize_rows(x: Tensor) -> Quantized:
     """
     if x.dim() != 2 or not 0 < x.shape[1] <= LONGEST_ROW:
         raise ValueError(f"x must be (rows, K) with K from 1 to {LONGEST_ROW}, got {tuple(x.shape)}; flatten it")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in VELOCITY_DTYPES:
         raise ValueError(f"x must be float32, bfloat16 or float16, got {x.dtype}; convert it with x.float()")
     return Quantized(*_OP(x.detach()))

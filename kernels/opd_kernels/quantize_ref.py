@@ -2,8 +2,8 @@
 
 For row i of x (rows, K), in float32 whatever comes in:
 
-    scale_i = max_k |x_ik| / 448, or 1 where that is below 2^-126 (rows of zeros and of what is no more than that)
-    q_ik    = x_ik * (1 / scale_i), held to [-448, 448], rounded to the nearest float8_e4m3fn (ties to even)
+    scale_i = max_k |x_ik| / 448, or 1 where that is below 2^-126 (a row of zeros, or nearly)
+    q_ik    = x_ik * (1 / scale_i), clamped to [-448, 448], rounded to the nearest float8_e4m3fn (ties to even)
 
 so that x_ik = scale_i * q_ik up to 1/16 of itself, or scale_i / 1024 where that is more. 448 is the format's largest
 number (FP8 formats for deep learning, arXiv 2209.05433, table 1). A NaN or an infinity in x is a NaN in q.
@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-__all__ = ["FLOAT8", "LARGEST", "SMALLEST_SCALE", "Quantized", "quantize_rows_reference"]
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -34,10 +32,7 @@ class Quantized(NamedTuple):
 
 
 def quantize_rows_reference(x: Tensor) -> Quantized:
-    """Quantise x (rows, K) row by row; formulas above, arguments as in `quantize_rows`. Any device.
-
-    float64 is computed as such, for a reference; the scale is then float64.
-    """
+    """Quantise x (rows, K) by the formulas above, on any device. x in float64 is computed in float64, scale too."""
     with torch.no_grad():
         x = x if x.dtype == torch.float64 else x.float()
         scale = x.abs().amax(dim=1).div_(LARGEST)

@@ -8,8 +8,6 @@ Grid: a program takes one row of more than `ELEMENTS` / 2 columns, or as many sh
 The conversion is an instruction of compute capability 8.9 and above. Triton refuses to compile it for older ones.
 """
 
-# Kernel arguments have no Python types; Triton takes them from the call.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch
@@ -18,8 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .quantize_ref import FLOAT8, LARGEST, SMALLEST_SCALE, Quantized
-
-__all__ = ["launch_quantize_rows"]
 
 ELEMENTS = 2048
 
@@ -53,7 +49,7 @@ def quantize_rows_kernel(
 
 
 def tiling(columns: int) -> tuple[int, int, int]:
-    """ROWS, BLOCK and the number of warps for rows of `columns` elements: 16 elements a thread, up to 16 warps."""
+    """Return ROWS, BLOCK and the number of warps for rows of `columns` elements: 16 a thread, up to 16 warps."""
     block = triton.next_power_of_2(columns)
     rows = max(1, ELEMENTS // block)
     return rows, block, min(16, max(4, rows * block // (16 * 32)))
@@ -64,15 +60,13 @@ def launch_quantize_rows(x: Tensor) -> Quantized:
     if x.stride(1) != 1:
         x = x.contiguous()
     count, columns = x.shape
-    out = Quantized(
-        torch.empty((count, columns), dtype=FLOAT8, device=x.device),
-        torch.empty(count, dtype=torch.float32, device=x.device),
-    )
+    q = torch.empty((count, columns), dtype=FLOAT8, device=x.device)
+    scale = torch.empty(count, dtype=torch.float32, device=x.device)
     if count == 0:
-        return out
+        return Quantized(q, scale)
     rows, block, warps = tiling(columns)
     with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another one
         quantize_rows_kernel[(triton.cdiv(count, rows),)](
-            x, out.q, out.scale, x.stride(0), count, columns, ROWS=rows, BLOCK=block, num_warps=warps
+            x, q, scale, x.stride(0), count, columns, ROWS=rows, BLOCK=block, num_warps=warps
         )
-    return out
+    return Quantized(q, scale)

@@ -1,15 +1,15 @@
 """Work recorded into CUDA graphs, so that a recording that fails leaves the process as it was.
 
-`torch.cuda.graph` of torch 2.11 does not. When the work waits for the device, say, the capture is invalid, and
-`CUDAGraph.capture_end` raises before it has put anything back (mended in 2.12, pytorch#180395). What then stays behind:
+`torch.cuda.graph` of torch 2.11 does not (2.12 mends it, pytorch#180395). When the work waits for the device, for
+example, the capture is invalid, and `CUDAGraph.capture_end` raises before it has restored anything. Then
 
-* the side stream remains the current one of the thread, because the context manager leaves after `capture_end`;
+* the side stream remains the thread's current one, because the context manager leaves it after `capture_end`;
 * the device's allocator still records into the graph's memory pool: `torch.cuda.empty_cache` frees nothing any more,
-  and another graph of that pool is refused ("already recording to mempool_id"), as it is by the allocator of pinned
-  memory;
+  and that allocator, like that of pinned memory, refuses another graph of that pool ("already recording to
+  mempool_id");
 * the default generator still believes that a capture is under way: `torch.randn` on the device raises.
 
-`Recorder` puts each of these back.
+`Recorder` restores each of these.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
-
-__all__ = ["Recorder"]
 
 T = TypeVar("T")
 
@@ -35,7 +33,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.stream = torch.cuda.Stream(self.device)
-        """The stream of all recordings and warm-ups: libraries keep their workspace by stream."""
+        """The stream of all recordings and warm-ups, because libraries keep a workspace for each stream."""
         with torch.cuda.stream(self.stream):
             self._open_pool()
 
@@ -51,7 +49,7 @@ class Recorder:
     def record(self, work: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
         """Record one run of `work`.
 
-        Other threads may call CUDA meanwhile. Cached memory that nobody uses is given back first.
+        Other threads may call CUDA meanwhile. Cached memory that nobody uses is freed first.
 
         Returns:
             The graph and what `work` returned, whose tensors lie in the graph's memory.
@@ -77,8 +75,8 @@ class Recorder:
     def _open_pool(self) -> None:
         """Take a new memory pool, on the recording stream.
 
-        A graph of one launch stays in it: a pool whose graphs have all gone cannot be recorded into again. Besides, a
-        recording that ends well tells the default generator that no capture is under way.
+        A graph of one launch stays in it, because a pool whose graphs have all gone cannot be recorded into again. Its
+        recording also tells the default generator that no capture is under way.
         """
         self.pool: Any = torch.cuda.graph_pool_handle()
         value = torch.zeros((), device=self.device)

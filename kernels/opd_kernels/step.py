@@ -2,90 +2,41 @@
 
 `step_ref.py` has the formulas and the CPU path, `step_triton.py` the CUDA kernel. This file has the operator as PyTorch
 sees it (custom op, fake, autograd) and checks its arguments. On CUDA nothing here waits for the device.
-
-The operator is registered with `torch.library.define` and `impl`, not with the `custom_op` decorator: the decorator's
-wrapper costs as much as the whole step on a CPU at small latents.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .step_ref import ROW, Reduction, StepOutput, fused_step_reference
+from .operators import VELOCITY_DTYPES, Reduction, check_row, check_state, check_tensor, define
+from .step_ref import StepOutput, fused_step_reference
 
-__all__ = ["ROW", "StepOutput", "fused_step"]
+_SCHEMA = (
+    "fused_step(Tensor x, Tensor cond_s, Tensor? uncond_s, Tensor cond_t, Tensor? uncond_t, Tensor guidance_s, "
+    "Tensor guidance_t, Tensor table, SymInt step, Tensor? step_tensor, Tensor scale, Tensor? noise, Tensor? keys, "
+    "Tensor? history, bool want_x0, bool return_means, bool sum_elements) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
-_VELOCITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def _fused_step(
-    x: Tensor,
-    cond_s: Tensor,
-    uncond_s: Tensor | None,
-    cond_t: Tensor,
-    uncond_t: Tensor | None,
-    guidance_s: Tensor,
-    guidance_t: Tensor,
-    table: Tensor,
-    step: int,
-    step_tensor: Tensor | None,
-    scale: Tensor,
-    noise: Tensor | None,
-    keys: Tensor | None,
-    history: Tensor | None,
-    want_x0: bool,
-    return_means: bool,
-    sum_elements: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _run(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     """Return StepOutput as seven tensors; an absent output is an empty one, because an operator cannot return None."""
-    run = fused_step_reference
+    run: Any = fused_step_reference
     if x.is_cuda:
         from .step_triton import launch_step as run
-    out = run(
-        x,
-        cond_s,
-        uncond_s,
-        cond_t,
-        uncond_t,
-        guidance_s,
-        guidance_t,
-        table,
-        step if step_tensor is None else step_tensor,
-        scale,
-        noise=noise,
-        keys=keys,
-        history=history,
-        want_x0=want_x0,
-        return_means=return_means,
-        reduction="sum" if sum_elements else "mean",
-    )
-    present = [x.new_empty(0) if t is None else t for t in out]
-    return tuple(present)  # type: ignore[return-value]
+    *state, step, step_tensor, scale, noise, keys, history, want_x0, return_means, sum_elements = operands
+    optional: Any = {"noise": noise, "keys": keys, "history": history}
+    optional |= {"want_x0": want_x0, "return_means": return_means, "reduction": "sum" if sum_elements else "mean"}
+    out = run(x, *state, step if step_tensor is None else step_tensor, scale, **optional)
+    return tuple(x.new_empty(0) if t is None else t for t in out)
 
 
-def _fake(
-    x: Tensor,
-    cond_s: Tensor,
-    uncond_s: Tensor | None,
-    cond_t: Tensor,
-    uncond_t: Tensor | None,
-    guidance_s: Tensor,
-    guidance_t: Tensor,
-    table: Tensor,
-    step: int,
-    step_tensor: Tensor | None,
-    scale: Tensor,
-    noise: Tensor | None,
-    keys: Tensor | None,
-    history: Tensor | None,
-    want_x0: bool,
-    return_means: bool,
-    sum_elements: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, cond_s: Tensor, uncond_s: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    *_, history, want_x0, return_means, _sum_elements = others
+
     def state(wanted: bool) -> Tensor:
         return x.new_empty(x.shape if wanted else (0,))
 
@@ -118,42 +69,8 @@ def _backward(ctx: Any, _x: Any, grad_loss: Tensor | None, *_rest: Any) -> tuple
     return tuple(none)
 
 
-_NAME = "opd_kernels::fused_step"
-torch.library.define(_NAME, torch.library.infer_schema(_fused_step, mutates_args=()))
-torch.library.impl(_NAME, ("cpu", "cuda"), _fused_step)
-torch.library.register_fake(_NAME, _fake)
-torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
-_OP = torch.ops.opd_kernels.fused_step.default
-
-
-def _check(name: str, t: Tensor, like: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if t.shape != shape:
-        raise ValueError(
-            f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}; x has shape {tuple(like.shape)}"
-        )
-    if t.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{name} must be {wanted}, got {t.dtype}; convert it with {name}.to({dtypes[0]})")
-    if t.device != like.device:
-        raise ValueError(f"{name} is on {t.device} but x is on {like.device}; move it with {name}.to(x.device)")
-
-
-def _check_row(x: Tensor, table: Tensor, step: int | Tensor, reduction: str) -> tuple[int, Tensor | None]:
-    """Check what every operator on a solver row takes, and return the step as (row, None) or as (0, its tensor)."""
-    if table.dim() != 2 or table.shape[1] != len(ROW):
-        raise ValueError(f"table must be (N, {len(ROW)}) with columns {ROW}, got {tuple(table.shape)}; use .rows()")
-    _check("table", table, x, table.shape, (torch.float32,))
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    if isinstance(step, Tensor):
-        if step.dim() != 0 or step.dtype != torch.int64 or step.device != x.device:
-            raise ValueError(
-                f"step must be an int or a 0-dim int64 tensor on {x.device}, got {step.dtype} {step.device}"
-            )
-        return 0, step
-    if not 0 <= step < table.shape[0]:
-        raise ValueError(f"step must lie in [0, {table.shape[0]}), the rows of table, got {step}")
-    return step, None
+_OP = define(_SCHEMA, _run, _fake)
+torch.library.register_autograd("opd_kernels::fused_step", _backward, setup_context=_setup_context)
 
 
 def fused_step(
@@ -204,77 +121,24 @@ def fused_step(
 
     Source: DiffusionOPD (arXiv 2605.15055); the folding of means, guidance and KL is derived in `step_ref.py`.
     """
-    if x.dim() < 2 or x.dtype != torch.float32:
-        raise ValueError(f"x must be (B, C, H, W) float32, got {tuple(x.shape)} {x.dtype}; the state stays in float32")
-    count = math.prod(x.shape[1:])
-    if not 0 < count <= 2**30:
-        raise ValueError(f"x must have between 1 and 2^30 elements a sample, got shape {tuple(x.shape)}")
-    shape, batch = x.shape, x.shape[:1]
-    _check("cond_s", cond_s, x, shape, _VELOCITY_DTYPES)
-    _check("cond_t", cond_t, x, shape, _VELOCITY_DTYPES)
-    if uncond_s is not None:
-        _check("uncond_s", uncond_s, x, shape, _VELOCITY_DTYPES)
-    if uncond_t is not None:
-        _check("uncond_t", uncond_t, x, shape, _VELOCITY_DTYPES)
-    _check("guidance_s", guidance_s, x, batch, (torch.float32,))
-    _check("guidance_t", guidance_t, x, batch, (torch.float32,))
-    _check("scale", scale, x, batch, (torch.float32,))
+    check_state(x)
+    for name, t in (("cond_s", cond_s), ("uncond_s", uncond_s), ("cond_t", cond_t), ("uncond_t", uncond_t)):
+        check_tensor(name, t, x, x.shape, *VELOCITY_DTYPES)
+    for name, t in (("guidance_s", guidance_s), ("guidance_t", guidance_t), ("scale", scale)):
+        check_tensor(name, t, x, x.shape[:1], torch.float32)
     if noise is not None and keys is not None:
         raise ValueError("noise and keys are both given; pass the noise tensor, or the keys to draw it from")
-    if noise is not None:
-        _check("noise", noise, x, shape, (torch.float32,))
-    if keys is not None:
-        _check("keys", keys, x, batch, (torch.int64,))
-    if history is not None:
-        _check("history", history, x, shape, (torch.float32,))
-    index, tensor = _check_row(x, table, step, reduction)
+    check_tensor("noise", noise, x, x.shape, torch.float32)
+    check_tensor("keys", keys, x, x.shape[:1], torch.int64)
+    check_tensor("history", history, x, x.shape, torch.float32)
+    row, tensor = check_row(x, table, step, reduction)
+    state = (x, cond_s, uncond_s, cond_t, uncond_t, guidance_s, guidance_t, table)
+    run = _OP
     if tensor is None and type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
         grads = cond_s.requires_grad or (uncond_s is not None and uncond_s.requires_grad)
         if not (grads and torch.is_grad_enabled()):
-            # Nothing to record: straight to the twin, since the operator's dispatch takes as long as half a small step.
-            return fused_step_reference(
-                x,
-                cond_s,
-                uncond_s,
-                cond_t,
-                uncond_t,
-                guidance_s,
-                guidance_t,
-                table,
-                step,
-                scale,
-                noise=noise,
-                keys=keys,
-                history=history,
-                want_x0=want_x0,
-                return_means=return_means,
-                reduction=reduction,
-            )
-    x_next, loss, grad_cond, grad_uncond, x0, mean_s, mean_t = _OP(
-        x,
-        cond_s,
-        uncond_s,
-        cond_t,
-        uncond_t,
-        guidance_s,
-        guidance_t,
-        table,
-        index,
-        tensor,
-        scale,
-        noise,
-        keys,
-        history,
-        want_x0,
-        return_means,
-        reduction == "sum",
-    )
-    return StepOutput(
-        x_next,
-        loss,
-        grad_cond,
-        None if uncond_s is None else grad_uncond,
-        x0 if want_x0 or history is not None else None,
-        mean_s if return_means else None,
-        mean_t if return_means else None,
-    )
+            run = _run  # there is nothing to record, and the operator's dispatch takes as long as half a small step
+    out = run(*state, row, tensor, scale, noise, keys, history, want_x0, return_means, reduction == "sum")
+    wanted = (True, True, True, uncond_s is not None, want_x0 or history is not None, return_means, return_means)
+    present: list[Any] = [t if given else None for t, given in zip(out, wanted, strict=True)]
+    return StepOutput(*present)

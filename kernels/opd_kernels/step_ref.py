@@ -16,19 +16,13 @@ carries b^2/(2 std^2), or b^2/2 for a deterministic step.
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .operators import Reduction
 from .philox import philox_normal
-
-__all__ = ["ROW", "StepOutput", "fused_step_reference"]
-
-ROW = ("a", "b", "h", "std", "weight", "sigma")
-"""Columns of the table that the step reads."""
-
-Reduction = Literal["mean", "sum"]
 
 
 class StepOutput(NamedTuple):
@@ -50,7 +44,16 @@ class StepOutput(NamedTuple):
     """(B, C, H, W) float32, the teacher's mean; with `return_means`."""
 
 
-def _velocity(cond: Tensor, uncond: Tensor | None, guidance: Tensor, dtype: torch.dtype) -> Tensor:
+def table_row(table: Tensor, step: int | Tensor) -> list[float]:
+    """Return row `step` of the table. Raises IndexError for one outside of it."""
+    row = int(step)
+    if not 0 <= row < table.shape[0]:
+        raise IndexError(f"step {row} is outside the table, which has {table.shape[0]} rows")
+    values: list[float] = table[row].tolist()
+    return values
+
+
+def guided(cond: Tensor, uncond: Tensor | None, guidance: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the guided velocity in `dtype`, perhaps `cond` itself. Rows with guidance 1 do not read `uncond`."""
     c = cond.to(dtype)
     if uncond is None:
@@ -90,15 +93,12 @@ def fused_step_reference(
     Any device and dtype; computes in the dtype of `x` (float32, or float64 as a reference). Reads the row and the
     guidance on the host. Nothing is attached to the autograd graph: gradients are outputs.
     """
-    row = int(step)
-    if not 0 <= row < table.shape[0]:
-        raise IndexError(f"step {row} is outside the table, which has {table.shape[0]} rows")
-    a, b, h, std, weight, sigma = table[row].tolist()
+    a, b, h, std, weight, sigma = table_row(table, step)
     dtype = x.dtype
     with torch.no_grad():
         x = x.contiguous()
-        v_s = _velocity(cond_s, uncond_s, guidance_s, dtype)
-        v_t = _velocity(cond_t, uncond_t, guidance_t, dtype)
+        v_s = guided(cond_s, uncond_s, guidance_s, dtype)
+        v_t = guided(cond_t, uncond_t, guidance_t, dtype)
 
         def mean(v: Tensor) -> Tensor:
             m = torch.mul(x, a).add_(v, alpha=b)
@@ -109,7 +109,7 @@ def fused_step_reference(
         mean_t = mean(v_t) if return_means else None
         if std != 0.0:
             if keys is not None:
-                noise = philox_normal(keys, x.shape[1:], row)
+                noise = philox_normal(keys, x.shape[1:], int(step))
             if noise is not None:
                 x_next.add_(noise, alpha=std)
         x0 = torch.sub(x, v_s, alpha=sigma) if want_x0 or history is not None else None

@@ -8,11 +8,8 @@ leaves its partial sum of the squared velocity gap; the sample's last program to
 so that the loss is the same bit for bit in every run, and one launch does the step.
 """
 
-# Kernel arguments have no Python types; Triton takes them from the call.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,12 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import BoundLaunch, batch_stride, in_place, on_device_of, remember, scratch
+from .launching import launch, present
+from .operators import Reduction
 from .philox_triton import normal_block
-from .step_ref import Reduction, StepOutput
-from .tuning import Launch, Problem, tuner
-
-__all__ = ["launch_step"]
+from .row_triton import step_number, store_gradients, sum_partials, table_row, velocity_block
+from .step_ref import StepOutput
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -36,8 +32,8 @@ def step_kernel(
     cond_t_ptr,
     uncond_t_ptr,  # or None
     noise_ptr,  # or None
-    keys_ptr,  # (B,) int64, or None
     history_ptr,  # or None
+    keys_ptr,  # (B,) int64, or None
     guidance_s_ptr,  # (B,)
     guidance_t_ptr,  # (B,)
     scale_ptr,  # (B,)
@@ -63,7 +59,7 @@ def step_kernel(
     elements,  # D
     blocks,
     rows,
-    scale_mean,  # 1/D or 1
+    share,  # 1/D or 1
     TILES: tl.constexpr,  # tiles a program
     PASSES: tl.constexpr,  # of BLOCK partial sums
     BLOCK: tl.constexpr,
@@ -72,25 +68,12 @@ def step_kernel(
     sample = pid // blocks
     block = pid % blocks
     base = sample.to(tl.int64)
-    if step_ptr is not None:
-        step = tl.load(step_ptr)
-    step = tl.cast(step, tl.int64)
-    inside = (step >= 0) & (step < rows)
-    nan = float("nan")  # a row outside the table must not look like a result
-    row = table_ptr + step * 6
-    a = tl.load(row, mask=inside, other=nan)
-    b = tl.load(row + 1, mask=inside, other=nan)
-    h = tl.load(row + 2, mask=inside, other=nan)
-    std = tl.load(row + 3, mask=inside, other=nan)
-    weight = tl.load(row + 4, mask=inside, other=nan)
-    sigma = tl.load(row + 5, mask=inside, other=nan)
+    step = step_number(step_ptr, step)
+    a, b, h, std, weight, sigma = table_row(table_ptr, step, rows)
     g_s = tl.load(guidance_s_ptr + sample)
     g_t = tl.load(guidance_t_ptr + sample)
-    weight = tl.load(scale_ptr + sample) * (weight * scale_mean)
-    # An operand whose factor is zero is not read (it may hold anything): its last element moves to the front instead of
-    # a second mask, which keeps the alignment that the compiler derives from `elements`.
-    end_u_s = tl.where(g_s != 1.0, elements, 0)
-    end_u_t = tl.where(g_t != 1.0, elements, 0)
+    weight = tl.load(scale_ptr + sample) * (weight * share)
+    # An operand whose factor is zero is not read, as in `velocity_block`.
     end_history = tl.where(h != 0.0, elements, 0)
     end_noise = tl.where(std != 0.0, elements, 0)
 
@@ -100,16 +83,12 @@ def step_kernel(
         offs = first + tl.arange(0, BLOCK)
         mask = offs < elements
         x = tl.load(x_ptr + base * x_stride + offs, mask=mask, other=0.0)
-        v_s = tl.load(cond_s_ptr + base * cond_s_stride + offs, mask=mask, other=0.0).to(tl.float32)
-        v_t = tl.load(cond_t_ptr + base * cond_t_stride + offs, mask=mask, other=0.0).to(tl.float32)
-        # Where g = 1 nothing is read and u = 0: then u + g*(c - u) is c exactly.
-        if uncond_s_ptr is not None:
-            u = tl.load(uncond_s_ptr + base * uncond_s_stride + offs, mask=offs < end_u_s, other=0.0).to(tl.float32)
-            v_s = u + g_s * (v_s - u)
-        if uncond_t_ptr is not None:
-            u = tl.load(uncond_t_ptr + base * uncond_t_stride + offs, mask=offs < end_u_t, other=0.0).to(tl.float32)
-            v_t = u + g_t * (v_t - u)
-
+        v_s = velocity_block(
+            cond_s_ptr, base * cond_s_stride, uncond_s_ptr, base * uncond_s_stride, g_s, offs, elements
+        )
+        v_t = velocity_block(
+            cond_t_ptr, base * cond_t_stride, uncond_t_ptr, base * uncond_t_stride, g_t, offs, elements
+        )
         common = a * x
         if history_ptr is not None:
             common += h * tl.load(history_ptr + base * history_stride + offs, mask=offs < end_history, other=0.0)
@@ -129,11 +108,7 @@ def step_kernel(
 
         gap = v_s - v_t
         slope = (2.0 * weight) * gap
-        if grad_uncond_ptr is None:
-            tl.store(grad_cond_ptr + base * elements + offs, slope, mask=mask)
-        else:
-            tl.store(grad_cond_ptr + base * elements + offs, slope * g_s, mask=mask)
-            tl.store(grad_uncond_ptr + base * elements + offs, slope * (1.0 - g_s), mask=mask)
+        store_gradients(grad_cond_ptr, grad_uncond_ptr, base * elements, offs, slope, g_s, mask)
         squares += gap * gap  # masked lanes: 0 - 0
 
     total = tl.sum(squares, axis=0)
@@ -143,58 +118,10 @@ def step_kernel(
         earlier = tl.atomic_add(arrived_ptr + sample, 1, sem="acq_rel", scope="gpu")
         if earlier == blocks - 1:
             tl.store(arrived_ptr + sample, 0)
-            sums = tl.zeros((BLOCK,), tl.float32)
-            for i in tl.static_range(PASSES):
-                at = i * BLOCK + tl.arange(0, BLOCK)
-                sums += tl.load(partial_ptr + sample * blocks + at, mask=at < blocks, other=0.0, cache_modifier=".cg")
-            tl.store(loss_ptr + sample, weight * tl.sum(sums, axis=0))
+            whole = sum_partials(partial_ptr + sample * blocks, blocks, PASSES, BLOCK)
+            tl.store(loss_ptr + sample, weight * whole)
     else:
         tl.store(loss_ptr + sample, weight * total)
-
-
-_bound: dict[Any, BoundLaunch] = {}
-
-
-def _bind(
-    launch: Launch,
-    given: tuple[Tensor | None, ...],
-    reduction: Reduction,
-) -> BoundLaunch:
-    """Return the launch with its constants, in the kernel's order, for the 13 operands `given`."""
-    x, table = given[0], given[11]
-    assert x is not None
-    assert table is not None
-    elements = x[0].numel()
-    blocks = launch.blocks(elements)
-    constants = (
-        *(batch_stride(t) for t in (*given[:6], given[7])),
-        elements,
-        blocks,
-        table.shape[0],
-        1.0 / elements if reduction == "mean" else 1.0,
-        launch.tiles,
-        triton.cdiv(blocks, launch.block),
-        launch.block,
-    )
-    copied = [i for i, t in enumerate(given) if t is not None and not _readable(i, t)]
-    return BoundLaunch(step_kernel, x.shape[0] * blocks, launch.warps, constants, copied)
-
-
-def _readable(i: int, t: Tensor) -> bool:
-    return in_place(t) if i < 6 or i == 7 else t.is_contiguous()
-
-
-def _problem(given: tuple[Tensor | None, ...], want_x0: bool, return_means: bool) -> Problem:
-    x = given[0]
-    assert x is not None
-    names = ("cond_s", "uncond_s", "cond_t", "uncond_t", "noise", "keys", "history")
-    present = [
-        name if name in ("noise", "keys", "history") else f"{name}={str(t.dtype).removeprefix('torch.')}"
-        for name, t in zip(names, given[1:8], strict=True)
-        if t is not None
-    ]
-    outputs = ["x0"] * want_x0 + ["means"] * return_means
-    return Problem("step", x.shape[0], x[0].numel(), " ".join((*present, *outputs)))
 
 
 def launch_step(
@@ -216,39 +143,20 @@ def launch_step(
     return_means: bool = False,
     reduction: Reduction = "mean",
 ) -> StepOutput:
-    """Launch the kernel; arguments as in `fused_step`, already checked. One launch, no host sync (but for a launch
-    inside `tuning.measuring()` that is the first of its kind)."""
-    shape, device, float32 = x.shape, x.device, torch.float32
-    batch = shape[0]
+    """Launch the kernel (see `launching.launch`); arguments as in `fused_step`, already checked."""
+
+    def state(dtype: torch.dtype = torch.float32, wanted: bool = True) -> Any:
+        return torch.empty(x.shape, dtype=dtype, device=x.device) if wanted else None
+
+    def operands() -> str:
+        velocities = {"cond_s": cond_s, "uncond_s": uncond_s, "cond_t": cond_t, "uncond_t": uncond_t}
+        others = {"noise": noise is not None, "keys": keys is not None, "history": history is not None}
+        return present(velocities, others | {"x0": want_x0, "means": return_means})
+
     want_x0 = want_x0 or history is not None
-    x_next = torch.empty(shape, dtype=float32, device=device)
-    loss = torch.empty(batch, dtype=float32, device=device)
-    grad_cond = torch.empty(shape, dtype=cond_s.dtype, device=device)
-    grad_uncond = None if uncond_s is None else torch.empty(shape, dtype=uncond_s.dtype, device=device)
-    x0 = torch.empty(shape, dtype=float32, device=device) if want_x0 else None
-    mean_s = torch.empty(shape, dtype=float32, device=device) if return_means else None
-    mean_t = torch.empty(shape, dtype=float32, device=device) if return_means else None
-    out = StepOutput(x_next, loss, grad_cond, grad_uncond, x0, mean_s, mean_t)
-    if batch == 0:
-        return out
-    step_ptr, row = (step, 0) if isinstance(step, Tensor) else (None, step)
-    given = (
-        *(x, cond_s, uncond_s, cond_t, uncond_t, noise, keys, history),
-        *(guidance_s, guidance_t, scale, table, step_ptr),
-    )
-    layout = [None if t is None else (t.dtype, t.stride()) for t in given]
-    key = (tuner.epoch, device, shape, table.shape[0], want_x0, return_means, reduction, *layout)
-    with on_device_of(x):
-        bound = _bound.get(key)
-        if bound is None:
-
-            def attempt(launch: Launch) -> Callable[[], None]:
-                trial = _bind(launch, given, reduction)
-                tensors = (*given, *out, *scratch.take(device, batch, trial.programs, trial.programs > batch))
-                return lambda: trial(tensors, row)
-
-            problem = _problem(given, want_x0, return_means)
-            bound = _bind(tuner.choose(problem, device, attempt), given, reduction)
-            remember(_bound, key, bound)
-        bound((*given, *out, *scratch.take(device, batch, bound.programs, bound.programs > batch)), row)
+    loss = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    grads = state(cond_s.dtype), None if uncond_s is None else state(uncond_s.dtype)
+    out = StepOutput(state(), loss, *grads, state(wanted=want_x0), *(state(wanted=return_means) for _ in range(2)))
+    given = (x, cond_s, uncond_s, cond_t, uncond_t, noise, history, keys, guidance_s, guidance_t, scale, table)
+    launch(step_kernel, given, out, step, reduction, operands, states=7, sums=1)
     return out

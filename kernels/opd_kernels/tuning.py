@@ -3,16 +3,16 @@
 A program works on `tiles` tiles of `block` elements with `warps` warps. Larger programs share their fixed cost (the
 row, the guidance, the noise key: three dependent reads) among more elements; smaller ones fill the chip when the
 tensors are small. All candidates give a thread at least 8 elements of a tile, so that every access is 16 bytes wide in
-bfloat16 as in float32. Nothing else is worth choosing. `num_stages` has nothing to overlap: the loads go to registers,
-not through shared memory, and since an output may alias an input none moves above the stores of the tile before it. For
-the same reason the loop over tiles is not unrolled: that took registers, up to a spill, and bought nothing.
+bfloat16 as in float32. Nothing else is worth choosing: `num_stages` has nothing to overlap, because the loads go to
+registers, and unrolling the loop over tiles took registers, up to a spill, and bought nothing. (An output may alias an
+input, so that no load moves above the stores of the tile before it.)
 
-What a choice changes. States and gradients are computed element by element, the same way whatever the tiling. Sums over
-a sample (loss, log-probability) follow the tiling, which is their order: another choice may change their last bits. So
-a choice, once used, stays for the whole of a run, and `choices()` has it for the record. Measured choices are kept in
-`kernels.json` in $OPD_FAST_CACHE, else $XDG_CACHE_HOME/opd_fast, else ~/.cache/opd_fast, under the device's name, the
-Triton version and a hash of the kernels: the next run, or a resumed one, on such a device takes the same. What was
-measured while something else used the device counts for an hour and is then measured again.
+States and gradients are computed element by element, the same way whatever the tiling. Sums over a sample (loss,
+log-probability) follow the order of the tiling: another choice may change their last bits. So a choice, once used,
+stays for the whole of a run. Measured choices are kept in `kernels.json` in $OPD_FAST_CACHE, else
+$XDG_CACHE_HOME/opd_fast, else ~/.cache/opd_fast, under the device's name, the Triton version and a hash of the kernels:
+the next run, or a resumed one, on such a device takes the same. What was measured while something else used the device
+counts for an hour and is then measured again.
 
     with measuring() as chosen:      # before the first step of a run, outside of any CUDA-graph capture
         ...                          # one step, eagerly: each launch of a new kind times its candidates first
@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +42,6 @@ import torch
 import triton
 
 from opd_kernels.recording import Recorder
-
-__all__ = ["CANDIDATES", "Choice", "Launch", "Problem", "choices", "measuring", "using"]
 
 
 class Launch(NamedTuple):
@@ -99,7 +97,7 @@ class Problem(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Sizes in powers of two; ragged samples apart, since their accesses are narrow."""
+        """Name the problem by sizes in powers of two, and ragged samples apart, since their accesses are narrow."""
         batch, elements = (1 << (size - 1).bit_length() for size in (self.batch, self.elements))
         ragged = "" if self.elements % 16 == 0 else " ragged"
         return f"{self.kernel} batch<={batch} elements<={elements}{ragged} {self.operands}"
@@ -141,7 +139,6 @@ class Tuner:
         self._forced: Launch | None = None
         self._measured: list[Choice] | None = None
         self._settled: dict[tuple[str, str], Choice] = {}
-        self._kept: dict[str, Any] | None = None
 
     def choose(
         self, problem: Problem, device: torch.device, attempt: Callable[[Launch], Callable[[], object]]
@@ -152,34 +149,17 @@ class Tuner:
         place = identity(device)
         choice = self._settled.get((place, problem.key))
         if choice is None:
-            choice = self._decide(problem, place, device, attempt)
+            choice = _kept(problem.key, place) if enabled() else None
+            if choice is None:
+                may_measure = enabled() and self._measured is not None and device.type == "cuda"
+                if may_measure and not torch.cuda.is_current_stream_capturing():
+                    choice = _fastest(problem, place, attempt)
+                else:
+                    choice = Choice(problem.key, problem.candidates()[0], "rule")
             self._settled[place, problem.key] = choice
             if self._measured is not None:
                 self._measured.append(choice)
         return choice.launch
-
-    def _decide(
-        self, problem: Problem, place: str, device: torch.device, attempt: Callable[[Launch], Callable[[], object]]
-    ) -> Choice:
-        candidates = problem.candidates()
-        if not enabled():
-            return Choice(problem.key, candidates[0], "rule")
-        if self._kept is None:
-            self._kept = _read(cache_file())
-        kept = _choice(problem.key, self._kept.get(place))
-        if kept is not None:
-            return kept
-        if self._measured is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return Choice(problem.key, candidates[0], "rule")
-        taken = device_times([attempt(candidate) for candidate in candidates])
-        seconds = [min(times) for times in taken]
-        best = min(range(len(candidates)), key=seconds.__getitem__)
-        if seconds[best] > (1 - MARGIN) * seconds[0]:
-            best = 0
-        times = {str(c): round(s * 1e6, 3) for c, s in zip(candidates, seconds, strict=True)}
-        choice = Choice(problem.key, candidates[best], "measured", times)
-        _keep(cache_file(), place, choice, None if calm(taken, CALM) else time.time() + DISTURBED)
-        return choice
 
     @contextmanager
     def measuring(self) -> Iterator[list[Choice]]:
@@ -192,7 +172,6 @@ class Tuner:
         if self._measured is not None:
             raise ValueError("measuring() is already active; enter it once, before the first step")
         self._settled = {key: choice for key, choice in self._settled.items() if choice.source != "rule"}
-        self._kept = None  # another process may have measured since
         self.epoch += 1
         self._measured = []
         try:
@@ -233,10 +212,14 @@ def enabled() -> bool:
 def device_times(runs: Sequence[Callable[[], object]], launches: int = 20, replays: int = 10) -> list[list[float]]:
     """Return the seconds of one call of each, for each of several replays of a graph of `launches` calls. The
     candidates take turns, so that a drifting clock meets all of them. Waits for the device."""
+
+    def repeat(run: Callable[[], object]) -> Callable[[], object]:
+        return lambda: [run() for _ in range(launches)]
+
     recorder, graphs = Recorder(torch.device("cuda")), []
     for run in runs:
         run()  # compiles
-        graphs.append(recorder.record(partial(_repeat, run, launches))[0])
+        graphs.append(recorder.record(repeat(run))[0])
     taken: list[list[float]] = [[] for _ in graphs]
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for turn in range(replays + 1):
@@ -250,19 +233,35 @@ def device_times(runs: Sequence[Callable[[], object]], launches: int = 20, repla
     return taken
 
 
-def calm(taken: Iterable[Sequence[float]], most: float) -> bool:
-    """Whether measurements look undisturbed: the quartiles of each one's times lie no further apart than the share
-    `most` of its median."""
+def _fastest(problem: Problem, place: str, attempt: Callable[[Launch], Callable[[], object]]) -> Choice:
+    """Measure the candidates and keep the fastest, or the rule's where none is faster by more than `MARGIN`."""
+    candidates = problem.candidates()
+    taken = device_times([attempt(candidate) for candidate in candidates])
+    seconds = [min(times) for times in taken]
+    best = min(range(len(candidates)), key=seconds.__getitem__)
+    if seconds[best] > (1 - MARGIN) * seconds[0]:
+        best = 0
+    times = {str(c): round(s * 1e6, 3) for c, s in zip(candidates, seconds, strict=True)}
+    choice = Choice(problem.key, candidates[best], "measured", times)
+    _keep(place, choice, keep_until(taken, CALM))
+    return choice
+
+
+def keep_until(taken: Iterable[Sequence[float]], most: float) -> float | None:
+    """Return until when measurements count: None, for good, where they look undisturbed; else seconds of `time.time()`.
+
+    Undisturbed: the quartiles of each one's times lie no further apart than the share `most` of its median.
+    """
     for times in taken:
         low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (*times,) * 3
         if high - low > most * middle:
-            return False
-    return True
+            return time.time() + DISTURBED
+    return None
 
 
-def _repeat(run: Callable[[], object], times: int) -> None:
-    for _ in range(times):
-        run()
+def still_counts(until: object) -> bool:
+    """Return whether what was kept until then counts now. After a clock was set back nothing counts for longer."""
+    return until is None or (isinstance(until, float) and time.time() < until <= time.time() + DISTURBED)
 
 
 # --- what is kept between runs ----------------------------------------------------------------------------------------
@@ -270,10 +269,8 @@ def _repeat(run: Callable[[], object], times: int) -> None:
 
 def cache_file() -> Path:
     """Return the file in which measured choices are kept."""
-    folder = os.environ.get("OPD_FAST_CACHE")
-    if folder:
-        return Path(folder).expanduser() / "kernels.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opd_fast" / "kernels.json"
+    users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "opd_fast"
+    return Path(os.environ.get("OPD_FAST_CACHE") or users).expanduser() / "kernels.json"
 
 
 @cache
@@ -288,7 +285,7 @@ def identity(device: torch.device) -> str:
     return f"{name}, triton {triton.__version__}, kernels {digest[:12]}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the file's content, empty if it cannot be read, because all of it can be measured again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -297,28 +294,27 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _choice(key: str, entries: Any) -> Choice | None:
+def _kept(key: str, place: str) -> Choice | None:
     """Return the kept choice if it could be measured today, and was not measured at an earlier busy moment."""
+    entries = read_json(cache_file()).get(place)
     entry = entries.get(key) if isinstance(entries, dict) else None
     if not isinstance(entry, dict) or not isinstance(entry.get("microseconds"), dict):
         return None
-    until = entry.get("until", 0.0)  # earlier versions kept what was disturbed too, and did not say so
-    if until is not None and not (isinstance(until, float) and time.time() < until <= time.time() + DISTURBED):
+    if not still_counts(entry.get("until", 0.0)):  # earlier versions kept what was disturbed too, and did not say so
         return None
     launch = {str(c): c for c in CANDIDATES}.get(str(entry.get("launch")))
     return None if launch is None else Choice(key, launch, "kept", entry["microseconds"])
 
 
-def _keep(path: Path, place: str, choice: Choice, until: float | None) -> None:
-    """Add a choice, which counts until then (seconds since the epoch; None: for good), to the file, which is replaced
-    as a whole. Of two processes that write at once one may lose its entry, which is then measured again; a folder that
-    cannot be written costs the same."""
-    content = _read(path)
-    entries = content.setdefault(place, {})
-    if not isinstance(entries, dict):
-        entries = content[place] = {}
-    entries[choice.problem] = {"launch": str(choice.launch), "microseconds": choice.microseconds, "until": until}
-    replace_json(path, content)
+def _keep(place: str, choice: Choice, until: float | None) -> None:
+    """Add a choice, which counts until then, to the file, which is replaced as a whole. Of two processes that write at
+    once one may lose its entry, which is then measured again; a folder that cannot be written costs the same."""
+    content = read_json(cache_file())
+    if not isinstance(content.get(place), dict):
+        content[place] = {}
+    timed = {"launch": str(choice.launch), "microseconds": choice.microseconds}
+    content[place][choice.problem] = timed | {"until": until}
+    replace_json(cache_file(), content)
 
 
 def replace_json(path: Path, content: object) -> None:

@@ -1,7 +1,5 @@
 """The command line of a training run: recipe, overrides, run directory.
 
-    python -m opd_fast.train [RECIPE_OR_YAML] [--section.key VALUE ...] [--run-dir DIR] [--resume RUN_DIR] [--dry-run]
-
 `parse` returns the checked settings; `opd_fast.config.run_dir` looks at the disk. Neither imports torch.
 """
 
@@ -15,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from opd_fast.config import Config
-from opd_fast.config.earlier import in_todays_settings, is_earlier_run
-from opd_fast.config.layers import overlay, read_yaml, refuse_unknown_elements, setting_options, teachers_option
+from opd_fast.config.earlier import in_todays_settings
+from opd_fast.config.layers import TEACHERS, overlay, read_yaml, refuse_unknown_elements, setting_options
 from opd_fast.config.options import Given, Option, print_help, read, settle
 from opd_fast.config.paths import package_file
 from opd_fast.config.serialize import check_known, may_change, refuse_unsafe_changes, sections, to_yaml
@@ -28,22 +26,23 @@ from opd_fast.errors import UserError, did_you_mean
 DOOR = "python -m opd_fast.train"
 
 
-def _door_options() -> list[Option]:
-    """The options that set no key."""
-    resume = f"run directory whose run goes on from its newest checkpoint; of its settings, {may_change()} may change"
-    return [
-        Option("run-dir", str | None, None, "where the run writes; runs/RECIPE-TIME when not given"),
-        Option("resume", str | None, None, resume),
-        Option("dry-run", None, False, "print settings, plan and refusals, then stop"),
-        Option("profile", None, False, "record rounds 3 to 5 into RUN_DIR/profile"),
-        Option("devices", int | None, None, "plan for this many devices (with --dry-run)"),
-        Option("gpu-memory", float | None, None, "GiB of each of them; the device's own, else 80"),
-        Option("seed", int | None, None, "short for --train.seed"),
-        teachers_option(),
-    ]
-
-
-SWITCHES = tuple(f"--{option.name}" for option in _door_options())
+DOOR_OPTIONS = (
+    Option("run-dir", str | None, None, "where the run writes; runs/RECIPE-TIME when not given"),
+    Option(
+        "resume",
+        str | None,
+        None,
+        f"run directory whose run goes on from its newest checkpoint; of its settings, {may_change()} may change",
+    ),
+    Option("dry-run", None, False, "print settings, plan and refusals, then stop"),
+    Option("profile", None, False, "record rounds 3 to 5 into RUN_DIR/profile"),
+    Option("devices", int | None, None, "plan for this many devices (with --dry-run)"),
+    Option("gpu-memory", float | None, None, "GiB of each of them; the device's own, else 80"),
+    Option("seed", int | None, None, "short for --train.seed"),
+    TEACHERS,
+)
+"""The options that set no key."""
+SWITCHES = tuple(f"--{option.name}" for option in DOOR_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -51,26 +50,26 @@ class Command:
     """A parsed command line.
 
     Attributes:
-        config: the checked settings; of a run in stages, the first's.
+        config: the checked settings; of a run in stages, those of the first.
+        stages: of a run that has them.
         run_dir: where the run writes; not made yet.
         resume: whether `run_dir` holds a run that goes on.
-        dry_run: print the plan and stop.
         recipe: the recipe or YAML file named, for titles.
+        dry_run: print the plan and stop.
         devices: ranks that a plan is for; None: as many as were started.
         gpu_memory: GiB of each that a plan is for; None: the device's own.
         profile: record some rounds with torch's profiler.
-        stages: of a run that has them.
     """
 
     config: Config
+    stages: tuple[Stage, ...]
     run_dir: Path
     resume: bool
-    dry_run: bool
     recipe: str
-    devices: int | None = None
-    gpu_memory: float | None = None
-    profile: bool = False
-    stages: tuple[Stage, ...] = ()
+    dry_run: bool
+    devices: int | None
+    gpu_memory: float | None
+    profile: bool
 
     @property
     def configs(self) -> list[Config]:
@@ -79,11 +78,11 @@ class Command:
 
     def to_yaml(self) -> str:
         """What `--resume` reads."""
-        return to_yaml(self.config) if not self.stages else stages_to_yaml(self.stages)
+        return stages_to_yaml(self.stages) if self.stages else to_yaml(self.config)
 
 
 def recipes() -> dict[str, Path]:
-    """Recipe name to its YAML file."""
+    """Return the YAML file of every recipe, by name."""
     return {path.stem: path for path in sorted(package_file("recipes").glob("*.yaml"))}
 
 
@@ -94,76 +93,69 @@ def parse(argv: list[str]) -> Command:
         UserError: unknown keys, wrong types, impossible values, a recipe or run that does not exist.
         SystemExit: with status 0 after `--help`.
     """
-    options = [*_door_options(), *setting_options()]
-    _help(argv, options)
+    options = [*DOOR_OPTIONS, *setting_options()]
+    what = "Distil frozen diffusion teachers into one student along the student's own rollouts."
+    titles = {name: (kind.__doc__ or "").strip() for name, kind in sections().items()}
+    about = (
+        f"a recipe ({', '.join(recipes())}) or a YAML file laid over the defaults; when not given, bundled for the "
+        "bundled model, and for another the defaults with --teachers"
+    )
+    print_help(argv, DOOR, what, ("recipe", "?", about), options, titles)
     words, given = read(argv, options, DOOR)
     if len(words) > 1:
         raise UserError(words[1], "unknown argument", "one recipe or YAML file, then --section.key VALUE")
     recipe = words[0] if words else None
-    door = settle(_door_options(), [one for one in given if "." not in one.option.name])
+    door = settle(DOOR_OPTIONS, [one for one in given if "." not in one.option.name])
     for name, text in (("RECIPE", recipe), ("--run-dir", door.run_dir), ("--resume", door.resume)):
         if text is not None:
             check_text(name, text)
-    _check_plan_options(door)
+    for name, value in (("--devices", door.devices), ("--gpu-memory", door.gpu_memory)):
+        if value is not None and not door.dry_run:
+            raise UserError(name, "is for a plan", "add --dry-run, or start the run with torchrun on as many devices")
+        check_positive((name, value))
     if door.resume is not None:
-        return _resumed(given, recipe, door)
-    path, source = _beneath(given, recipe, door)
-    stages = _checked(_read_stages(given, path, source))
-    name = recipe or "bundled"
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    run_dir = Path(door.run_dir or f"runs/{Path(name).stem}-{stamp}").expanduser()
+        run_dir, resume = Path(door.resume).expanduser(), True
+        stages, name = _resumed(given, recipe, door, run_dir), run_dir.name
+    else:
+        path, source = _beneath(given, recipe, door)
+        stages, name = _checked(_read_stages(given, path, source)), recipe or "bundled"
+        run_dir, resume = _new_run_dir(door, name)
+    staged = tuple(stages) if stages[0].name else ()
+    plan = (door.dry_run, door.devices, door.gpu_memory, door.profile)
+    return Command(stages[0].config, staged, run_dir, resume, name, *plan)
+
+
+def _new_run_dir(door: SimpleNamespace, recipe: str) -> tuple[Path, bool]:
+    """Return the run directory, and whether it holds a run that goes on: torchrun repeats a command that failed."""
     if door.run_dir is None and not door.dry_run and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise UserError("--run-dir", "not given while torchrun may restart the run", "name one for it to find")
-    # After a failure torchrun starts the same command again: it goes on with what the first start began.
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (run_dir / "config.yaml").is_file()
-    return _command(stages, run_dir, again, name, door)
-
-
-def _help(argv: list[str], options: list[Option]) -> None:
-    recipe = (
-        f"a recipe ({', '.join(recipes())}) or a YAML file laid over the defaults; when not given, bundled for the "
-        "bundled model, and for another the defaults with --teachers"
-    )
-    titles = {name: (kind.__doc__ or "").strip() for name, kind in sections().items()}
-    what = "Distil frozen diffusion teachers into one student along the student's own rollouts."
-    print_help(argv, DOOR, what, ("recipe", "?", recipe), options, titles)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = Path(door.run_dir or f"runs/{Path(recipe).stem}-{stamp}").expanduser()
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return run_dir, again and (run_dir / "config.yaml").is_file()
 
 
 def _beneath(given: Sequence[Given], recipe: str | None, door: SimpleNamespace) -> tuple[Path | None, str]:
-    """(YAML file that the command line is laid over, its name); no file: the defaults alone.
+    """Return the YAML file beneath the command line, None for the defaults alone, and its name in errors.
 
-    Where no recipe is named, the bundled one serves the bundled model: its teachers, resolution and learning rate are
-    that model's own, and another model has its teachers from the command line.
+    Without a recipe, the bundled one serves the bundled model, whose teachers, resolution and learning rate it has;
+    another model has its teachers from the command line.
     """
     path = next((one.text for one in reversed(given) if one.key == "model.path"), "bundled")
     if recipe is not None or path == "bundled":
         return _recipe_file(recipe or "bundled"), recipe or "bundled"
     check_text("model.path", path)
     if not door.teachers:
-        raise UserError(
-            "model.path",
-            f"{path} is given without teachers, and those of the bundled recipe fit the bundled pipeline alone",
-            "name them with --teachers '[{name: N, weights: W, prompts: P}]', or in a YAML file",
-        )
+        why = f"{path} is given without teachers, and those of the bundled recipe fit the bundled pipeline alone"
+        remedy = "name them with --teachers '[{name: N, weights: W, prompts: P}]', or in a YAML file"
+        raise UserError("model.path", why, remedy)
     return None, "the command line"
 
 
-def _command(stages: list[Stage], run_dir: Path, resume: bool, recipe: str, door: SimpleNamespace) -> Command:
-    staged = tuple(stages) if stages[0].name else ()
-    plan = (door.dry_run, recipe, door.devices, door.gpu_memory, door.profile)
-    return Command(stages[0].config, run_dir, resume, *plan, staged)
-
-
 def _read_stages(given: Sequence[Given], path: Path | None, source: str) -> list[Stage]:
-    """The stages of a YAML file, `given` laid over each of them; one without name where it has none, or for no file.
-
-    A field of a single teacher is set in every stage that has the teacher.
-    """
-    data = read_yaml(path) if path is not None else {}
-    if is_earlier_run(data):
-        data = in_todays_settings(data)
-    stages: list[Stage] = []
-    names: list[list[str]] = []
+    """Return the stages of a YAML file, one without name where it has none, or for no file; `given` lies over each."""
+    data = in_todays_settings(read_yaml(path)) if path is not None else {}
+    stages, names = [], []
     for name, base in split(data, source):
         place = f"{source}, stage {name}" if name else source
         check_known(base, place)
@@ -175,7 +167,7 @@ def _read_stages(given: Sequence[Given], path: Path | None, source: str) -> list
 
 
 def _checked(stages: list[Stage]) -> list[Stage]:
-    """The same, their settings validated."""
+    """Return `stages` once their settings are validated."""
     for stage in stages:
         try:
             validate(stage.config)
@@ -187,17 +179,7 @@ def _checked(stages: list[Stage]) -> list[Stage]:
     return stages
 
 
-def _check_plan_options(door: SimpleNamespace) -> None:
-    for option, value in (("--devices", door.devices), ("--gpu-memory", door.gpu_memory)):
-        if value is None:
-            continue
-        if not door.dry_run:
-            raise UserError(option, "is for a plan", "add --dry-run, or start the run with torchrun on as many devices")
-        check_positive((option, value))
-
-
-def _resumed(given: Sequence[Given], recipe: str | None, door: SimpleNamespace) -> Command:
-    run_dir = Path(door.resume).expanduser()
+def _resumed(given: Sequence[Given], recipe: str | None, door: SimpleNamespace, run_dir: Path) -> list[Stage]:
     if recipe is not None:
         raise UserError("RECIPE", f"{recipe!r} beside --resume", "a resumed run reads its own config.yaml; drop it")
     if door.run_dir is not None and Path(door.run_dir).expanduser() != run_dir:
@@ -208,16 +190,12 @@ def _resumed(given: Sequence[Given], recipe: str | None, door: SimpleNamespace) 
     before, after = (_read_stages(laid, path, str(path)) for laid in ([], given))
     for old, new in zip(before, after, strict=True):
         refuse_unsafe_changes(old.config, new.config, staged=bool(new.name))
-    return _command(_checked(after), run_dir, True, run_dir.name, door)
+    return _checked(after)
 
 
 def read_config(path: str | Path) -> Config:
-    """The settings in a YAML file laid over the defaults, checked and validated."""
-    data = read_yaml(Path(path))
-    check_known(data, str(path))
-    config, _ = overlay(data, [], f" in {path}")
-    validate(config)
-    return config
+    """The settings in a YAML file laid over the defaults, checked and validated; of stages, the first's."""
+    return _checked(_read_stages([], Path(path), str(path)))[0].config
 
 
 def _recipe_file(recipe: str) -> Path:

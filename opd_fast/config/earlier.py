@@ -10,57 +10,25 @@ from __future__ import annotations
 from typing import Any
 
 _SECTIONS = {
-    "model",
-    "student",
-    "teachers",
-    "sampler",
-    "objective",
-    "train",
-    "checkpoint",
-    "evaluation",
-    "parallel",
-    "engine",
-    "logging",
+    *("model", "student", "teachers", "sampler", "objective", "train", "checkpoint", "evaluation"),
+    *("parallel", "engine", "logging"),
 }
 """Those that every version has written."""
 
 
-def is_earlier_run(data: dict[str, Any]) -> bool:
-    """Whether the content of a YAML file is the config.yaml of a run from before `model.guidance_convention`."""
-    return any(
-        set(part) >= _SECTIONS and isinstance(part["model"], dict) and "guidance_convention" not in part["model"]
-        for part in _parts(data)
-    )
-
-
 def in_todays_settings(data: dict[str, Any]) -> dict[str, Any]:
-    """The settings of an earlier run as today's version writes them.
+    """The content of a YAML file; a config.yaml from before `model.guidance_convention` as today's version writes it.
 
     Guidance was g of v = u + g (c - u) for every family, which is the convention "linear", and a teacher without
     guidance had 1, which is null now.
     """
+    data = dict(data)
     if isinstance(data.get("stages"), list):
-        return {
-            **data,
-            "stages": [_translated(stage) if isinstance(stage, dict) else stage for stage in data["stages"]],
-        }
-    return _translated(data)
-
-
-def _parts(data: dict[str, Any]) -> list[dict[str, Any]]:
-    stages = data.get("stages")
-    return [data, *(stage for stage in stages if isinstance(stage, dict))] if isinstance(stages, list) else [data]
-
-
-def _translated(data: dict[str, Any]) -> dict[str, Any]:
-    found = dict(data)
-    if isinstance(data.get("model"), dict):
-        found["model"] = {"guidance_convention": "linear", **data["model"]}
-    if isinstance(data.get("teachers"), list):
-        found["teachers"] = [
-            {key: value for key, value in teacher.items() if (key, value) != ("guidance", 1.0)}
-            if isinstance(teacher, dict)
-            else teacher
-            for teacher in data["teachers"]
-        ]
-    return found
+        data["stages"] = [in_todays_settings(stage) if isinstance(stage, dict) else stage for stage in data["stages"]]
+    model, teachers = data.get("model"), data.get("teachers")
+    if data.keys() >= _SECTIONS and isinstance(model, dict) and "guidance_convention" not in model:
+        data["model"] = {"guidance_convention": "linear", **model}
+        if isinstance(teachers, list):
+            unguided = [isinstance(teacher, dict) and teacher.get("guidance") == 1.0 for teacher in teachers]
+            data["teachers"] = [t | {"guidance": None} if one else t for t, one in zip(teachers, unguided, strict=True)]
+    return data

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
+
 from opd_fast.config import Config
 from opd_fast.config.options import Given, Option, typed
 from opd_fast.config.serialize import check_known, from_dict, leaves, sections, teacher_leaves
@@ -13,25 +15,25 @@ from opd_fast.errors import UserError, did_you_mean, one_line
 
 
 def setting_options() -> list[Option]:
-    """One option for each setting outside `teachers`."""
-    return [Option(key, hint, default, help) for key, (hint, default, help) in leaves().items()]
+    """Return an option for each setting outside `teachers`."""
+    return [Option(key, *leaf) for key, leaf in leaves().items()]
 
 
-def teachers_option() -> Option:
-    """The option of the list of teachers, whose elements have the teachers' fields."""
-    fields = tuple(Option(name, hint, default, help) for name, (hint, default, help) in teacher_leaves().items())
-    explained = ", ".join(f"{field.name} ({field.help})" for field in fields)
-    help = (
-        "list of teachers, as YAML or JSON; --teachers.NAME.FIELD VALUE sets one field of the teacher of that name, or "
-        f"number from 0, such as --teachers.text.weight 2 or --teachers.1.weight 2; the fields: {explained}"
-    )
-    return Option("teachers", list[dict], [], help, fields)
+_FIELDS = tuple(Option(name, *leaf) for name, leaf in teacher_leaves().items())
+TEACHERS = Option(
+    "teachers",
+    list[dict],
+    [],
+    "list of teachers, as YAML or JSON; --teachers.NAME.FIELD VALUE sets one field of the teacher of that name, or "
+    "number from 0, such as --teachers.text.weight 2 or --teachers.1.weight 2; the fields: "
+    + ", ".join(f"{field.name} ({field.help})" for field in _FIELDS),
+    _FIELDS,
+)
+"""The list of teachers, whose elements have the teachers' fields."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds; an empty one where it holds nothing."""
-    import yaml
-
+    """Return the mapping that a YAML file holds; an empty one where it holds nothing."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -46,12 +48,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def overlay(base: dict[str, Any], given: Sequence[Given], where: str = "") -> tuple[Config, list[str]]:
-    """The defaults, then `base`, then `given`.
+    """Lay `base`, a YAML file's content with known keys, over the defaults, and `given` over both.
 
-    Args:
-        base: the content of a YAML file; its keys are known.
-        given: options of settings and teachers.
-        where: what follows the problem in errors about `base`, such as " in FILE".
+    `where` follows the problem in errors about `base`, such as " in FILE".
 
     Returns:
         The settings, and the teachers' names before `given` changed fields of single ones.
@@ -63,19 +62,19 @@ def overlay(base: dict[str, Any], given: Sequence[Given], where: str = "") -> tu
     data: dict[str, dict[str, Any]] = {section: {} for section in sections()}
     for option in setting_options():
         section, name = option.name.split(".")
-        value = option.default
         if name in base.get(section, {}):
-            value = _as_word(option, base[section][name])
-            if value is not None or option.name not in replaced:
-                value = typed(option, value, where=where)
-        data[section][name] = value
+            value = base[section][name]
+            if isinstance(value, bool) and (option.hint is str or "off" in get_args(option.hint)):
+                value = "on" if value else "off"  # words that YAML 1.1 reads as booleans
+            is_missing = value is None and option.name in replaced
+            data[section][name] = None if is_missing else typed(option, value, option.name, where)
     teachers = base.get("teachers") or []
     for one in given:
         if one.key == "teachers":
             teachers = one.value(teachers)
         elif "." in one.option.name:
             section, name = one.option.name.split(".")
-            data[section][name] = one.value(data[section][name])
+            data[section][name] = one.value(data[section].get(name, one.option.default))
     if "teachers" in replaced:
         check_known({"teachers": teachers})
         where = ""  # a mistake in them is the command line's
@@ -91,14 +90,14 @@ def overlay(base: dict[str, Any], given: Sequence[Given], where: str = "") -> tu
 
 
 def find_element(names: Sequence[str], element: str) -> int | None:
-    """The place of the element with this name, or else with this number; None where there is no such element."""
+    """Return the index of the element with this name, or else with this number; None where there is none."""
     if element in names:
         return names.index(element)
     return int(element) if element.isdecimal() and int(element) < len(names) else None
 
 
 def refuse_unknown_elements(given: Sequence[Given], stages: Sequence[Sequence[str]]) -> None:
-    """Raise UserError for a teacher that no stage has, by name or number; `stages` are the names in each."""
+    """Raise `UserError` for a teacher that no stage has, by name or number; `stages` has the names in each."""
     for one in given:
         if one.owner and all(find_element(names, one.element) is None for names in stages):
             known = list(dict.fromkeys(name for names in stages for name in names))
@@ -108,16 +107,6 @@ def refuse_unknown_elements(given: Sequence[Given], stages: Sequence[Sequence[st
             raise UserError(f"{one.owner}.{one.element}", "unknown teacher", remedy)
 
 
-def _as_word(option: Option, value: Any) -> Any:
-    """`off` and `on`, which YAML 1.1 reads as booleans, where a setting takes them as words."""
-    is_word = option.hint is str or "off" in get_args(option.hint)
-    return ("on" if value else "off") if isinstance(value, bool) and is_word else value
-
-
 def _typed_teacher(index: int, teacher: dict[str, Any], where: str) -> dict[str, Any]:
-    return {
-        field.name: typed(field, teacher[field.name], f"teachers[{index}].{field.name}", where)
-        if field.name in teacher
-        else field.default
-        for field in teachers_option().fields
-    }
+    given = [field for field in _FIELDS if field.name in teacher]
+    return {f.name: typed(f, teacher[f.name], f"teachers[{index}].{f.name}", where) for f in given}

@@ -1,6 +1,6 @@
 """The options of a command line: how they are spelled, how they are told from other words, and how values get types.
 
-A door lists its options as `Option`, reads its words with `read`, and turns the texts into typed values with `typed`.
+A door lists its options as `Option`, reads its words with `read`, and turns the texts into typed values with `settle`.
 A setting is spelled as its key, with underscores (`--train.samples_per_task`), and an option that sets no key with
 hyphens (`--run-dir`); `read` takes either for both. Types and the page of `--help` are jsonargparse's, which is given
 one value at a time: a refusal is then about a known key and text, and its English message is not read.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
@@ -39,11 +39,6 @@ class Option:
     fields: tuple[Option, ...] = ()
 
     @property
-    def nullable(self) -> bool:
-        """Whether null is a value of it."""
-        return type(None) in get_args(self.hint)
-
-    @property
     def example(self) -> str:
         """The remedy for a value of the wrong type."""
         if self.fields:
@@ -67,7 +62,7 @@ class Given:
     """
 
     option: Option
-    text: str
+    text: str = ""
     appended: bool = False
     owner: str = ""
     element: str = ""
@@ -78,17 +73,19 @@ class Given:
         return f"{self.owner}.{self.element}.{self.option.name}" if self.owner else self.option.name
 
     def value(self, before: Any = None) -> Any:
-        """The typed value; `before` is what an appended one is added to."""
-        return typed(self.option, self.text, self.key, is_text=True, append=self.appended, before=before)
+        """Return the typed value, read as YAML unless its type is text; an appended one is added to `before`."""
+
+        def parse(parser: Any) -> Any:
+            parser.set_defaults(value=before if self.appended else None)
+            return parser.parse_args([f"--value{'+' if self.appended else ''}={self.text}"])
+
+        return _parsed(self.option, self.text, self.key, "", parse)
 
 
 def read(argv: Sequence[str], options: Sequence[Option], door: str) -> tuple[list[str], list[Given]]:
-    """The words of a command line that belong to no option, and the options given, in order.
+    """Return the words of a command line that belong to no option, and the options given, in order.
 
-    Args:
-        argv: the words behind the command, without `--help`.
-        options: those of the door.
-        door: how the command is started, for the remedy.
+    `argv` has the words behind the command, without `--help`; `door` is how the command is started, for the remedy.
 
     Raises:
         UserError: an option that is unknown, lacks its value, has one that it does not take, or no list to add to.
@@ -107,18 +104,18 @@ def read(argv: Sequence[str], options: Sequence[Option], door: str) -> tuple[lis
             words.append(word)
             continue
         spelled, inline, text = word[2:].partition("=")
+        appended = spelled.endswith("+")
         found = _find(spelled.removesuffix("+"), known, door)
-        option, appended = found.option, spelled.endswith("+")
-        if option.hint is None:
+        if found.option.hint is None:
             if inline or appended:
                 raise UserError(found.key, "takes no value", f"write --{found.key}")
         elif not inline:
             if not rest or rest[-1].startswith("--"):
                 raise UserError(found.key, "has no value", f"write --{found.key} VALUE")
             text = rest.pop()
-        if appended and not _is_list(option.hint):
+        if appended and not _is_list(found.option.hint):
             raise UserError(found.key, "is not a list that + could add to", f"write --{found.key} VALUE")
-        given.append(Given(option, text, appended, found.owner, found.element))
+        given.append(replace(found, text=text, appended=appended))
     return words, given
 
 
@@ -133,7 +130,7 @@ def _is_list(hint: Any) -> bool:
 def _find(name: str, known: Mapping[str, Option], door: str) -> Given:
     """The option of a name, still without its text; a name `LIST.ELEMENT.FIELD` gives the field of an element."""
     if (option := known.get(_plain(name))) is not None:
-        return Given(option, "")
+        return Given(option)
     owner, _, inside = name.replace("[", ".").replace("]", "").partition(".")  # errors write LIST[0].FIELD
     listed = known.get(_plain(owner))
     if listed is not None and listed.fields and inside:
@@ -144,7 +141,7 @@ def _find(name: str, known: Mapping[str, Option], door: str) -> Given:
         fields = {field.name: field for field in listed.fields}
         if _plain(last) not in fields:
             raise UserError(f"{listed.name}.{element}.{last}", "unknown field", did_you_mean(_plain(last), fields))
-        return Given(fields[_plain(last)], "", owner=listed.name, element=element)
+        return Given(fields[_plain(last)], owner=listed.name, element=element)
     inner = [option.name for option in known.values() if option.name.startswith(f"{name}.")]
     if inner:
         raise UserError(f"--{name}", "is a section", f"set its keys one by one, as in --{inner[0]} VALUE")
@@ -158,50 +155,30 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return remedy if remedy.startswith("did you mean") else ""
 
 
-def typed(
-    option: Option,
-    value: Any,
-    key: str = "",
-    where: str = "",
-    *,
-    is_text: bool = False,
-    append: bool = False,
-    before: Any = None,
-) -> Any:
-    """A value as the option's type has it.
+def typed(option: Option, value: Any, key: str, where: str) -> Any:
+    """Return a value of plain data as the option's type has it.
 
-    Args:
-        option: whose type it is.
-        value: plain data.
-        key: what the value is called in errors; the option's name when empty.
-        where: what follows the problem in errors, such as " in FILE".
-        is_text: whether `value` is a word of the command line, which is read as YAML where the type is not text.
-        append: whether such a word is added to the list `before`.
-        before: a list, or None for an empty one.
+    An error calls it `key`, and `where` follows the problem, such as " in FILE".
 
     Raises:
-        UserError: the value is of another type; null where the option has no null.
+        UserError: the value is of another type, or null where the option has no null.
     """
+    return _parsed(option, value, key, where, lambda parser: parser.parse_object({"value": value}))
+
+
+def _parsed(option: Option, value: Any, key: str, where: str, parse: Callable[[Any], Any]) -> Any:
     from jsonargparse import ArgumentError
 
-    key = key or option.name
-    parser = _parser(option.hint)
     try:
-        if is_text:
-            parser.set_defaults(value=before if append else None)
-            found = parser.parse_args([f"--value{'+' if append else ''}={value}"]).value
-        else:
-            found = parser.parse_object({"value": value}).value
+        found = parse(_parser(option.hint)).value
     except RecursionError:
         raise UserError(key, "has brackets in brackets without end", "fix it") from None
     except ArgumentError:
         kind = f"a list of {option.name}" if option.fields else describe(option.hint)
         is_choice = getattr(option.hint, "__origin__", None) is Literal
-        choices = [str(choice) for choice in get_args(option.hint)] if is_choice else []
-        raise UserError(
-            key, f"{str(value)!r} is not {kind}{where}", _nearest(str(value), choices) or option.example
-        ) from None
-    if found is None and not option.nullable:
+        remedy = _nearest(str(value), map(str, get_args(option.hint))) if is_choice else ""
+        raise UserError(key, f"{str(value)!r} is not {kind}{where}", remedy or option.example) from None
+    if found is None and type(None) not in get_args(option.hint):
         raise UserError(key, f"null is not {describe(option.hint)}{where}", option.example)
     return found
 
@@ -239,10 +216,7 @@ def read_options(
     options: Sequence[Option],
     words: tuple[str, str, str] | None = None,
 ) -> SimpleNamespace:
-    """The values of a door's options, and its further words under their own name.
-
-    Args:
-        argv, door, description, options, words: as for `print_help`.
+    """The values of a door's options, and its further words under their own name; the arguments are `print_help`'s.
 
     Raises:
         UserError: as `read` and `settle`; a word where the door takes none.
@@ -269,9 +243,8 @@ def print_help(
     """Where `argv` asks for help, print the page and leave with status 0.
 
     Args:
-        argv: the words behind the command.
-        door: how the command is started.
-        description: what it does.
+        argv, door: as for `read`.
+        description: what the command does.
         words: (name, how many as `nargs` of argparse, help) of what belongs to no option; None: there is nothing.
         options: all of them.
         groups: section name to title of the options `SECTION.KEY`.

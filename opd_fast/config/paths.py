@@ -11,18 +11,15 @@ from opd_fast.errors import did_you_mean
 
 Split = Literal["train", "test"]
 SUFFIXES = (".jsonl", ".txt", ".csv", ".tsv", ".parquet")
-"""Of prompt files."""
-_SPLIT_FILES = ("{split}_metadata.jsonl", *(f"{{split}}{suffix}" for suffix in SUFFIXES))
+"""The suffixes of prompt files."""
 
 
 def package_file(*parts: str) -> Path:
-    """A path inside the installed package."""
+    """Return a path inside the installed package."""
     return Path(__file__).resolve().parent.parent.joinpath(*parts)
 
 
 ASSETS = package_file("assets")
-
-
 Kind = Literal["pipeline", "teachers", "prompts"]
 """What a name may stand for: a pipeline, weights, or prompts. The package has a folder of each."""
 BASE = "base"
@@ -49,13 +46,12 @@ class Source:
 
 
 def resolve_source(name: str | Path, kind: Kind) -> Source:
-    """What `name` refers to, found without the network.
+    """Return what `name` refers to, without a look at the network.
 
     A path that exists is that path. Any other text of the form `owner/name` is a repository of the hub, and of weights
     `owner/name/FOLDER_OR_FILE` is a part of one; prompts are never read from there.
 
-    Raises:
-        RuntimeError, ValueError, OSError: no path can have this name.
+    Raises RuntimeError, ValueError or OSError for a name that no path can have.
     """
     text = str(name)
     if is_bundled(text):
@@ -70,12 +66,12 @@ def resolve_source(name: str | Path, kind: Kind) -> Source:
 
 
 def is_bundled(name: str) -> bool:
-    """Whether `name` refers to a part of the package."""
+    """Return whether `name` refers to a part of the package."""
     return name == "bundled" or name.startswith("bundled/")
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Whether `text` reads as `organisation/name` (or a folder in it) and not as a path of this machine."""
+    """Return whether `text` reads as `organisation/name` (or a folder in it) and not as a path of this machine."""
     head, _, tail = text.partition("/")
     shape = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)+", text) is not None
     # One file of a repository is `organisation/name/file.safetensors`.
@@ -84,24 +80,23 @@ def looks_like_hub_id(text: str) -> bool:
 
 
 def bundled_names(kind: Kind) -> list[str]:
-    """The names `bundled/NAME` of what the package has of a kind."""
+    """Return the names `bundled/NAME` of what the package has of a kind."""
     return sorted(f"bundled/{path.name}" for path in (ASSETS / kind).glob("*") if path.is_dir())
 
 
 def bundled_remedy(name: str, kind: Kind) -> str:
-    """What to do about a `bundled/NAME` that is not in the package."""
-    known = bundled_names(kind)
-    return did_you_mean(name, known) if known else "build the bundle with python -m opd_fast.worlds.build"
+    """Return what to do about a `bundled/NAME` that is not in the package."""
+    return did_you_mean(name, known) if (known := bundled_names(kind)) else bundled_choices(kind)
 
 
 def bundled_choices(kind: Kind) -> str:
-    """What there is of a kind in the package, as a remedy."""
+    """Return a remedy that lists what the package has of a kind."""
     known = bundled_names(kind)
     return f"choose one of {', '.join(known)}" if known else "build them: python -m opd_fast.worlds.build"
 
 
 def prompt_file(source: str | Path, split: Split = "train") -> Path:
-    """The file that ``load_prompts`` reads.  Raises ValueError if there is none, or more than one."""
+    """Return the file that ``load_prompts`` reads; raise ValueError where there is none, or more than one."""
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; choose train or test")
     name = str(source)
@@ -114,24 +109,28 @@ def prompt_file(source: str | Path, split: Split = "train") -> Path:
     if is_bundled(name) and not is_folder:
         raise ValueError(f"no prompts named {name}; {bundled_choices('prompts')}")
     if is_folder:
-        names = [pattern.format(split=split) for pattern in _SPLIT_FILES]
-        found = [path / file for file in names if (path / file).is_file()]
+        files = _split_files(path, split)
+        found = [file for file in files if file.is_file()]
         if len(found) != 1:
-            which = "several" if found else "none"
-            raise ValueError(f"{path} holds {which} of {', '.join(names)}; name the file itself")
+            which, names = "several" if found else "none", ", ".join(file.name for file in files)
+            raise ValueError(f"{path} holds {which} of {names}; name the file itself")
         return found[0]
     if not path.is_file():
-        raise ValueError(f"prompt file {path} does not exist; give a file, a folder, or bundled/NAME")
-    if path.suffix not in SUFFIXES:
         raise ValueError(
-            f"{path} is neither .jsonl (GenEval) nor .txt (one prompt a line) nor a table (.csv, .tsv, .parquet); "
-            f"rename or convert it"
+            f"prompt file {path} does not exist; give a file ({', '.join(SUFFIXES)}), a folder, or bundled/NAME"
         )
+    if path.suffix not in SUFFIXES:
+        kinds = ".jsonl (GenEval) nor .txt (one prompt a line) nor a table (.csv, .tsv, .parquet)"
+        raise ValueError(f"{path} is neither {kinds}; rename or convert it")
     return path
 
 
+def _split_files(folder: Path, split: Split) -> list[Path]:
+    return [folder / name for name in (f"{split}_metadata.jsonl", *(f"{split}{suffix}" for suffix in SUFFIXES))]
+
+
 def held_out(prompts: str, eval_prompts: str | None = None) -> Path | None:
-    """The file with a task's held-out prompts; None where there is none.
+    """Return the file with a task's held-out prompts; None where there is none.
 
     It is that of ``eval_prompts``, else the test split beside the training ``prompts``: in the same ``bundled/NAME`` or
     folder, or, where they are a file ``train*``, the file of that name with ``test`` for ``train``, else the test split
@@ -139,9 +138,9 @@ def held_out(prompts: str, eval_prompts: str | None = None) -> Path | None:
     """
     if eval_prompts is not None:
         return prompt_file(eval_prompts, "test")
-    path = Path(prompts).expanduser()
     if is_bundled(prompts):
         return prompt_file(prompts, "test")
+    path = Path(prompts).expanduser()
     if not path.is_dir():
         if not path.is_file() or not path.name.startswith("train"):
             return None
@@ -149,5 +148,4 @@ def held_out(prompts: str, eval_prompts: str | None = None) -> Path | None:
         if twin.is_file():
             return twin
         path = path.parent
-    there = any((path / pattern.format(split="test")).is_file() for pattern in _SPLIT_FILES)
-    return prompt_file(path, "test") if there else None
+    return prompt_file(path, "test") if any(file.is_file() for file in _split_files(path, "test")) else None

@@ -1,62 +1,63 @@
-"""Settings in other forms: dotted keys, plain dictionaries, YAML, hashes; and what a resumed run may change of them.
+"""Settings in other forms: dotted keys, plain dictionaries, YAML and hashes; and what a resumed run may change.
 
-`opd_fast.config.schema` says which settings there are, `opd_fast.config.validate` what they may not be.
+`opd_fast.config.schema` defines the settings, and `opd_fast.config.validate` refuses values that cannot work.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
 
 from opd_fast.config import Config, TeacherConfig
 from opd_fast.errors import UserError, did_you_mean
 
-# What may change when a run is resumed: how long it goes on, where, and what it writes down, never what it learns from.
 RESUMABLE = ("train.rounds", "model.text_cache", "logging.", "evaluation.", "checkpoint.", "parallel.")
+"""A resumed run may change how long it trains, on which devices, and what it records, but never what it learns from."""
+
+_hints = functools.cache(get_type_hints)
 
 
 def sections() -> dict[str, type]:
-    """Section name to dataclass, without `teachers`, in the order of `Config`."""
-    hints = get_type_hints(Config)
+    """Return the dataclass of every section but `teachers`, by name and in the order of `Config`."""
+    hints = _hints(Config)
     return {f.name: hints[f.name] for f in fields(Config) if f.name != "teachers"}
 
 
 def leaves() -> dict[str, tuple[Any, Any, str]]:
-    """Dotted key to (type, default, help) for everything outside `teachers`."""
-    found: dict[str, tuple[Any, Any, str]] = {}
-    for section, kind in sections().items():
-        for name, hint, default, help in _fields(kind):
-            found[f"{section}.{name}"] = (hint, default, help)
-    return found
+    """Return (type, default, help) of every setting outside `teachers`, by dotted key."""
+    return {f"{name}.{key}": leaf for name, kind in sections().items() for key, leaf in _fields(kind).items()}
 
 
 def teacher_leaves() -> dict[str, tuple[Any, Any, str]]:
-    """Field to (type, default, help) of one teacher; the default of a required one is `dataclasses.MISSING`."""
-    return {name: (hint, default, help) for name, hint, default, help in _fields(TeacherConfig)}
+    """Return (type, default, help) of a teacher's fields; a required field has the default `dataclasses.MISSING`."""
+    return _fields(TeacherConfig)
 
 
-def _fields(kind: type) -> Iterator[tuple[str, Any, Any, str]]:
-    hints = get_type_hints(kind)
+def _fields(kind: type) -> dict[str, tuple[Any, Any, str]]:
+    found = {}
     for f in fields(kind):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        yield f.name, hints[f.name], default, f.metadata["help"]
+        found[f.name] = (_hints(kind)[f.name], default, f.metadata["help"])
+    return found
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain data that JSON and YAML can hold; `from_dict` is the inverse."""
-    data: dict[str, Any] = json.loads(json.dumps(asdict(config)))  # tuples become lists
-    return data
+    """Return the settings as data that JSON and YAML can hold; `from_dict` reads it."""
+    return json.loads(json.dumps(asdict(config)))  # tuples become lists
 
 
 def from_dict(data: dict[str, Any]) -> Config:
-    """`Config` from checked plain data; keys that are absent keep their defaults."""
+    """Return the `Config` that checked plain data describes; keys that are absent keep their defaults."""
     made: dict[str, Any] = {}
     for name, kind in sections().items():
         values = dict(data.get(name) or {})
-        for key, hint in get_type_hints(kind).items():
+        for key, hint in _hints(kind).items():
             if getattr(hint, "__origin__", None) is tuple and key in values:
                 values[key] = tuple(values[key])
         made[name] = kind(**values)
@@ -65,7 +66,7 @@ def from_dict(data: dict[str, Any]) -> Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Dotted key to value: `train.lr`, `teachers[0].name`, `train.betas[0]`."""
+    """Return every value by its dotted key, such as `train.lr`, `teachers[0].name` or `train.betas[0]`."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -83,76 +84,59 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as YAML; parsing it again gives an equal `Config`."""
+    """Return the settings as YAML; reading it gives an equal `Config`."""
     return dump(to_dict(config))
 
 
 def dump(data: dict[str, Any]) -> str:
-    """Plain data as YAML, numbers written so that YAML 1.1 reads numbers."""
-    import yaml
-
-    text: str = yaml.dump(data, Dumper=_dumper(), sort_keys=False, allow_unicode=True)
-    return text
+    """Return plain data as YAML in which YAML 1.1 finds the same numbers."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _dumper() -> Any:
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        pass
-
-    def number(dumper: Any, value: float) -> Any:
+class _Dumper(yaml.SafeDumper):
+    def represent_float(self, data: float) -> Any:
         # YAML 1.1 reads 1e-05 as a string: a mantissa needs its point.
-        text = repr(value)
-        if "e" in text and "." not in text:
-            text = text.replace("e", ".0e")
-        return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+        text = repr(data)
+        return self.represent_scalar("tag:yaml.org,2002:float", text if "." in text else text.replace("e", ".0e"))
 
-    Dumper.add_representer(float, number)
-    return Dumper
+
+_Dumper.add_representer(float, _Dumper.represent_float)
 
 
 def config_hash(config: Config) -> str:
-    """Twelve hexadecimal digits over everything but what changes no number of a run: `logging`, `checkpoint` and
-    `model.text_cache`."""
+    """Return twelve hexadecimal digits that identify all settings except `logging`, `checkpoint` and
+    `model.text_cache`, which change no number of a run."""
     data = {key: value for key, value in to_dict(config).items() if key not in ("logging", "checkpoint")}
     del data["model"]["text_cache"]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def changed(before: Config, after: Config) -> list[str]:
-    """Dotted keys whose values differ."""
+    """Return the dotted keys whose values differ."""
     old, new = flatten(before), flatten(after)
     return [key for key in {**old, **new} if old.get(key, MISSING) != new.get(key, MISSING)]
 
 
-def may_change(*, staged: bool = False) -> str:
-    """The settings that a resumed run may change, in words."""
-    return ", ".join(key.rstrip(".") for key in _resumable(staged))
-
-
-def _resumable(staged: bool) -> list[str]:
-    return [key for key in RESUMABLE if not (staged and key == "train.rounds")]
+def may_change(keys: Sequence[str] = RESUMABLE) -> str:
+    """Return the names of the settings that a resumed run may change, as a message lists them."""
+    return ", ".join(key.rstrip(".") for key in keys)
 
 
 def refuse_unsafe_changes(before: Config, after: Config, *, staged: bool = False, besides: Sequence[str] = ()) -> None:
-    """Raise unless `after` continues the run that `before` describes (see `RESUMABLE`).
+    """Raise `UserError` where a run with the settings `before` may not go on with the settings `after`.
 
-    A stage keeps its rounds as well: the next one may have begun from where they ended. `besides` are further keys
-    that may change: paths whose content is compared instead.
+    `RESUMABLE` settings may change, and those in `besides`, which are paths whose content is compared instead. A stage
+    (`staged`) keeps its rounds, because the next stage may have begun from where they ended.
     """
-    free = _resumable(staged)
+    free = tuple(key for key in RESUMABLE if not (staged and key == "train.rounds"))
     for key in changed(before, after):
-        if not key.startswith(tuple(free)) and key not in besides:
-            raise UserError(
-                key,
-                f"a resumed run keeps its value ({flatten(before).get(key, 'unset')})",
-                f"put it back, or start a new run; {may_change(staged=staged)} may change",
-            )
+        if not key.startswith(free) and key not in besides:
+            why = f"a resumed run keeps its value ({flatten(before).get(key, 'unset')})"
+            raise UserError(key, why, f"put it back, or start a new run; {may_change(free)} may change")
 
 
 def describe(hint: Any) -> str:
-    """A type in words: "a whole number or null"."""
+    """Return a type in words, such as "a whole number or null"."""
     if getattr(hint, "__origin__", None) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
@@ -167,32 +151,30 @@ def describe(hint: Any) -> str:
 
 
 def check_known(data: dict[str, Any], source: str = "") -> None:
-    """Raise for keys of nested plain data that name no setting. `source` (a file name) goes into the message."""
+    """Raise `UserError` for keys of plain data that name no setting; its message mentions `source`, a file's name."""
     where = f" in {source}" if source else ""
-    known = [*sections(), "teachers"]
+    kinds = {**sections(), "teachers": TeacherConfig}
     for section, values in data.items():
-        if section not in known:
-            raise UserError(str(section), f"unknown key{where}", did_you_mean(str(section), known))
+        if section not in kinds:
+            raise UserError(str(section), f"unknown key{where}", did_you_mean(str(section), kinds))
         if section == "teachers":
-            _check_teacher_list(values, where)
+            if not isinstance(values, list) or not all(isinstance(teacher, dict) for teacher in values):
+                why = f"is a list of teachers{where}, got {values!r}"
+                raise UserError("teachers", why, "write [{name, weights, prompts}]")
+            for i, teacher in enumerate(values):
+                _check_keys(f"teachers[{i}]", teacher, TeacherConfig, where)
             continue
-        names = [f.name for f in fields(sections()[section])]
         if not isinstance(values, dict):
-            raise UserError(section, f"holds settings{where}, got {values!r}", f"write {section}: {{{names[0]}: ...}}")
-        for key in values:
-            if key not in names:
-                near = did_you_mean(str(key), names)
-                raise UserError(f"{section}.{key}", f"unknown key{where}", near)
+            first = fields(kinds[section])[0].name
+            raise UserError(section, f"holds settings{where}, got {values!r}", f"write {section}: {{{first}: ...}}")
+        _check_keys(section, values, kinds[section], where)
 
 
-def _check_teacher_list(values: Any, where: str) -> None:
-    if not isinstance(values, list) or not all(isinstance(v, dict) for v in values):
-        raise UserError("teachers", f"is a list of teachers{where}, got {values!r}", "write [{name, weights, prompts}]")
-    names = [f.name for f in fields(TeacherConfig)]
-    for i, teacher in enumerate(values):
-        for key in teacher:
-            if key not in names:
-                raise UserError(f"teachers[{i}].{key}", f"unknown key{where}", did_you_mean(str(key), names))
-        for f in fields(TeacherConfig):
-            if f.default is MISSING and f.name not in teacher:
-                raise UserError(f"teachers[{i}].{f.name}", f"is missing{where}", f"add it: {f.metadata['help']}")
+def _check_keys(place: str, values: dict[str, Any], kind: type, where: str) -> None:
+    known = _fields(kind)
+    for key in values:
+        if key not in known:
+            raise UserError(f"{place}.{key}", f"unknown key{where}", did_you_mean(str(key), known))
+    for name, (_, default, help) in known.items():
+        if default is MISSING and name not in values:
+            raise UserError(f"{place}.{name}", f"is missing{where}", f"add it: {help}")

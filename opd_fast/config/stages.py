@@ -1,7 +1,6 @@
 """Runs in stages: one student that goes from one set of settings to the next, as a cascade of tasks does.
 
-A YAML file with a list `stages` describes them: each has a `name` and the sections in which it differs from the rest
-of the file. Nothing here imports torch.
+A YAML file with a list `stages` describes them: each has a `name`, and the sections in which it differs from the file.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 from opd_fast.config import Config, EvaluationConfig, TeacherConfig
 from opd_fast.config.methods.spec import method_spec
+from opd_fast.config.paths import held_out
 from opd_fast.config.serialize import config_hash, dump, to_dict
 from opd_fast.errors import UserError
 
@@ -31,56 +31,45 @@ class Stage:
 
 
 def split(data: dict[str, Any], source: str) -> list[tuple[str, dict[str, Any]]]:
-    """The stages in the content of a YAML file.
-
-    Returns:
-        (name, settings) of each; a file without `stages` gives a single one, whose name is empty.
+    """Return (name, settings) of each stage in a YAML file's content; without `stages` there is one with an empty name.
 
     Raises:
         UserError: `stages` is not a list of mappings, or a name is missing, used twice, or cannot name a folder.
     """
     if "stages" not in data:
         return [("", data)]
-    common = {section: values for section, values in data.items() if section != "stages"}
-    stages = data["stages"]
+    common = dict(data)
+    stages = common.pop("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise UserError("stages", f"is a list of stages in {source}", "write [{name: NAME, train: {...}}, ...]")
     found: list[tuple[str, dict[str, Any]]] = []
     for i, stage in enumerate(stages):
-        name = stage.get("name")
+        sections = dict(stage)
+        name = sections.pop("name", None)
         if not isinstance(name, str) or not name or not all(c.isalnum() or c in "-_" for c in name):
             raise UserError(f"stages[{i}].name", f"{name!r} is not a name", "use letters, digits, - _")
         if name in [other for other, _ in found]:
             raise UserError(f"stages[{i}].name", f"{name!r} is used twice", "give each stage its own name")
-        found.append((name, _laid_over(common, {key: value for key, value in stage.items() if key != "name"})))
+        for section, values in sections.items():  # `teachers`, and mistakes, replace what the file has outside stages
+            below = common.get(section)
+            if isinstance(below, dict) and isinstance(values, dict):
+                sections[section] = below | values
+        found.append((name, common | sections))
     return found
-
-
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`below` with the sections of `above` laid over it key by key, and the rest (`teachers`, mistakes) replaced."""
-    merged = dict(below)
-    for section, values in above.items():
-        mine = below.get(section)
-        merged[section] = {**mine, **values} if isinstance(mine, dict) and isinstance(values, dict) else values
-    return merged
 
 
 def check(stages: Sequence[Stage]) -> None:
     """Raise UserError where stages could not be one run."""
-    first = to_dict(stages[0].config)
-    for i, stage in enumerate(stages[1:], start=1):
-        own = to_dict(stage.config)
-        if own["student"]["start"] not in (None, first["student"]["start"]):
+    first = stages[0].config
+    for i, config in enumerate([stage.config for stage in stages[1:]], start=1):
+        if config.student.start not in (None, first.student.start):
             raise UserError(f"stages[{i}].student.start", "is the student of the stage before", "leave it out")
-        own["student"]["start"] = first["student"]["start"]
         for section in SHARED:
-            for key, value in own[section].items():
-                if value != first[section][key]:
-                    raise UserError(
-                        f"stages[{i}].{section}.{key}",
-                        f"{value} differs from the first stage's {first[section][key]}",
-                        "set it once, outside stages",
-                    )
+            for key, value in vars(getattr(config, section)).items():
+                before = getattr(getattr(first, section), key)
+                if value != before and (section, key) != ("student", "start"):
+                    why = f"{value} differs from the first stage's {before}"
+                    raise UserError(f"stages[{i}].{section}.{key}", why, "set it once, outside stages")
     _check_one_table(stages)
 
 
@@ -116,9 +105,7 @@ def _check_one_table(stages: Sequence[Stage]) -> None:
 
 
 def _held_out(task: TeacherConfig) -> Path | str:
-    """The file of a task's held-out prompts, or the setting that names it where there is no such file."""
-    from opd_fast.config.paths import held_out
-
+    """Return the file of a task's held-out prompts, or the setting that names it where there is no such file."""
     with contextlib.suppress(ValueError):
         if (file := held_out(task.prompts, task.eval_prompts)) is not None:
             return file.resolve()
@@ -126,10 +113,10 @@ def _held_out(task: TeacherConfig) -> Path | str:
 
 
 def stages_to_yaml(stages: Sequence[Stage]) -> str:
-    """The stages as YAML, each with all of its settings; `split` reads it again."""
+    """Return the stages as YAML, each with all of its settings; `split` reads it."""
     return dump({"stages": [{"name": stage.name, **to_dict(stage.config)} for stage in stages]})
 
 
 def stages_hash(stages: Sequence[Stage]) -> str:
-    """Twelve hexadecimal digits that identify the settings of all stages, as those of `config_hash` identify one."""
+    """Return twelve hexadecimal digits that identify the settings of all stages, as `config_hash` does for one."""
     return hashlib.sha256(" ".join(config_hash(stage.config) for stage in stages).encode()).hexdigest()[:12]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from dataclasses import fields
 
-from opd_fast.config import DETERMINISTIC, Config, ObjectiveConfig
-from opd_fast.config.methods.spec import method_spec, refuse_unread_settings
+from opd_fast.config import DETERMINISTIC, Config
+from opd_fast.config.methods.spec import method_spec, refuse_set, refuse_unread_settings
 from opd_fast.config.paths import ASSETS, is_bundled
-from opd_fast.config.serialize import flatten
+from opd_fast.config.serialize import flatten, sections
 from opd_fast.errors import UserError, did_you_mean
-
-# The largest whole numbers, where 2**31 - 1 is too many or too few.
-MOST = {"train.seed": 2**63 - 1, "sampler.steps": 10_000, "evaluation.steps": 10_000, "student.rank": 65_536}
 
 
 def validate(config: Config) -> None:
@@ -23,9 +21,6 @@ def validate(config: Config) -> None:
             raise UserError(key, f"{value} is not a finite number", "give a finite one")
         if isinstance(value, str):
             check_text(key, value)
-        most = MOST.get(key, 2**31 - 1)
-        if isinstance(value, int) and value > most:
-            raise UserError(key, f"{value} is above {most}", f"give {most} or less")
     _check_ranges(config)
     _check_sampler(config)
     _check_objective(config)
@@ -61,46 +56,18 @@ def check_positive(*values: tuple[str, float | None]) -> None:
 
 
 def _check_ranges(config: Config) -> None:
+    parts = {name: getattr(config, name) for name in sections()}
+    parts |= {f"teachers[{i}]": teacher for i, teacher in enumerate(config.teachers)}
+    for name, part in parts.items():
+        for field in fields(part):
+            key, value, allowed = f"{name}.{field.name}", getattr(part, field.name), field.metadata
+            if allowed["least"] is not None:
+                check_least((key, value, allowed["least"]))
+            if allowed["positive"]:
+                check_positive((key, value))
+            if isinstance(value, int) and value > allowed["most"]:
+                raise UserError(key, f"{value} is above {allowed['most']}", f"give {allowed['most']} or less")
     t = config.train
-    at_least: list[tuple[str, float | None, float]] = [
-        ("model.resolution", config.model.resolution, 1),
-        ("model.max_sequence_length", config.model.max_sequence_length, 0),
-        ("student.rank", config.student.rank, 1),
-        ("student.guidance", config.student.guidance, 0),
-        ("sampler.eta", config.sampler.eta, 0),
-        ("train.rounds", t.rounds, 1),
-        ("train.samples_per_task", t.samples_per_task, 1),
-        ("train.tasks_per_round", t.tasks_per_round, 1),
-        ("train.micro_batch", t.micro_batch, 1),
-        ("train.warmup", t.warmup, 0),
-        ("train.skip_limit", t.skip_limit, 1),
-        ("train.weight_decay", t.weight_decay, 0),
-        ("train.ema", t.ema, 0),
-        ("train.seed", t.seed, 0),
-        ("checkpoint.every", config.checkpoint.every, 0),
-        ("checkpoint.keep", config.checkpoint.keep, 1),
-        ("evaluation.every", config.evaluation.every, 0),
-        ("evaluation.prompts", config.evaluation.prompts, 1),
-        ("evaluation.images_per_prompt", config.evaluation.images_per_prompt, 1),
-        ("evaluation.steps", config.evaluation.steps, 1),
-        ("evaluation.guidance", config.evaluation.guidance, 0),
-        ("evaluation.batch", config.evaluation.batch, 1),
-        ("reward_models.batch", config.reward_models.batch, 1),
-        ("reward_models.requests", config.reward_models.requests, 1),
-        ("reward_models.retries", config.reward_models.retries, 0),
-        ("parallel.shard_size", config.parallel.shard_size, 1),
-        ("engine.recompute", config.engine.recompute, 0),
-    ]
-    check_least(*at_least)
-    check_positive(
-        ("student.alpha", config.student.alpha),
-        ("train.lr", t.lr),
-        ("train.clip", t.clip),
-        ("train.eps", t.eps),
-        ("engine.fp8_tolerance", config.engine.fp8_tolerance),
-        ("evaluation.reward_timeout", config.evaluation.reward_timeout),
-        ("reward_models.request_timeout", config.reward_models.request_timeout),
-    )
     for key, share in (("train.ema", t.ema), ("train.betas[0]", t.betas[0]), ("train.betas[1]", t.betas[1])):
         if not 0 <= share < 1:
             raise UserError(key, f"{share} is not in [0, 1)", "give a decay below 1")
@@ -113,9 +80,8 @@ def _check_ranges(config: Config) -> None:
 def _check_sampler(config: Config) -> None:
     s = config.sampler
     if s.solver not in DETERMINISTIC and s.eta == 0:
-        raise UserError(
-            "sampler.eta", f"{s.solver} with eta 0 adds no noise, so its KL is undefined", "give eta > 0 or solver ode"
-        )
+        why = f"{s.solver} with eta 0 adds no noise, so its KL is undefined"
+        raise UserError("sampler.eta", why, "give eta > 0 or solver ode")
     # DDIM draws sqrt of 1 - (...) and CPS turns by eta * pi / 2: both end at eta = 1.
     if s.solver in ("ddim", "cps") and s.eta > 1:
         raise UserError("sampler.eta", f"{s.eta} is above 1, the most {s.solver} can add", "give eta in (0, 1]")
@@ -127,7 +93,6 @@ def _check_sampler(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     o, s = config.objective, config.sampler
-    default = ObjectiveConfig()
     readers: list[tuple[tuple[str, ...], bool, str]] = [
         (("reward_gradient", "kl_scale", "clamp"), o.kind == "ppo", "objective.kind ppo"),
         (("log_prob",), o.kind == "ppo" and s.solver == "cps", "objective.kind ppo and sampler.solver cps"),
@@ -137,66 +102,50 @@ def _check_objective(config: Config) -> None:
         (("query_alpha", "query_beta"), o.query_law == "beta", "objective.query_law beta"),
     ]
     for names, read, reader in readers:
-        for name in names:
-            if not read and getattr(o, name) != getattr(default, name):
-                raise UserError(f"objective.{name}", "has no reader", f"set {reader}, or leave it out")
-    positive = ("kl_scale", "clamp", "anchor_weight", "query_alpha", "query_beta")
-    check_positive(*((f"objective.{name}", getattr(o, name)) for name in positive))
+        if not read:
+            refuse_set(
+                config, [f"objective.{name}" for name in names], "has no reader", f"set {reader}, or leave it out"
+            )
     if o.kind == "ppo" and s.solver in DETERMINISTIC:
-        raise UserError(
-            "objective.kind", f"ppo needs log-probabilities, and {s.solver} draws nothing", "use solver flow_sde, or kl"
-        )
+        why = f"ppo needs log-probabilities, and {s.solver} draws nothing"
+        raise UserError("objective.kind", why, "use solver flow_sde, or kl")
     if o.kind == "ppo" and s.train_last and s.solver in ("cps", "ddim"):
-        raise UserError(
-            "sampler.train_last", f"the last step of {s.solver} adds no noise, so ppo cannot train it", "set it false"
-        )
+        why = f"the last step of {s.solver} adds no noise, so ppo cannot train it"
+        raise UserError("sampler.train_last", why, "set it false")
+    if o.queries is None:
+        return
     trained = s.steps if s.train_last else s.steps - 1
-    if o.queries is not None and not 1 <= o.queries <= trained:
+    if not 1 <= o.queries <= trained:
         raise UserError("objective.queries", f"{o.queries} of {trained} trained steps", f"give 1 to {trained}, or null")
-    if o.queries is not None and o.kind == "ppo":
+    if o.kind == "ppo":
         raise UserError("objective.queries", "are not for ppo, whose rewards are those of all steps", "use kl or null")
 
 
 def _check_teachers(config: Config) -> None:
     if not config.teachers:
-        raise UserError(
-            "teachers", "none is given", "list at least one as {name, weights, prompts}, or start from a recipe"
-        )
+        remedy = "list at least one as {name, weights, prompts}, or start from a recipe"
+        raise UserError("teachers", "none is given", remedy)
     names = [teacher.name for teacher in config.teachers]
-    if config.train.tasks is not None:
-        for name in config.train.tasks:
-            if name not in names:
-                raise UserError("train.tasks", f"{name!r} is not a task", did_you_mean(name, names))
-        if not config.train.tasks:
-            raise UserError("train.tasks", "is empty, so that nothing is trained", "name one, or give null")
-    most = len(config.trained)
-    if (config.train.tasks_per_round or 1) > most:
-        raise UserError(
-            "train.tasks_per_round", f"{config.train.tasks_per_round} of {most} tasks", f"give {most} or less, or null"
-        )
-    seen: set[str] = set()
+    for name in config.train.tasks or []:
+        if name not in names:
+            raise UserError("train.tasks", f"{name!r} is not a task", did_you_mean(name, names))
+    if config.train.tasks == []:
+        raise UserError("train.tasks", "is empty, so that nothing is trained", "name one, or give null")
+    asked, most = config.train.tasks_per_round, len(config.trained)
+    if asked is not None and asked > most:
+        raise UserError("train.tasks_per_round", f"{asked} of {most} tasks", f"give {most} or less, or null")
     for i, teacher in enumerate(config.teachers):
         if not teacher.name or not all(c.isalnum() or c in "-_." for c in teacher.name):
             raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is not a name", "use letters, digits, - _ .")
-        if teacher.name in seen:
+        if teacher.name in names[:i]:
             raise UserError(f"teachers[{i}].name", f"{teacher.name!r} is used twice", "give each teacher its own name")
-        seen.add(teacher.name)
-        if teacher.guidance is not None and teacher.guidance < 0:
-            raise UserError(f"teachers[{i}].guidance", f"{teacher.guidance} is below 0", "give 0 or more")
-        if teacher.weight <= 0:
-            raise UserError(
-                f"teachers[{i}].weight", f"{teacher.weight} is not above 0", "give a positive one or drop the teacher"
-            )
-        if teacher.share <= 0:
-            raise UserError(
-                f"teachers[{i}].share", f"{teacher.share} is not above 0", "give a positive one or drop the teacher"
-            )
+        for key, value in (("weight", teacher.weight), ("share", teacher.share)):
+            if value <= 0:
+                why = f"{value} is not above 0"
+                raise UserError(f"teachers[{i}].{key}", why, "give a positive one or drop the teacher")
         if teacher.share != 1 and config.train.task_schedule != "weighted":
-            raise UserError(
-                f"teachers[{i}].share",
-                f"{teacher.share} is read by the weighted schedule alone",
-                "set train.task_schedule weighted, or give weight instead",
-            )
+            why = f"{teacher.share} is read by the weighted schedule alone"
+            raise UserError(f"teachers[{i}].share", why, "set train.task_schedule weighted, or give weight instead")
 
 
 def no_held_out(key: str, prompts: str) -> UserError:
@@ -215,35 +164,25 @@ def _check_bundled(config: Config) -> None:
     named += [(f"teachers[{i}].weights", teacher.weights) for i, teacher in enumerate(config.teachers)]
     for key, weights in named:
         if weights is not None and is_bundled(weights):
-            raise UserError(
-                key,
-                f"{weights} is a LoRA of the bundled pipeline, and model.path is {config.model.path}",
-                "name weights that were made for this model, or set model.path bundled",
-            )
+            why = f"{weights} is a LoRA of the bundled pipeline, and model.path is {config.model.path}"
+            raise UserError(key, why, "name weights that were made for this model, or set model.path bundled")
 
 
 def _check_engine(config: Config) -> None:
-    precision, dtype = config.engine.precision, config.model.dtype
+    precision, dtype, parallel = config.engine.precision, config.model.dtype, config.parallel
     if precision in ("float32", "tf32") and dtype not in ("auto", "float32"):
-        raise UserError(
-            "engine.precision", f"{precision} contradicts model.dtype = {dtype}", "set model.dtype to auto or float32"
-        )
-    parallel = config.parallel
-    if parallel.timeout <= 0:
-        raise UserError("parallel.timeout", f"{parallel.timeout} is not above 0", "give minutes, such as 30")
+        why = f"{precision} contradicts model.dtype = {dtype}"
+        raise UserError("engine.precision", why, "set model.dtype to auto or float32")
     if parallel.shard_size is not None and parallel.strategy != "hsdp":
-        raise UserError(
-            "parallel.shard_size", f"{parallel.shard_size} is read by hsdp alone", "set parallel.strategy hsdp, or null"
-        )
+        why = f"{parallel.shard_size} is read by hsdp alone"
+        raise UserError("parallel.shard_size", why, "set parallel.strategy hsdp, or null")
     if parallel.offload_teachers and config.engine.placement != "merged":
-        raise UserError(
-            "parallel.offload_teachers", "teachers share the base", "set engine.placement merged, or offload nothing"
-        )
+        remedy = "set engine.placement merged, or offload nothing"
+        raise UserError("parallel.offload_teachers", "teachers share the base", remedy)
     for name, wanted, extra in (
         ("wandb", config.logging.wandb, "opd_fast[wandb]"),
         ("tensorboard", config.logging.tensorboard, "tensorboard"),
     ):
         if wanted and importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"logging.{name}", f"{name} is not installed", f"pip install '{extra}' or --logging.{name} false"
-            )
+            remedy = f"pip install '{extra}' or --logging.{name} false"
+            raise UserError(f"logging.{name}", f"{name} is not installed", remedy)

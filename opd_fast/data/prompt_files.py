@@ -217,8 +217,7 @@ def entry_fault(entry: Any, included: int) -> str | None:
 
     ``included`` is the number of entries of ``include``, any of which a position may name.
     """
-    named = isinstance(entry, dict) and isinstance(entry.get("class"), str) and not _is_blank(entry["class"])
-    if not named:
+    if not isinstance(entry, dict) or not isinstance(entry.get("class"), str) or _is_blank(entry["class"]):
         return 'names no "class"'
     count = entry.get("count")
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_OBJECTS:
@@ -245,9 +244,8 @@ def _separated(path: Path) -> list[Prompt]:
     header = next((line for line in lines if line.strip()), "")
     separator = "\t" if path.suffix == ".tsv" or "\t" in header else ","
     rows = csv.reader(lines, delimiter=separator, strict=True)
-    columns: list[str] | None = None
-    column = 0
-    prompts: list[Prompt] = []
+    columns: list[str] = []
+    column, prompts = 0, list[Prompt]()
     while True:
         where = f"{path}, line {rows.line_num + 1}"
         try:
@@ -260,7 +258,7 @@ def _separated(path: Path) -> list[Prompt]:
             raise ValueError(f"{where}: not readable as a table ({error}); {remedy}") from None
         if not any(cell.strip() for cell in cells):
             continue
-        if columns is None:
+        if not columns:
             columns = [cell.strip() for cell in cells]
             column = _prompt_column(path, columns)
         elif len(cells) != len(columns):
@@ -309,8 +307,7 @@ def _prompt_column(path: Path, columns: Sequence[str]) -> int:
             f"{path} has {'several columns' if named else 'no column'} for the prompts among {', '.join(columns)}; "
             f"call exactly one of them {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}"
         )
-    twice = [name for i, name in enumerate(columns) if name in columns[:i]]
-    if twice:
+    if twice := [name for i, name in enumerate(columns) if name in columns[:i]]:
         raise ValueError(f"{path} has two columns named {twice[0]!r}; rename one of them")
     return named[0]
 

@@ -70,22 +70,16 @@ class TaskSchedule:
         seed: int = 0,
         among: Sequence[int] | None = None,
     ) -> None:
-        """Make a schedule.
+        """Make a schedule of the tasks ``among``, or of all, with ``per_round`` places a round, or one for each task.
 
-        Args:
-            shares: one positive number a task, which ``weighted`` alone reads.
-            per_round: places in a round; None gives one place to each task.
-            among: the tasks that come at all; None stands for all.
-
-        Raises ValueError for less than one task or place.
+        ``shares`` has one positive number a task, which ``weighted`` alone reads.  Raises ValueError for less than one
+        task or place.
         """
         self._among = list(range(len(shares))) if among is None else sorted(among)
         self.tasks = len(shares)
         self.per_round = len(self._among) if per_round is None else per_round
         if not self._among or self.per_round < 1:
-            raise ValueError(
-                f"no schedule of {len(self._among)} tasks with {self.per_round} places a round; give 1 or more"
-            )
+            raise ValueError(f"no schedule of {len(self._among)} tasks with {self.per_round} places; give 1 or more")
         self._kind = kind
         self._key = (seed % 2**64, _SCHEDULE_STREAM)
         weights = [shares[task] if kind == "weighted" else 1.0 for task in self._among]

@@ -114,8 +114,7 @@ class TextStore:
             facts = shard.metadata() or {}
             if facts["key"] != self._key:
                 raise ValueError("of another model")
-            texts: list[str] = json.loads(facts["texts"])
-            sums: list[int] = json.loads(facts["checksums"])
+            texts, sums = json.loads(facts["texts"]), json.loads(facts["checksums"])
             rows = [row for row, text in enumerate(texts) if text in wanted]
             part = TextEmbeds(**{name: shard.get_tensor(name)[rows] for name in shard.keys()})  # noqa: SIM118
         if part.sequence.shape[1] != self._tokens or part.sequence.dtype != self._dtype:
@@ -136,11 +135,7 @@ class TextStore:
         if not self._writable:
             return
         host = embeds.to("cpu")
-        facts = {
-            "key": self._key,
-            "texts": json.dumps(list(texts)),
-            "checksums": json.dumps(_checksums(texts, host)),
-        }
+        facts = {"key": self._key, "texts": json.dumps(list(texts)), "checksums": json.dumps(_checksums(texts, host))}
         name = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
         try:
             with replacing(self.folder / f"{name}.safetensors", shared=True) as part:

@@ -26,6 +26,7 @@ the computation.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -76,11 +77,11 @@ class Collective:
 def collectives(
     workload: Workload, strategy: Strategy, world: int, shard_size: int = 8, ranks_per_node: int = 8
 ) -> list[Collective]:
-    """The traffic of a round; empty for one rank.
+    """Return the traffic of a round; there is none for one rank.
 
     Weights are gathered in the model's dtype: once a round, or, under reshard block, for each forward and again for its
-    backward. Teachers that share a sharded base gather it for their own forwards, unless the student
-    holds it gathered. Gradients are float32.
+    backward. Teachers that share a sharded base gather it for their own forwards, unless the student holds it gathered.
+    Gradients are float32.
     """
     if world == 1 or strategy == "single":
         return []
@@ -91,16 +92,13 @@ def collectives(
     found: list[Collective] = []
     if parts > 1:
         forwards = workload.steps * workload.forwards_per_step(world)
-        often = 1 if workload.reshard == "round" else 2 * forwards
-        found.append(Collective("all-gather", weights, often, parts, within, "student"))
+        once = workload.reshard == "round"
+        found.append(Collective("all-gather", weights, 1 if once else 2 * forwards, parts, within, "student"))
         if workload.placement == "shared" and not (workload.kind == "lora" and workload.reshard != "block"):
-            calls = (
-                forwards * min(workload.tasks, workload.forward_samples(world)) if workload.reshard != "round" else 1
-            )
+            calls = 1 if once else forwards * min(workload.tasks, workload.forward_samples(world))
             found.append(Collective("all-gather", weights, calls, parts, within, "teacher"))
     if workload.kind == "lora" or parts == 1:
-        found.append(Collective("all-reduce", gradients, 1, world, min(world, ranks_per_node), "gradients"))
-        return found
+        return [*found, Collective("all-reduce", gradients, 1, world, min(world, ranks_per_node), "gradients")]
     found.append(Collective("reduce-scatter", gradients, 1, parts, within, "gradients"))
     if groups > 1:
         found.append(Collective("all-reduce", gradients // parts, 1, groups, across, "gradients"))
@@ -108,18 +106,18 @@ def collectives(
 
 
 def sent(found: Iterable[Collective]) -> dict[str, int]:
-    """Bytes that a rank sends in a round, by kind."""
-    totals: dict[str, int] = {}
+    """Return the bytes that a rank sends in a round, by kind."""
+    totals: Counter[str] = Counter()
     for collective in found:
-        totals[collective.kind] = totals.get(collective.kind, 0) + collective.sent
-    return totals
+        totals[collective.kind] += collective.sent
+    return dict(totals)
 
 
 # --- time on the wire -------------------------------------------------------------------------------------------------
 
 
 def seconds(kind: Kind, size: float, ranks: int, network: Network, per_node: int | None = None) -> float:
-    """Seconds of a collective of `size` bytes over `ranks`, `per_node` of them on a node (None: as many as it has)."""
+    """Return the seconds of a collective of `size` bytes over `ranks`, `per_node` of them on a node (None: its all)."""
     g = min(ranks, network.ranks_per_node if per_node is None else per_node)
     within = (network.intra_bandwidth * network.share, network.intra_latency)
     between = (network.inter_bandwidth * network.share, network.inter_latency)
@@ -133,7 +131,7 @@ def seconds(kind: Kind, size: float, ranks: int, network: Network, per_node: int
 
 
 def _flat(kind: Kind, size: float, n: int, bandwidth: float, latency: float) -> float:
-    """Seconds over one kind of link: a ring or a tree, whichever is shorter."""
+    """Return the seconds over one kind of link, of a ring or a tree, whichever is shorter."""
     if n == 1:
         return 0.0
     hops = math.ceil(math.log2(n))
@@ -176,22 +174,22 @@ class RoundTime:
 def round_time(
     workload: Workload, work: Work, strategy: Strategy, world: int, network: Network, rate: float, shard_size: int = 8
 ) -> RoundTime:
-    """The time of a round whose collectives are those of `collectives`; `rate` is in operations a second."""
+    """Return the time of a round with the traffic of `collectives`; `rate` is in operations a second."""
     forward, teacher = work.student / rate, work.teacher / rate
     backward = forward * work.backward
+    calls = workload.steps * workload.forwards_per_step(world)
     wire = exposed = 0.0
     for c in collectives(workload, strategy, world, shard_size, network.ranks_per_node):
         if c.purpose == "gradients":
             once = seconds(c.kind, c.size, c.ranks, network, c.per_node)
             wire, exposed = wire + once, exposed + once
             continue
-        block = seconds(c.kind, c.size / work.blocks, c.ranks, network, c.per_node)
-        calls = workload.steps * workload.forwards_per_step(world)
         spans = [(c.count, teacher / max(c.count, 1))]
         if c.purpose == "student":
             spans = [(min(c.count, calls), forward / calls)]
             if workload.reshard == "block":
                 spans.append((calls, backward / calls))
+        block = seconds(c.kind, c.size / work.blocks, c.ranks, network, c.per_node)
         for count, span in spans:
             hidden = span * (work.blocks - 1) / work.blocks
             wire += count * block * work.blocks

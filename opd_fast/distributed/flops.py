@@ -14,6 +14,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ class RowCost:
 
 
 def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int) -> RowCost:
-    """The cost of one row in a student's forward as it runs in a round: LoRA merged, attention without its matrix, and
-    on half-precision models autocast as CUDA has it. Uncompiled: torch.compile keeps less.
+    """Trace the cost of one row in a student's forward as it runs in a round, uncompiled (torch.compile keeps less).
+
+    LoRA is merged, attention keeps no matrix of scores, and half-precision models run under autocast as CUDA has it.
 
     Args:
         model: on the meta device.
@@ -84,12 +86,12 @@ def row_cost(model: DiffusionModel, lora: dict[str, int] | None, resolution: int
     except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
         raise ValueError(f"a forward of {model.name} cannot be traced without numbers ({error})") from error
     weights |= factors | {weight.untyped_storage()._cdata for weight in engine.cast.values()}
-    saved = sum(tensor.untyped_storage().nbytes() for found, tensor in kept.items() if found not in weights)
+    saved = sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
     return RowCost(int(counter.get_total_flops()) + engine.attention, saved)
 
 
 def row_cost_or_estimate(model: DiffusionModel, lora: dict[str, int] | None, resolution: int) -> tuple[RowCost, bool]:
-    """`row_cost`, and whether it was traced: the cost of a family that cannot be traced is estimated from its size."""
+    """Return `row_cost`, or an estimate from the size of a family that cannot be traced; and whether it was traced."""
     try:
         return row_cost(model, lora, resolution), True
     except ValueError:
@@ -100,7 +102,7 @@ def row_cost_or_estimate(model: DiffusionModel, lora: dict[str, int] | None, res
 
 
 def block_input(model: DiffusionModel, resolution: int) -> int:
-    """Bytes of one row at the entrance of a block."""
+    """Return the bytes of one row at the entrance of a block."""
     # Most of the linear layers read it.
     width = statistics.mode([m.in_features for m in model.transformer.modules() if isinstance(m, nn.Linear)])
     return (model.image_tokens(resolution) + model.text_tokens) * width * model.dtype.itemsize
@@ -111,20 +113,17 @@ def _text(model: DiffusionModel) -> TextEmbeds:
     width = next((config[name] for name in _SEQUENCE if name in config), None)
     if width is None:
         raise ValueError(f"the transformer of {model.name} names no text width")
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(1, *shape, device="meta", dtype=model.dtype)
-
-    pooled = empty(config[_POOLED]) if config.get(_POOLED) else None
-    mask = torch.empty(1, model.text_tokens, device="meta", dtype=torch.bool)
-    return TextEmbeds(empty(model.text_tokens, width), pooled, mask)
+    with torch.device("meta"):
+        sequence = torch.empty(1, model.text_tokens, width, dtype=model.dtype)
+        pooled = torch.empty(1, config[_POOLED], dtype=model.dtype) if config.get(_POOLED) else None
+        return TextEmbeds(sequence, pooled, torch.empty(1, model.text_tokens, dtype=torch.bool))
 
 
 @contextlib.contextmanager
 def _as_trained(transformer: nn.Module, dtype: torch.dtype, trained: bool) -> Iterator[set[int]]:
-    """Keep the weights as a student does, in `dtype` and with a gradient where they are trained; yields their storages.
+    """Keep the weights as a student does, in `dtype` and with a gradient where they are trained, until the block ends.
 
-    Afterwards they are as they were.
+    Yields their storages.
     """
     before = [(p, p.data, p.requires_grad) for p in transformer.parameters()]
     try:
@@ -145,18 +144,16 @@ def _adapted(transformer: nn.Module, lora: dict[str, int]) -> Iterator[set[int]]
     storages: set[int] = set()
     for name, rank in lora.items():
         layer: Any = transformer.get_submodule(name)
-        a, b = (
-            torch.empty(shape, device="meta", requires_grad=True)
-            for shape in ((rank, layer.in_features), (layer.out_features, rank))
-        )
-        forwards.append((layer, _forward(layer, a, b)))
+        a = torch.empty(rank, layer.in_features, device="meta", requires_grad=True)
+        b = torch.empty(layer.out_features, rank, device="meta", requires_grad=True)
+        forwards.append((layer, partial(_merged, layer, a, b)))
         storages |= {t.untyped_storage()._cdata for t in (a, b)}
     with patched_forward(forwards):
         yield storages
 
 
-def _forward(layer: Any, a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: merged_linear(x.to(layer.weight.dtype), layer.weight, layer.bias, a, b, 1.0)
+def _merged(layer: Any, a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    return merged_linear(x.to(layer.weight.dtype), layer.weight, layer.bias, a, b, 1.0)
 
 
 class _Engine(TorchFunctionMode):
@@ -174,12 +171,9 @@ class _Engine(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if self.dtype is not None and function is F.layer_norm:
-            args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
-            kwargs = {key: a.float() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
-        elif self.dtype is not None and function in (F.linear, F.conv2d):
-            args = tuple(self._lower(a) for a in args)
-            kwargs = {key: self._lower(a) for key, a in kwargs.items()}
+        convert = {F.layer_norm: _float32, F.linear: self._lower, F.conv2d: self._lower}.get(function)
+        if self.dtype is not None and convert is not None:
+            args, kwargs = tuple(map(convert, args)), {key: convert(a) for key, a in kwargs.items()}
         return function(*args, **kwargs)
 
     def _lower(self, value: Any) -> Any:
@@ -197,6 +191,10 @@ class _Engine(TorchFunctionMode):
         self.attention += 2 * rows * k.shape[-2] * (q.shape[-1] + v.shape[-1])
         attended: Tensor = _Attention.apply(q, k, v)
         return attended
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value
 
 
 class _Attention(torch.autograd.Function):

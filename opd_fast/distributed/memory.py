@@ -80,11 +80,11 @@ class Workload:
     """Blocks of the student under activation checkpointing."""
 
     def samples_per_device(self, world: int) -> int:
-        """Samples of the rank that has most of them: sample i goes to rank i % world."""
+        """Return the samples of the rank that has most of them: sample i goes to rank i % world."""
         return math.ceil(self.samples / world)
 
     def forward_samples(self, world: int) -> int:
-        """Samples of one student forward on the rank that has most."""
+        """Return the samples of one student forward on the rank that has most."""
         return min(self.samples_per_device(world), self.micro_batch or self.samples)
 
     def forwards_per_step(self, world: int) -> int:
@@ -92,16 +92,14 @@ class Workload:
 
 
 def shards(strategy: Strategy, world: int, shard_size: int) -> int:
-    """The number of parts into which a sharded tensor is cut."""
+    """Return the number of parts into which a sharded tensor is cut."""
     return {"single": 1, "ddp": 1, "fsdp2": world, "hsdp": min(shard_size, world)}[strategy]
 
 
 def memory(workload: Workload, strategy: Strategy, world: int = 1, shard_size: int = 8) -> dict[str, int]:
-    """Bytes of the fullest device at the peak of a round, by purpose; see the module's table.
+    """Return the bytes of the fullest device at the peak of a round, by purpose; see the module's table.
 
-    Args:
-        world: ranks.
-        shard_size: ranks of a group under hsdp.
+    `world` counts the ranks, `shard_size` those of a group under hsdp.
     """
     s = shards(strategy, world, shard_size)
     of_masters = s if workload.kind == "full" else 1
@@ -128,8 +126,13 @@ def memory(workload: Workload, strategy: Strategy, world: int = 1, shard_size: i
     }
 
 
+def need(workload: Workload, strategy: Strategy, world: int = 1, shard_size: int = 8) -> int:
+    """Return the bytes of the fullest device at the peak of a round, in all."""
+    return sum(memory(workload, strategy, world, shard_size).values())
+
+
 def activations(workload: Workload) -> int:
-    """Bytes that a student forward keeps of one sample.
+    """Return the bytes that a student forward keeps of one sample.
 
     Blocks under activation checkpointing keep their inputs, and one of them at a time keeps all else as well. What is
     outside the blocks counts as theirs.
@@ -141,73 +144,64 @@ def activations(workload: Workload) -> int:
 
 
 def blocks_to_checkpoint(workload: Workload, strategy: Strategy, world: int, shard_size: int, gpu_memory: float) -> int:
-    """The fewest blocks under activation checkpointing with which a round fits; 0 where it fits without, or never.
-
-    Args:
-        gpu_memory: bytes of a device, of which `RESERVE` stays free.
-    """
+    """Return the fewest blocks under activation checkpointing with which a round fits; 0 where it fits without, or
+    never. `gpu_memory` is in bytes of a device, of which `RESERVE` stays free."""
     room = gpu_memory * (1 - RESERVE)
     for count in range(workload.blocks + 1):
-        if sum(memory(replace(workload, checkpointed=count), strategy, world, shard_size).values()) <= room:
+        if need(replace(workload, checkpointed=count), strategy, world, shard_size) <= room:
             return count
     return 0
 
 
 def working_copy(workload: Workload, s: int) -> int:
-    """Bytes of weights that live beside the stored ones from a forward to its backward.
+    """Return the bytes of weights that live beside the stored ones from a forward to its backward.
 
     Sharded weights are gathered in the model's dtype: all of them, or few blocks at a time under reshard block. Float32
     masters that are not sharded are cast by autocast, which keeps the copies for the backward.
     """
-    if s > 1:
-        return workload.parameters * workload.itemsize if workload.reshard != "block" else in_passing(workload)
-    return workload.parameters * workload.itemsize if workload.kind == "full" and workload.itemsize < 4 else 0
+    if s > 1 and workload.reshard == "block":
+        return in_passing(workload)
+    cast = workload.kind == "full" and workload.itemsize < 4
+    return workload.parameters * workload.itemsize if s > 1 or cast else 0
 
 
 def in_passing(workload: Workload) -> int:
-    """Bytes of a transformer whose blocks come and go: `PREFETCHED` of them, and what is outside them."""
+    """Return the bytes of a transformer whose blocks come and go: `PREFETCHED` of them, and what is outside them."""
     return min(PREFETCHED * workload.block + workload.outside, workload.parameters) * workload.itemsize
 
 
 def choose_strategy(workload: Workload, world: int, gpu_memory: float, shard_size: int = 8) -> tuple[Strategy, str]:
-    """The strategy behind parallel.strategy auto, and why in one sentence.
+    """Choose the strategy behind parallel.strategy auto, and say why in one sentence.
 
     One device takes single. LoRA takes ddp where everything fits on every device, else fsdp2. Full weights take fsdp2.
-
-    Args:
-        gpu_memory: bytes of a device, of which `RESERVE` stays free.
+    `gpu_memory` is in bytes of a device, of which `RESERVE` stays free.
     """
-
-    def need(strategy: Strategy, of: Workload = workload, ranks: int = world) -> int:
-        return sum(memory(of, strategy, ranks, shard_size).values())
-
     room = gpu_memory * (1 - RESERVE)
     room_words = f"the {room / GIB:.1f} GiB that may be filled of each device"
     if world == 1:
-        if need("single") <= room:
-            return "single", f"one device, and {need('single') / GIB:.1f} GiB fit into {room_words}"
+        if (alone := need(workload, "single")) <= room:
+            return "single", f"one device, and {alone / GIB:.1f} GiB fit into {room_words}"
         return "single", f"one device, but {_too_large(workload, 'single', 1, room, shard_size)}"
-    if workload.kind == "lora" and need("ddp") <= room:
-        return "ddp", f"the base with everything beside it, {need('ddp') / GIB:.1f} GiB, fits into {room_words}"
     why = "full weights: masters and moments are sharded"
     if workload.kind == "lora":
-        why = f"replicated it would take {need('ddp') / GIB:.1f} GiB, more than {room_words}"
-    if need("fsdp2") <= room:
-        return "fsdp2", f"{why}; sharded over {world} it takes {need('fsdp2') / GIB:.1f} GiB"
+        if (replicated := need(workload, "ddp", world, shard_size)) <= room:
+            return "ddp", f"the base with everything beside it, {replicated / GIB:.1f} GiB, fits into {room_words}"
+        why = f"replicated it would take {replicated / GIB:.1f} GiB, more than {room_words}"
+    if (sharded := need(workload, "fsdp2", world, shard_size)) <= room:
+        return "fsdp2", f"{why}; sharded over {world} it takes {sharded / GIB:.1f} GiB"
     return "fsdp2", f"{why}; but {_too_large(workload, 'fsdp2', world, room, shard_size)}"
 
 
 def _too_large(workload: Workload, strategy: Strategy, world: int, room: float, shard_size: int) -> str:
-    """A sentence: it does not fit, what is largest, and which change, changes, or number of devices would help."""
+    """Say that it does not fit, what is largest, and which change, changes, or number of devices would help."""
 
     def fits(changed: Workload, ranks: int = world) -> bool:
-        of: Strategy = "fsdp2" if ranks > 1 else strategy
-        return sum(memory(changed, of, ranks, shard_size).values()) <= room
+        return need(changed, "fsdp2" if ranks > 1 else strategy, ranks, shard_size) <= room
 
-    found = memory(workload, strategy, world, shard_size)
-    largest = max(found, key=lambda purpose: found[purpose])
-    says = f"{sum(found.values()) / GIB:.1f} GiB ({largest} {found[largest] / GIB:.1f}) do not fit into "
-    says += f"{room / GIB:.1f} GiB"
+    sizes = memory(workload, strategy, world, shard_size)
+    largest = max(sizes, key=lambda purpose: sizes[purpose])
+    problem = f"{sum(sizes.values()) / GIB:.1f} GiB ({largest} {sizes[largest] / GIB:.1f}) do not fit into "
+    problem += f"{room / GIB:.1f} GiB"
     changes: dict[str, dict[str, Any]] = {}
     if workload.checkpointed < workload.blocks and workload.boundary:
         changes[f"engine.recompute {workload.blocks}"] = {"checkpointed": workload.blocks}
@@ -220,19 +214,18 @@ def _too_large(workload: Workload, strategy: Strategy, world: int, room: float, 
     if world > 1 and workload.reshard != "block":
         changes["parallel.reshard block"] = {"reshard": "block"}
     if enough := [words for words, change in changes.items() if fits(replace(workload, **change))]:
-        return f"{says}; {' or '.join(enough)} would do"
+        return f"{problem}; {' or '.join(enough)} would do"
     changes.pop("parallel.offload_teachers true", None)  # shared goes further
     together = replace(workload, **{key: value for change in changes.values() for key, value in change.items()})
     if changes and fits(together):
-        return f"{says}; {', '.join(changes)} together would do"
+        return f"{problem}; {', '.join(changes)} together would do"
     together = replace(together, reshard="block")
     for ranks in (2**i for i in range(1, 13)):
         if ranks > world and fits(together, ranks):
-            return (
-                f"{says}; {', '.join(dict.fromkeys([*changes, 'parallel.reshard block']))} on {ranks} devices would do"
-            )
+            settings = ", ".join(dict.fromkeys([*changes, "parallel.reshard block"]))
+            return f"{problem}; {settings} on {ranks} devices would do"
     smaller = "student.kind lora or a smaller model" if workload.kind == "full" else "or a smaller model"
-    return f"{says}; no setting helps: take devices of more memory, {smaller}"
+    return f"{problem}; no setting helps: take devices of more memory, {smaller}"
 
 
 def _cut(size: int, parts: int) -> int:

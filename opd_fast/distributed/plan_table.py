@@ -12,14 +12,14 @@ from rich.table import Table
 from opd_fast.config import Config
 from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.serialize import config_hash, to_yaml
+from opd_fast.distributed.memory import GIB
 from opd_fast.distributed.plan import Plan
 
 
 def print_plan(
     plan: Plan, config: Config, run_dir: Path, refused: Iterable[ValueError] = (), unchecked: Iterable[str] = ()
 ) -> None:
-    """Print the settings and the plan, what a run would be refused for, and weights of the hub that were not looked
-    at."""
+    """Print the settings, the plan, what a run would be refused for, and weights of the hub that were not checked."""
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe has no width to fit
         console = Console(highlight=False, width=140)
@@ -64,23 +64,22 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
     again = f"; {checkpointed} of {plan.workload.blocks} blocks under activation checkpointing" if checkpointed else ""
     lora = "" if plan.lora_modules is None else f" in {plan.lora_modules} LoRA modules of rank {config.student.rank}"
     teachers = ", ".join(f"{name} ({rows},{c},{h},{w})" for name, rows in plan.teacher_rows.items())
-    total = sum(plan.round_rows.values()) * config.train.rounds
     sizes = plan.bytes
     traffic = ", ".join(f"{kind} {_size(size)}" for kind, size in plan.sent.items())
     group = f" in groups of {plan.shard_size}" if plan.strategy == "hsdp" else ""
-    found = "traced" if plan.traced else "a rough estimate, as the family cannot be traced"
-    many = plan.devices > 1
-    idle = max(0, plan.devices - plan.samples)
+    source = "traced" if plan.traced else "a rough estimate, as the family cannot be traced"
+    student = f"({plan.student_rows},{c},{h},{w})" + (f" on {plan.devices} devices, each" if plan.devices > 1 else "")
+    student += f" in {plan.workload.forwards_per_step(plan.devices)} forward(s) a step"
+    if plan.devices > plan.samples:
+        student += f"; {plan.devices - plan.samples} of the devices have no sample of their own"
     evaluation = "off"
     if plan.evaluations:
         evaluation = f"{plan.evaluations} times; {plan.evaluation_rows:,} forward rows with base and teachers"
-    distils = method_spec(config).distils
     rounds = f"{config.train.rounds} of {plan.samples} samples: {tasks}"
-    if not distils:
+    steps = f"{plan.table.steps}, of which {plan.workload.steps} are run and trained"
+    if not method_spec(config).distils:
         each = "" if plan.updates == 1 else f", which serves {plan.updates} rounds"
         rounds = f"{config.train.rounds} of {config.train.method}; a rollout has {plan.samples} images: {tasks}{each}"
-    steps = f"{plan.table.steps}, of which {plan.workload.steps} are run and trained"
-    if not distils:
         steps = f"{plan.table.steps}; an image is learnt from at {plan.workload.steps}"
     return [
         ("run directory", str(run_dir)),
@@ -88,19 +87,13 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
         ("resolution", f"{plan.resolution} pixels{own}, latents ({c},{h},{w})"),
         ("rounds", rounds),
         ("solver steps", steps),
-        (
-            "student batch",
-            f"({plan.student_rows},{c},{h},{w})"
-            + (f" on {plan.devices} devices, each" if many else "")
-            + f" in {plan.workload.forwards_per_step(plan.devices)} forward(s) a step"
-            + (f"; {idle} of the devices have no sample of their own" if idle else ""),
-        ),
+        ("student batch", student),
         *((("teacher batch", f"{teachers} a step"),) if teachers else ()),
         ("rows of a round", f"{work}  (a guided sample is two rows)"),
-        ("rows of the run", f"{total:,}"),
+        ("rows of the run", f"{sum(plan.round_rows.values()) * config.train.rounds:,}"),
         ("tokens of a row", f"{plan.image_tokens} image + {plan.text_tokens} text"),
         ("parameters", f"{plan.workload.parameters:,} in the transformer, {plan.workload.trainable:,} trained{lora}"),
-        ("cost of a row", f"{plan.row.flops / 1e9:,.1f} GFLOP forward, {_size(plan.row.saved)} kept ({found})"),
+        ("cost of a row", f"{plan.row.flops / 1e9:,.1f} GFLOP forward, {_size(plan.row.saved)} kept ({source})"),
         ("strategy", f"{plan.strategy}{group} on {plan.devices} device(s) of {plan.gpu_memory:g} GiB: {plan.reason}"),
         ("memory of a device", f"{_size(sum(sizes.values()))} at a round's peak, of which"),
         *(("", f"{name} {_size(size)}{again if name == 'activations' else ''}") for name, size in sizes.items()),
@@ -110,8 +103,7 @@ def _facts(plan: Plan, config: Config, run_dir: Path) -> list[tuple[str, str]]:
 
 
 def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
-        size /= 1024
-    raise AssertionError
+    if size < 1024:
+        return f"{size:.0f} B"
+    power = 1 if size < 2**20 else 2 if size < GIB else 3
+    return f"{size / 1024**power:.1f} {'KMG'[power - 1]}iB"

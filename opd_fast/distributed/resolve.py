@@ -22,13 +22,13 @@ class Resolved:
 
 
 def pick_device() -> torch.device:
-    """The CUDA device of this process where there is one, else the CPU."""
+    """Return the CUDA device of this process where there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def pick_dtype(dtype: str, precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of weights and forwards: `model.dtype`, where auto stands for bfloat16 on a GPU that computes in it,
-    and for float32 elsewhere and wherever `engine.precision` asks for float32 or TF32."""
+    """Return the dtype of weights and forwards: `model.dtype`, where auto stands for bfloat16 on a GPU that computes in
+    it, and for float32 elsewhere and wherever `engine.precision` asks for float32 or TF32."""
     if dtype != "auto":
         chosen = getattr(torch, dtype)
         assert isinstance(chosen, torch.dtype)
@@ -39,11 +39,7 @@ def pick_dtype(dtype: str, precision: str, device: torch.device) -> torch.dtype:
 
 
 def resolve(config: Config) -> Resolved:
-    """Device, dtype and switches of a run.
-
-    Raises:
-        UserError: a setting that this machine cannot honour.
-    """
+    """Settle device, dtype and switches of a run. Raises UserError for a setting that this machine cannot honour."""
     device = pick_device()
     on_gpu = device.type == "cuda"
     if config.engine.precision == "tf32" and not on_gpu:

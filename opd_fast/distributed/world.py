@@ -23,26 +23,26 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from opd_fast.config import Config
 from opd_fast.distributed.memory import Reshard, Strategy
 from opd_fast.distributed.plan import Planner
 from opd_fast.errors import UserError, one_line
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
 T = TypeVar("T")
 _opened = itertools.count()
 
 
 def launched() -> int | None:
-    """The processes that torchrun (or another launcher of its kind) started; None without a launcher."""
+    """Return how many processes torchrun (or a launcher of its kind) started; None without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
 
 
@@ -69,7 +69,7 @@ class World:
         return self.strategy in ("fsdp2", "hsdp")
 
     def rows(self, count: int) -> tuple[list[int], int]:
-        """Which of `count` samples this rank computes, ascending, and how many of these are its own.
+        """Return which of `count` samples this rank computes, ascending, and how many of these are its own.
 
         Forwards of sharded weights are collective, so every rank gets equally many: where they do not divide, its last
         row repeats the one before (or the very first sample) and must not count.
@@ -78,50 +78,48 @@ class World:
         padding = -(-count // self.size) - len(own)
         return own + [own[-1] if own else 0] * padding, len(own)
 
-    def gather_samples(self, mine: Tensor, count: int, dim: int = 0) -> Tensor:
+    def gather_samples(self, values: Tensor, count: int, dim: int = 0) -> Tensor:
         """Gather the values of all `count` samples from the ranks that own them, in the samples' order.
 
-        `mine` holds this rank's `rows(count)` along `dim`, or only its own of them; a rank that owns none may give a
+        `values` holds this rank's `rows(count)` along `dim`, or only its own of them; a rank that owns none may give a
         tensor of length 0 there. The result is the same on every rank.
         """
         if self.size == 1:
-            return mine
+            return values
         rows, own = self.rows(count)
-        shape = list(mine.shape)
-        shape[dim] = count
-        whole = mine.new_zeros(shape)
-        places = torch.tensor(rows[:own], dtype=torch.int64, device=mine.device)
-        whole.index_copy_(dim, places, mine.narrow(dim, 0, own))
+        gathered = values.new_zeros([count if d == dim else length for d, length in enumerate(values.shape)])
+        positions = torch.tensor(rows[:own], dtype=torch.int64, device=values.device)
+        gathered.index_copy_(dim, positions, values.narrow(dim, 0, own))
         # A sum would spread one rank's NaN to no other sample, and every sample has one owner.
-        dist.all_reduce(whole)
-        return whole
+        dist.all_reduce(gathered)
+        return gathered
 
-    def mean(self, mine: Tensor) -> Tensor:
-        """The mean over the ranks, the same on each."""
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean over the ranks, the same on each."""
         if self.size == 1:
-            return mine
-        found = mine.clone()
-        dist.all_reduce(found)
-        return found / self.size
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.size
 
-    def all_gather_objects(self, mine: Sequence[T], group: dist.ProcessGroup | None = None) -> list[T]:
+    def all_gather_objects(self, items: Sequence[T], group: dist.ProcessGroup | None = None) -> list[T]:
         """Gather all ranks' items, which pickle can hold, rank after rank; the same on every rank.
 
         `group`, where given, is another group of all ranks that carries the messages.
         """
         if self.size == 1:
-            return list(mine)
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, list(mine), group)
-        return [item for items in found for item in items]
+            return list(items)
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, list(items), group)
+        return [item for part in gathered for item in part]
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set on any rank."""
+        """Return whether the flag is set on any rank."""
         if self.size == 1:
             return flag
-        asked = torch.tensor(float(flag), device=device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return bool(asked.item())
+        flags = torch.tensor(float(flag), device=device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
 
     def on_first(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """Do `work` on rank 0 alone. Its result, or the UserError it raised, is every rank's; `group` as above."""
@@ -134,9 +132,9 @@ class World:
             except UserError as error:
                 outcome = [error]
         dist.broadcast_object_list(outcome, group=group)
-        if isinstance(outcome[0], UserError):
-            raise outcome[0]
-        result: T = outcome[0]
+        result: T | UserError = outcome[0]
+        if isinstance(result, UserError):
+            raise result
         return result
 
     @contextlib.contextmanager
@@ -180,34 +178,24 @@ class World:
 
         `dtype` is the one forwards compute in. Inputs keep their types: levels and rotary angles are float32.
         """
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
         assert self.mesh is not None
         trained = any(p.requires_grad for name, p in transformer.named_parameters() if ".lora_" not in name)
         whole = {p for name, p in transformer.named_parameters() if ".lora_" in name}
         device = torch.device(self.mesh.device_type)
         for adapter in whole:
             adapter.data = adapter.data.to(device)
-        policy = MixedPrecisionPolicy(
-            param_dtype=dtype if trained else None,  # a frozen base already lies in it
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
+        param_dtype = dtype if trained else None  # a frozen base already lies in it
+        policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        settings: Any = {"mesh": self.mesh, "mp_policy": policy, "ignored_params": whole}
         for module in (*blocks, transformer):
-            fully_shard(
-                module,
-                mesh=self.mesh,
-                mp_policy=policy,
-                reshard_after_forward=self.reshard == "block",
-                ignored_params=whole,
-            )
+            fully_shard(module, reshard_after_forward=self.reshard == "block", **settings)
         root: Any = transformer
         root.set_reshard_after_backward(self.reshard != "round")
         root.set_requires_gradient_sync(False)
 
 
 def _buckets(parameters: Sequence[nn.Parameter], most: int = 2**28) -> Iterator[list[nn.Parameter]]:
-    """The parameters in order, in lists of at most `most` elements (or of one parameter)."""
+    """Yield the parameters in order, in lists of at most `most` elements (or of one parameter)."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
@@ -222,8 +210,6 @@ def _buckets(parameters: Sequence[nn.Parameter], most: int = 2**28) -> Iterator[
 
 def reshard(transformer: nn.Module) -> None:
     """Free the gathered copies of sharded weights."""
-    from torch.distributed.fsdp import FSDPModule
-
     for module in transformer.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -231,15 +217,11 @@ def reshard(transformer: nn.Module) -> None:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor onto every rank, collectively; any other tensor is returned as it is."""
-    from torch.distributed.tensor import DTensor
-
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, in the same memory; any other tensor is returned as it is."""
-    from torch.distributed.tensor import DTensor
-
+    """Return this rank's part of a sharded tensor, in the same memory; any other tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -247,11 +229,8 @@ def check_alone(config: Config) -> None:
     """Raise UserError for a strategy of several processes, where no launcher started this one."""
     strategy = config.parallel.strategy
     if strategy not in ("auto", "single"):
-        raise UserError(
-            "parallel.strategy",
-            f"{strategy} in a process started alone",
-            "start it with torchrun --nproc-per-node N -m opd_fast.train, or give auto",
-        )
+        remedy = "start it with torchrun --nproc-per-node N -m opd_fast.train, or give auto"
+        raise UserError("parallel.strategy", f"{strategy} in a process started alone", remedy)
 
 
 @contextlib.contextmanager
@@ -269,12 +248,9 @@ def open_world(config: Config, planner: Planner | None = None) -> Iterator[World
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                "--nproc-per-node",
-                f"process {local_rank} has no GPU, there are {torch.cuda.device_count()}",
-                "start no more processes than GPUs",
-            )
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            problem = f"process {local_rank} has no GPU, there are {gpus}"
+            raise UserError("--nproc-per-node", problem, "start no more processes than GPUs")
         torch.cuda.set_device(local_rank)
     timeout = datetime.timedelta(minutes=config.parallel.timeout)
     store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
@@ -282,9 +258,8 @@ def open_world(config: Config, planner: Planner | None = None) -> Iterator[World
     attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(_opened)}"
     # Gloo beside NCCL: checkpoints are written from the CPU while the GPUs go on.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=timeout
-    )
+    store = dist.PrefixStore(attempt, store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         chosen = _strategy(config, size, planner or Planner(config, size))
         mesh = _mesh(config, chosen, size, "cuda" if on_gpu else "cpu")
@@ -292,34 +267,29 @@ def open_world(config: Config, planner: Planner | None = None) -> Iterator[World
     except RuntimeError as error:
         if size == 1 or not (isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)):
             raise
-        raise UserError(
-            f"rank {rank}",
-            f"lost another process ({one_line(error)[:120]})",
-            "its own message or the launcher's summary says why; go on with --resume RUN_DIR",
-        ) from error
+        problem = f"lost another process ({one_line(error)[:120]})"
+        remedy = "its own message or the launcher's summary says why; go on with --resume RUN_DIR"
+        raise UserError(f"rank {rank}", problem, remedy) from error
     finally:
         dist.destroy_process_group()
 
 
 def _strategy(config: Config, size: int, planner: Planner) -> Strategy:
-    asked = config.parallel.strategy
-    if asked == "single" and size > 1:
+    wanted = config.parallel.strategy
+    if wanted == "single" and size > 1:
         raise UserError("parallel.strategy", f"single, with {size} processes", "give auto, or start one process")
-    if asked != "auto":
-        return asked
+    if wanted != "auto":
+        return wanted
     return "single" if size == 1 else planner.plan.strategy
 
 
 def _mesh(config: Config, strategy: Strategy, size: int, device: str) -> DeviceMesh | None:
-    from torch.distributed.device_mesh import init_device_mesh
-
     if strategy == "fsdp2":
         return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
     if strategy == "hsdp":
         group = config.parallel.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", size))
         if size % group:
-            raise UserError(
-                "parallel.shard_size", f"{group} does not divide {size} processes", "give a divisor of their number"
-            )
+            problem = f"{group} does not divide {size} processes"
+            raise UserError("parallel.shard_size", problem, "give a divisor of their number")
         return init_device_mesh(device, (size // group, group), mesh_dim_names=("replicate", "shard"))
     return None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_fast.engine.attention import (
-    AUTO,
-    BACKENDS,
-    HEADS_FIRST,
-    PACKAGES,
-    PRODUCTS,
-    attention_fn,
-    available,
-    check_name,
-    products,
-    short_dtype,
-)
+from opd_fast.engine.attention import AUTO, BACKENDS, HEADS_FIRST, PACKAGES, PRODUCTS, attention_fn, available, products
 from opd_fast.errors import UserError, one_line
-from opd_fast.models.techniques import AttentionSite
+from opd_fast.models.techniques import Attend, AttentionSite
 from opd_kernels import tuning
 
 SCORES_BYTES = 32 * 2**20
@@ -40,10 +27,10 @@ _WORK = {"cpu": 2e9, "cuda": 2e12}  # multiplications and additions of one measu
 # Relative error against float32, in the 2-norm, of the result and of each gradient.
 _ERROR = {torch.float32: 2e-5, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 _TF32_ERROR = 4e-3
+_RESULTS = ("result", "gradient of q", "gradient of k", "gradient of v")
 _FULL = "runs out of memory"
 _FORMAT = 2
 _CALM = 0.2  # of its median: how far a backend's quartiles lie apart at most where nothing disturbs the measurement
-_DISTURBED = 3600.0  # seconds for which a disturbed measurement is kept
 
 
 @dataclass(frozen=True)
@@ -67,32 +54,17 @@ class Case:
     """Whether autocast leaves queries and keys in float32 beside values that are not, as some norms do."""
 
     @classmethod
-    def of(
-        cls,
-        sites: Sequence[AttentionSite],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        rows: int,
-        tokens: int,
-        mask: bool = False,
-        needs_grad: bool = False,
-    ) -> Case:
-        """The case of a transformer's first attention. Raises ValueError where the family names none."""
+    def of(cls, sites: Sequence[AttentionSite], *, dtype: torch.dtype, **given: Any) -> Case:
+        """Make the case of a transformer's first attention; `given` are the fields that its sites do not tell.
+
+        Raises ValueError where the family names no attention.
+        """
         if not sites:
             raise ValueError("the transformer has no attention whose backend can be set")
-        return cls(
-            torch.device(device),
-            dtype,
-            rows,
-            sites[0].heads,
-            sites[0].head_dim,
-            tokens,
-            mask,
-            needs_grad,
-            products=all(site.takes_functions for site in sites),
-            mixed=dtype != torch.float32 and any(site.mixed_dtypes for site in sites),
-        )
+        products = all(site.takes_functions for site in sites)
+        mixed = dtype != torch.float32 and any(site.mixed_dtypes for site in sites)
+        given |= {"heads": sites[0].heads, "head_dim": sites[0].head_dim}
+        return cls(dtype=dtype, products=products, mixed=mixed, **given)
 
 
 @dataclass(frozen=True)
@@ -110,7 +82,7 @@ class Choice:
 
 
 def unfit(name: str, case: Case) -> str | None:
-    """None where backend `name` can do what `case` asks; else why not, with what to do about it."""
+    """Return None where backend `name` can do what `case` asks; else why not, with what to do about it."""
     reason = available(name, case.device, case.dtype)
     if reason is not None:
         return reason
@@ -124,19 +96,18 @@ def unfit(name: str, case: Case) -> str | None:
         if not case.products:
             return "is not offered for this model's attention; take native"
         if _scores_bytes(case) > SCORES_BYTES:
-            size = _scores_bytes(case) / 2**20
-            return f"would keep {size:.0f} MiB of scores a layer, more than {SCORES_BYTES / 2**20:.0f}; take native"
+            size, most = _scores_bytes(case) / 2**20, SCORES_BYTES / 2**20
+            return f"would keep {size:.0f} MiB of scores a layer, more than {most:.0f}; take native"
     return None
 
 
 def _candidates(case: Case) -> list[str]:
-    names = [name for name in BACKENDS if unfit(name, case) is None]
     passed_over = set()
     if case.device.type == "cpu":
         passed_over.add("flash")  # what native takes there
     if _scores_bytes(case) > SCORES_BYTES:
         passed_over.add("math")  # never the fastest at that size, and it needs the room
-    return [name for name in names if name not in passed_over]
+    return [name for name in BACKENDS if name not in passed_over and unfit(name, case) is None]
 
 
 def _scores_bytes(case: Case) -> int:
@@ -146,16 +117,12 @@ def _scores_bytes(case: Case) -> int:
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def choose(setting: str, case: Case, *, say: Callable[[str], None] = _say) -> Choice:
-    """The backend for `case`: the one that `setting` names, or for auto the fastest of those that are right.
+def choose(setting: str, case: Case) -> Choice:
+    """Choose the backend for `case`: the one that `setting` names, or for auto the fastest of those that are right.
 
     auto times each candidate on random tensors of the case's shape (fewer rows where they are too many to be quick) and
-    holds results and gradients against float32; what is wrong, or not finite, is dropped and named. A backend that is
-    named is tried once; where it cannot run, auto's choice takes its place. `say` gets one line about it.
+    compares results and gradients with float32; what is wrong, or not finite, is dropped and named. A backend that is
+    named is tried once; where it cannot run, auto's choice takes its place.
 
     What was measured is kept in `cache_file()`: a later run on the same kind of device takes the same. A measurement
     that something disturbed, so that the times of a backend scatter, counts for an hour and is then made again. Two
@@ -163,12 +130,8 @@ def choose(setting: str, case: Case, *, say: Callable[[str], None] = _say) -> Ch
     had.
     Raises UserError for a setting that is none of auto and BACKENDS, and where no backend computes the case.
     """
-    if setting != AUTO:
-        check_name(setting)
     with torch.inference_mode(False), torch.autocast(case.device.type, enabled=False):
-        choice = _fastest(case) if setting == AUTO else _named(setting, case)
-    say(choice.line)
-    return choice
+        return _fastest(case) if setting == AUTO else _named(setting, case)
 
 
 def _named(name: str, case: Case) -> Choice:
@@ -181,25 +144,25 @@ def _named(name: str, case: Case) -> Choice:
 
 
 def _fastest(case: Case) -> Choice:
-    names, key = _candidates(case), _key(case)
-    found = _read(key)
-    measured_now = found is None
-    if found is None:
-        taken, dropped = _measure(names, case)
+    key = _key(case)
+    kept = _read(key)
+    if kept is not None:
+        milliseconds, dropped = kept
+    else:
+        taken, dropped = _measure(_candidates(case), case)
+        milliseconds = {name: statistics.median(times) for name, times in taken.items()}
         if case.device.type == "cuda":
             torch.cuda.empty_cache()  # of the trials' operands
-        found = {name: statistics.median(times) for name, times in taken.items()}, dropped
-        _write(key, *found, until=None if tuning.calm(taken.values(), _CALM) else time.time() + _DISTURBED)
-    milliseconds, dropped = found
+        _write(key, milliseconds, dropped, until=tuning.keep_until(taken.values(), _CALM))
     if not milliseconds:
-        told = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
-        raise UserError("engine.attention", f"no backend computes this attention ({told})", "report it with this line")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
+        problem = f"no backend computes this attention ({reasons})"
+        raise UserError("engine.attention", problem, "report it with this line")
     best = min(milliseconds, key=lambda name: milliseconds[name] / (_MARGIN if name == "native" else 1))
     others = sorted((t, name) for name, t in milliseconds.items() if name != best)
-    told = "; " + ", ".join(f"{name} {t:.3g}" for t, name in others) if others else ""
-    line = f"attention: {best} ({milliseconds[best]:.3g} ms{told}{'' if measured_now else '; measured earlier'})"
-    for name, reason in dropped.items():
-        line += f"; {name} dropped: {reason}"
+    rest = "; " + ", ".join(f"{name} {t:.3g}" for t, name in others) if others else ""
+    line = f"attention: {best} ({milliseconds[best]:.3g} ms{rest}{'; measured earlier' if kept else ''})"
+    line += "".join(f"; {name} dropped: {reason}" for name, reason in dropped.items())
     return Choice(best, line, milliseconds, dropped)
 
 
@@ -208,7 +171,8 @@ class _Trial:
 
     def __init__(self, name: str, case: Case) -> None:
         generator = torch.Generator(case.device).manual_seed(0)
-        self.rows = max(1, min(case.rows, int(_WORK[case.device.type] / _work(case))))
+        work = 4.0 * case.heads * case.head_dim * case.tokens**2
+        self.rows = max(1, min(case.rows, int(_WORK[case.device.type] / work)))
         shape = (self.rows, case.tokens, case.heads, case.head_dim)
         make: dict[str, Any] = {"device": case.device, "dtype": case.dtype, "generator": generator}
         self.operands = [torch.randn(shape, **make) for _ in range(3)]
@@ -224,30 +188,25 @@ class _Trial:
         self.attend = attention_fn(name, self.mask)
 
     def run(self) -> list[Tensor]:
-        """The result (rows, tokens, heads * head_dim), and the three gradients where there are any."""
-        with torch.set_grad_enabled(self.slope is not None):
-            out = self.attend(*self.operands).flatten(2, 3)
-            if self.slope is None:
-                return [out]
-            return [out, *torch.autograd.grad(out, self.operands, self.slope)]
+        """Return the result (rows, tokens, heads * head_dim), and the three gradients where there are any."""
+        return _computed(self.attend, self.operands, self.slope)
 
     def reference(self, heads: int) -> list[Tensor]:
-        """The same of the first row's first heads, in float32 by plain products."""
-        q, k, v = (t.detach()[:1, :, :heads].float().requires_grad_(self.slope is not None) for t in self.operands)
-        with torch.set_grad_enabled(self.slope is not None):
-            out = products(q, k, v, None if self.mask is None else self.mask[:1]).flatten(2, 3)
-            if self.slope is None:
-                return [out]
-            slope = self.slope[:1, :, : out.shape[2]].float()
-            return [out, *torch.autograd.grad(out, (q, k, v), slope)]
+        """Return the same of the first row's first heads, in float32 by plain products."""
+        own = [t.detach()[:1, :, :heads].float().requires_grad_(self.slope is not None) for t in self.operands]
+        mask = None if self.mask is None else self.mask[:1]
+        slope = None if self.slope is None else self.slope[:1, :, : heads * own[0].shape[3]].float()
+        return _computed(lambda q, k, v: products(q, k, v, mask), own, slope)
 
 
-def _work(case: Case) -> float:
-    return 4.0 * case.heads * case.head_dim * case.tokens**2
+def _computed(attend: Attend, operands: list[Tensor], slope: Tensor | None) -> list[Tensor]:
+    with torch.set_grad_enabled(slope is not None):
+        out = attend(*operands).flatten(2, 3)
+        return [out] if slope is None else [out, *torch.autograd.grad(out, operands, slope)]
 
 
 def _try(name: str, case: Case) -> _Trial | str:
-    """A trial of the backend on the case, or a phrase that says how it fails."""
+    """Return a trial of the backend on the case, or a phrase that says how it fails."""
     try:
         trial = _Trial(name, case)
         found = trial.run()
@@ -259,9 +218,7 @@ def _try(name: str, case: Case) -> _Trial | str:
     limit = _ERROR.get(case.dtype, _ERROR[torch.float32])
     if case.dtype == torch.float32 and case.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         limit = _TF32_ERROR
-    for what, got, right in zip(
-        ("result", "gradient of q", "gradient of k", "gradient of v"), found, wanted, strict=False
-    ):
+    for what, got, right in zip(_RESULTS, found, wanted, strict=False):
         got = got[:1].flatten(2) if got.ndim == 4 else got[:1]
         right = right.flatten(2)
         off = ((got[..., : right.shape[-1]].float() - right).norm() / right.norm()).item()
@@ -273,7 +230,7 @@ def _try(name: str, case: Case) -> _Trial | str:
 
 
 def _measure(names: list[str], case: Case) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """The milliseconds of each run of every correct backend, and why the others are dropped."""
+    """Return the milliseconds of each run of every correct backend, and why the others are dropped."""
     milliseconds: dict[str, list[float]] = {}
     dropped: dict[str, str] = {}
     waiting: dict[str, _Trial] = {}
@@ -300,10 +257,9 @@ def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 
     taken: dict[str, list[float]] = {name: [] for name in trials}
     for name in trials:
         trials[name].run()
-    began = time.perf_counter()
-    while trials and (
-        time.perf_counter() - began < seconds * len(trials) or len(next(iter(taken.values()))) < at_least
-    ):
+    end, turns = time.perf_counter() + seconds * len(trials), 0
+    while trials and (turns < at_least or time.perf_counter() < end):
+        turns += 1
         for name, trial in trials.items():
             start = time.perf_counter()
             trial.run()
@@ -315,30 +271,27 @@ def _time_cpu(trials: dict[str, _Trial], seconds: float = 0.15, at_least: int = 
 
 
 def cache_file() -> Path:
-    """`attention.json` in $OPD_FAST_CACHE, else in `opd_fast` of the user's cache directory ($XDG_CACHE_HOME)."""
+    """Return the file in which measurements are kept, beside that of the kernels."""
     return tuning.cache_file().with_name("attention.json")
 
 
 def _key(case: Case) -> str:
-    """The cache's key: everything that a measurement depends on, in words."""
+    """Return the cache's key: everything that a measurement depends on, in words."""
     if case.device.type == "cuda":
         device = f"{torch.cuda.get_device_name(case.device)}, cudnn {torch.backends.cudnn.version()}"
     else:
         device = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     shape = f"{case.rows}x{case.tokens}x{case.heads}x{case.head_dim}"
     asked = ("masked " if case.mask else "") + ("forward and backward" if case.needs_grad else "forward")
-    precision = torch.get_float32_matmul_precision()
-    names = " ".join(_candidates(case))
-    return f"{device}; torch {torch.__version__}; {short_dtype(case.dtype)} {precision} {shape}; {asked}; {names}"
+    dtype = f"{str(case.dtype).removeprefix('torch.')} {torch.get_float32_matmul_precision()}"
+    return f"{device}; torch {torch.__version__}; {dtype} {shape}; {asked}; {' '.join(_candidates(case))}"
 
 
 def _entries() -> dict[str, Any]:
-    """The file's measurements; empty where the file is missing or damaged."""
-    try:
-        content = json.loads(cache_file().read_text(encoding="utf-8"))
-        return dict(content["measured"]) if content["format"] == _FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    """Return the file's measurements; none where the file is missing, damaged or of another format."""
+    content = tuning.read_json(cache_file())
+    measured = content.get("measured") if content.get("format") == _FORMAT else None
+    return measured if isinstance(measured, dict) else {}
 
 
 def _read(key: str) -> tuple[dict[str, float], dict[str, str]] | None:
@@ -346,17 +299,15 @@ def _read(key: str) -> tuple[dict[str, float], dict[str, str]] | None:
     try:
         milliseconds = {str(name): float(t) for name, t in entry["milliseconds"].items()}
         dropped = {str(name): str(reason) for name, reason in entry["dropped"].items()}
-        if entry["until"] is not None and not time.time() < float(entry["until"]) <= time.time() + _DISTURBED:
-            return None
+        sound = milliseconds.keys() <= set(BACKENDS) and all(0 < t < float("inf") for t in milliseconds.values())
+        return (milliseconds, dropped) if milliseconds and sound and tuning.still_counts(entry["until"]) else None
     except (TypeError, KeyError, ValueError, AttributeError):
         return None
-    sound = milliseconds.keys() <= set(BACKENDS) and all(0 < t < float("inf") for t in milliseconds.values())
-    return (milliseconds, dropped) if sound and milliseconds else None
 
 
 def _write(key: str, milliseconds: dict[str, float], dropped: dict[str, str], *, until: float | None) -> None:
-    """Add a measurement that counts until then (seconds since the epoch; None: for good); a folder that cannot be
-    written costs the next run its milliseconds, nothing else."""
+    """Add a measurement that counts until then (see `tuning.keep_until`). A folder that cannot be written costs the
+    next run its milliseconds, nothing else."""
     if not milliseconds or _FULL in dropped.values():  # another time there may be room
         return
     entries = _entries() | {key: {"milliseconds": milliseconds, "dropped": dropped, "until": until}}

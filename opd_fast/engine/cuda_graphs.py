@@ -1,21 +1,21 @@
 """CUDA graphs: work captured once and replayed, one launch in place of thousands.
 
-A replay runs the captured kernels on the captured addresses, and no Python. Hence the contract of everything here:
+A replay runs the captured kernels on the captured addresses, and no Python. Everything here follows from that:
 
-* What changes between replays is declared: a value whose tensors are copied into buffers that stay (`Static`), or a
-  tensor that others change in place (weights, gradient buffers). Anything else keeps the value it had at the capture.
-* A declared value of another shape, dtype, device or structure is refused with a ValueError that names it. Nothing is
-  captured again behind the caller's back.
+* The caller declares what changes between replays: a value whose tensors are copied into buffers that stay (`Static`),
+  or a tensor that others change in place (weights, gradient buffers). Anything else keeps its value of the capture.
+* A declared value of another shape, dtype, device or structure raises a ValueError that names it. Nothing is captured
+  a second time without the caller's knowledge.
 * Results lie in the graph's own memory, and the next replay of the same graph overwrites them: clone what must live
-  longer. Other graphs leave them alone, as all of them share one memory pool and are never replayed side by side.
-* Work that cannot be captured is said to be so, once, and runs as it is; so does everything without CUDA.
+  longer. Other graphs do not overwrite them, because all graphs share one memory pool and no two are replayed at once.
+* Work that cannot be captured is reported once and runs as it is. So does all work without CUDA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,18 +29,6 @@ WARM_UPS = 3
 """Runs before a capture, in which libraries choose their kernels and blocks are compiled."""
 
 
-class Backend(Protocol):
-    """What records work."""
-
-    def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Warm `work` up and record it; how to replay it, and the result that replays overwrite.
-
-        Raises RuntimeError where it cannot be recorded, and then leaves the process as it was. What `work` changes in
-        place may have any value afterwards.
-        """
-        ...
-
-
 class CudaBackend:
     """CUDA graphs in one memory pool. Our kernels measure their launches while the work warms up."""
 
@@ -49,6 +37,11 @@ class CudaBackend:
         self.recorder = Recorder(device)
 
     def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Warm `work` up and record it; returns what replays it, and the result that replays overwrite.
+
+        Raises RuntimeError where it cannot be recorded, and then leaves the process as it was. What `work` changes in
+        place may have any value afterwards.
+        """
         with measuring() as chosen:
             self.recorder.warm_up(work)
         self.recorder.warm_up(work, WARM_UPS - 1)
@@ -61,8 +54,8 @@ class CudaBackend:
 class Graphs:
     """The graphs of a run."""
 
-    def __init__(self, backend: Backend | None, say: Callable[[str], None] = lambda text: None) -> None:
-        """`backend` None leaves all work as it is; `say` hears what was captured and what could not be."""
+    def __init__(self, backend: CudaBackend | None, say: Callable[[str], None] = lambda text: None) -> None:
+        """`backend` None leaves all work as it is; `say` is called with what was captured and what could not be."""
         self.backend, self.say = backend, say
         self.captured, self.replays = 0, 0
         self.refused: list[str] = []
@@ -75,16 +68,16 @@ class Graphs:
         return self.backend is not None
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What was made for `key`: graphs and buffers that belong to one shape of work."""
+        """Return the graphs and buffers of one shape of work, which `key` stands for; makes them at its first use."""
         if key not in self._kept:
             self._kept[key] = make()
-        found: T = self._kept[key]
-        return found
+        kept: T = self._kept[key]
+        return kept
 
     def capture(self, name: str, work: Callable[[], T], changes: Sequence[Tensor] = ()) -> Callable[[], T]:
-        """`work` as a function that replays it, or itself where it cannot be captured.
+        """Return a function that replays `work`, or `work` itself where it cannot be captured.
 
-        `changes` are the tensors it changes in place: capturing leaves them as they were. Raises
+        `changes` are the tensors that it changes in place; capturing leaves them as they were. Raises
         torch.OutOfMemoryError where the work does not fit into the device's memory.
         """
         if self.backend is None:
@@ -113,7 +106,7 @@ class Graphs:
         return run
 
     def call(self, key: Hashable, name: str, function: Callable[..., T], *inputs: Any) -> T:
-        """function(*inputs), captured at the first call of `key` and replayed at later ones.
+        """Return function(*inputs), captured at the first call with `key` and replayed at later ones.
 
         Raises ValueError for inputs that differ from the first call's in more than their tensors' values.
         """
@@ -121,11 +114,11 @@ class Graphs:
             return function(*inputs)
 
         def make() -> tuple[Static[tuple[Any, ...]], Callable[[], T]]:
-            held = Static(name, inputs)
-            return held, self.capture(name, lambda: function(*held.value))
+            static = Static(name, inputs)
+            return static, self.capture(name, lambda: function(*static.value))
 
-        held, run = self.keep(key, make)
-        held.load(inputs)
+        static, run = self.keep(key, make)
+        static.load(inputs)
         return run()
 
 
@@ -139,21 +132,21 @@ class Static(Generic[T]):
 
     def load(self, value: T) -> None:
         """Copy the tensors of `value` here. Raises ValueError for one of another form, before anything is copied."""
-        found, mine = list(_leaves(value)), list(_leaves(self.value))
-        for (path, new), (own, old) in zip(found, mine, strict=False):
-            if path != own or _form(new) != _form(old):
-                raise ValueError(self._refusal(path, _form(new), own, _form(old)))
-        if len(found) != len(mine):
-            raise ValueError(self._refusal("it", f"{len(found)} parts", "it", f"{len(mine)} parts"))
-        for (path, new), (_, old) in zip(found, mine, strict=True):
+        leaves, own = list(_leaves(value)), list(_leaves(self.value))
+        for (path, new), (own_path, old) in zip(leaves, own, strict=False):
+            if path != own_path or _form(new) != _form(old):
+                raise ValueError(self._refusal(path, _form(new), own_path, _form(old)))
+        if len(leaves) != len(own):
+            raise ValueError(self._refusal("it", f"{len(leaves)} parts", "it", f"{len(own)} parts"))
+        for (path, new), (_, old) in zip(leaves, own, strict=True):
             if isinstance(new, Tensor) and new is not old:
                 source, version = self._loaded.get(path, (None, 0))
-                if source is not new or version != new._version:  # text, say, is the same at every step
+                if source is not new or version != new._version:  # text, for example, is the same at every step
                     old.copy_(new)
                     self._loaded[path] = (new, new._version)
 
-    def _refusal(self, path: str, new: str, own: str, old: str) -> str:
-        here = path if path == own else f"{path} (for {own})"
+    def _refusal(self, path: str, new: str, own_path: str, old: str) -> str:
+        here = path if path == own_path else f"{path} (for {own_path})"
         return (
             f"{self.name} was captured with {here} {old}, and is given {new}; a graph takes one form of input: "
             f"keep batches alike, or set engine.graphs off"
@@ -161,7 +154,7 @@ class Static(Generic[T]):
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The parts of a nested value that are no containers, with their names."""
+    """Yield the parts of a nested value that are not containers, with their names."""
     if is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from _leaves(getattr(value, field.name), f"{path}.{field.name}" if path else field.name)
@@ -184,7 +177,7 @@ def _cloned(value: Any) -> Any:
 
 
 def _form(value: Any) -> str:
-    """What must not change, in words."""
+    """Say what must not change between replays."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
     return repr(value)

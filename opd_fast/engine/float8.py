@@ -9,8 +9,8 @@ Where a gradient flows, dx = dy W is a product of the same kind, of dy quantised
 row (one scale for each input column), or, without that second copy, one in dy's type: (t dy) qw.
 
 Bytes a weight: 1, or 2 with the transposed copy; bfloat16 takes 2. Each operand is rounded to 4 significant bits, which
-costs 2.7 % of it (root mean square, evenly spread logarithms), so that a product is off by about 3.8 %: `layer_errors`
-measures it layer by layer, and `check_losses` what it does to the loss (PERFORMANCE.md allows 1 %).
+costs 2.7 % of it (root mean square, evenly spread logarithms), so that a product is off by about 3.8 %.
+`benchmarks.fp8_error` measures it layer by layer, and `check_losses` what it does to a run's losses.
 
 On devices without such units the same numbers come from an emulation in float32. It is what the tests hold the GPU to,
 and is slower than no quantisation.
@@ -18,11 +18,12 @@ and is slower than no quantisation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from opd_fast.errors import UserError, one_line, short
 from opd_kernels import FLOAT8, Quantized, quantize_rows
@@ -33,27 +34,29 @@ MULTIPLE = 16
 FIRST_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with fp8 matrix units (Ada; Hopper is 9.0)."""
 STEP_LOSS_LIMIT = 0.01
-OUTLIER = 0.1
-"""Relative output error from which a layer had better stay as it is: rounding alone gives 0.038 whatever the sizes, so
-that 0.1 is seven times its power. Then the operands spread over more than the format's 18 binades, or the output is a
-small difference of large sums."""
 
 
 # --- weights and products ---------------------------------------------------------------------------------------------
 
 
-def supported(device: torch.device | str) -> str | None:
-    """None where `device` multiplies float8 matrices with row-wise scales; otherwise why not and what to do."""
-    device = torch.device(device)
-    remedy = "give engine.precision auto"
+def _no_units(device: torch.device) -> str | None:
+    """Return None where `device` has fp8 matrix units for this format; otherwise why not."""
     if device.type != "cuda":
-        return f"a {device.type.upper()} has no fp8 matrix units; {remedy}"
+        return f"a {device.type.upper()} has no fp8 matrix units"
     if torch.version.hip is not None:
-        return f"this build of torch is for AMD GPUs, whose float8 is another format; {remedy}"
+        return "this build of torch is for AMD GPUs, whose float8 is another format"
     capability = torch.cuda.get_device_capability(device)
     if capability < FIRST_CAPABILITY:
         name, found = torch.cuda.get_device_name(device), "{}.{}".format(*capability)
-        return f"{name} has compute capability {found} and fp8 matrix units begin with 8.9 (Ada, Hopper); {remedy}"
+        return f"{name} has compute capability {found} and fp8 matrix units begin with 8.9 (Ada, Hopper)"
+    return None
+
+
+def supported(device: torch.device | str) -> str | None:
+    """Return None where `device` multiplies float8 matrices with row-wise scales; otherwise why not and what to do."""
+    device, remedy = torch.device(device), "give engine.precision auto"
+    if (missing := _no_units(device)) is not None:
+        return f"{missing}; {remedy}"
     if not hasattr(torch, "_scaled_mm"):
         return f"torch {torch.__version__} has no float8 product; use 2.11 or later, or {remedy}"
     weight = torch.zeros(MULTIPLE, MULTIPLE, device=device, dtype=FLOAT8)
@@ -78,19 +81,15 @@ class Float8Weight(NamedTuple):
     column_scale: Tensor | None = None
     """(in,) float32."""
 
-    def dequantized(self) -> Tensor:
-        """(out, in) float32: what the layer multiplies with."""
-        return self.q.float() * self.scale.unsqueeze(1)
-
 
 def fits(weight: Tensor) -> bool:
-    """Whether a matrix has sides that the matrix units and the quantisation of their rows take."""
+    """Return whether a matrix has sides that the matrix units and the quantisation of their rows take."""
     return weight.dim() == 2 and all(side % MULTIPLE == 0 and 0 < side <= LONGEST_ROW for side in weight.shape)
 
 
 @torch.no_grad()
 def quantize_weight(weight: Tensor, *, transposed: bool = False) -> Float8Weight:
-    """weight (out, in) float32, bfloat16 or float16 in float8; `transposed` adds the copy for the data gradient."""
+    """Quantise weight (out, in) float32, bfloat16 or float16; `transposed` adds the copy for the data gradient."""
     return Float8Weight(*quantize_rows(weight), *(quantize_rows(weight.T.contiguous()) if transposed else ()))
 
 
@@ -106,15 +105,11 @@ def requantize(weight: Tensor, into: Float8Weight) -> Float8Weight:
 
 @torch.compiler.assume_constant_result
 def _has_units(device: torch.device) -> bool:
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
-    )
+    return _no_units(device) is None
 
 
 def _on_units(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fast: bool) -> Tensor:
-    """`_product` by torch's own kernels. Row-wise scales give bfloat16 and take a bias of that type alone."""
+    """Compute `_product` by torch's own kernels. With row-wise scales they give and add bfloat16 alone."""
     outside = bias if dtype != torch.bfloat16 else None
     y = torch._scaled_mm(
         x.q,
@@ -129,7 +124,7 @@ def _on_units(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype
 
 
 def _product(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fast: bool) -> Tensor:
-    """x (rows, K) times the transpose of q (columns, K) with scale (columns,), plus bias (columns,): (rows, columns).
+    """Return x (rows, K) times the transpose of q (columns, K) with scale (columns,), plus bias (columns,).
 
     `fast` lets Hopper's units add up in their own registers, about 14 bits wide, instead of going over to float32 every
     128 terms: right for a forward, whose rounding to 4 bits is coarser by far, and not taken for gradients.
@@ -143,13 +138,13 @@ def _product(x: Quantized, q: Tensor, scale: Tensor, bias: Tensor | None, dtype:
 
 
 def float8_linear(x: Tensor, weight: Float8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x (..., in) W^T + bias (out,) as (..., out) in `dtype`, without autograd."""
+    """Return x (..., in) W^T + bias (out,) as (..., out) in `dtype`, without autograd."""
     y = _product(quantize_rows(x.flatten(0, -2)), weight.q, weight.scale, bias, dtype, fast=True)
     return y.unflatten(0, x.shape[:-1])
 
 
 def data_gradient(dy: Tensor, weight: Float8Weight) -> Tensor:
-    """dx (..., in) = dy (..., out) W in dy's type."""
+    """Return dx (..., in) = dy (..., out) W in dy's type."""
     slopes = dy.flatten(0, -2)
     if weight.columns is not None and weight.column_scale is not None:
         dx = _product(quantize_rows(slopes), weight.columns, weight.column_scale, None, dy.dtype, fast=False)
@@ -167,19 +162,10 @@ class _Linear(torch.autograd.Function):
     """Gradient of the activations alone; nothing of x is kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        q: Tensor,
-        scale: Tensor,
-        columns: Tensor | None,
-        column_scale: Tensor | None,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        ctx.save_for_backward(q, scale, columns, column_scale)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, dtype: torch.dtype, *weight: Any) -> Tensor:
+        ctx.save_for_backward(*weight)
         ctx.dtype = x.dtype
-        return float8_linear(x, Float8Weight(q, scale), bias, dtype)
+        return float8_linear(x, Float8Weight(*weight), bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -222,7 +208,7 @@ class Float8Linear(nn.Module):
         return Float8Weight(self.q, self.scale, self.columns, self.column_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Linear.apply(x, self.q, self.scale, self.columns, self.column_scale, self.bias, self.like.dtype)
+        y: Tensor = _Linear.apply(x, self.bias, self.like.dtype, *self.quantized)
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
@@ -238,32 +224,25 @@ class Float8Linear(nn.Module):
 
 
 def frozen_layers(layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Those of a family's `DiffusionModel.token_layers` that can be kept in float8.
+    """Return those of a family's `DiffusionModel.token_layers` that can be kept in float8.
 
     Left out are trainable and sharded ones, and those with a side that is not a multiple of 16.
     """
-    return {name: layer for name, layer in layers.items() if _frozen(layer) and fits(layer.weight)}
+
+    def frozen(layer: nn.Linear) -> bool:
+        return not any(p.requires_grad or isinstance(p, DTensor) for p in layer.parameters())
+
+    return {name: layer for name, layer in layers.items() if frozen(layer) and fits(layer.weight)}
 
 
-def _frozen(layer: nn.Linear) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return not any(p.requires_grad or isinstance(p, DTensor) for p in layer.parameters())
-
-
-def quantize_frozen(
-    transformer: nn.Module, layers: Mapping[str, nn.Linear], *, skip: Collection[str] = (), transposed: bool = False
-) -> int:
+def quantize_frozen(transformer: nn.Module, layers: Mapping[str, nn.Linear], *, transposed: bool = False) -> int:
     """Replace the `frozen_layers` among `layers` of the transformer by `Float8Linear`; returns how many there were.
 
     Call it once the weights are final and on their device, before blocks are compiled and before hooks (offloading,
-    sharding) hold the parameters. `skip` names layers to leave; `transposed` keeps both copies (see `Float8Linear`),
-    for a transformer that gradients flow through. Raises ValueError for a name in `skip` that names no layer.
+    sharding) hold the parameters. `transposed` keeps both copies (see `Float8Linear`), for a transformer that gradients
+    flow through.
     """
-    unknown = set(skip) - {name for name, _ in transformer.named_modules()}
-    if unknown:
-        raise ValueError(f"skip names layers that are not there: {', '.join(sorted(unknown))}; see frozen_layers()")
-    chosen = {name: layer for name, layer in frozen_layers(layers).items() if name not in skip}
+    chosen = frozen_layers(layers)
     for name, layer in chosen.items():
         transformer.set_submodule(name, Float8Linear(layer, transposed=transposed))
     return len(chosen)
@@ -272,65 +251,18 @@ def quantize_frozen(
 # --- what it costs in accuracy ----------------------------------------------------------------------------------------
 
 
-def layer_errors(layers: Mapping[str, nn.Linear], run: Callable[[], object]) -> dict[str, float]:
-    """||y8 - y|| / ||y|| of the `frozen_layers` of `layers`, each over the activations that `run()` sends through it.
-
-    `run` calls the unquantised transformer, uncompiled, as often as it likes; every layer sees exact inputs. 0 for a
-    layer that is never called. Waits for the device at the end.
-    """
-    layers = frozen_layers(layers)
-    sums = {name: torch.zeros(2, device=layer.weight.device) for name, layer in layers.items()}
-
-    def watch(name: str, layer: nn.Linear) -> Any:
-        weight = quantize_weight(layer.weight)
-
-        @torch.no_grad()
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> None:
-            found = float8_linear(arguments[0], weight, layer.bias, y.dtype).float()
-            truth = y.float()
-            sums[name] += torch.stack([(found - truth).square().sum(), truth.square().sum()])
-
-        return layer.register_forward_hook(hook)
-
-    hooks = [watch(name, layer) for name, layer in layers.items()]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: float((s[0] / s[1].clamp_min(1e-30)).sqrt()) for name, s in sums.items()}
-
-
-def outliers(errors: dict[str, float], threshold: float = OUTLIER) -> tuple[list[str], str]:
-    """The layers whose error is above `threshold`, for `quantize_frozen` to skip, and a line for the log."""
-    worst = sorted(errors, key=lambda name: -errors[name])
-    above = [name for name in worst if not errors[name] <= threshold]  # a NaN as well
-    if not errors:
-        return above, "fp8: no layer to quantise"
-    line = f"fp8: layers off by {sum(errors.values()) / len(errors):.1%} on average, {errors[worst[0]]:.1%} at most"
-    if above:
-        named = ", ".join(f"{name} {errors[name]:.0%}" for name in above)
-        line += f"; {len(above)} of {len(errors)} stay as they are, being off by more than {threshold:.0%}: {named}"
-    return above, line
-
-
-Losses = Tensor | Callable[[], Tensor]
-
-
-def check_losses(exact: Losses, quantized: Losses, *, limit: float = STEP_LOSS_LIMIT) -> str:
-    """How far quantisation moves the step losses: a line for the log.
+def check_losses(exact: Tensor, quantized: Tensor, *, limit: float = STEP_LOSS_LIMIT) -> str:
+    """Return a line for the log that says how far quantisation moves the step losses.
 
     Args:
-        exact, quantized: losses (steps,) or (steps, B), those of the samples being summed, on the same states and
-            noise; or functions that return them.
-        limit: largest relative change of any step's loss (PERFORMANCE.md).
+        exact, quantized: losses (steps,) or (steps, B) on the same states and noise; those of the samples are summed.
+        limit: largest relative change of any step's loss.
 
     Raises UserError for `engine.precision` where a step's loss moves by more, or is not finite.
     """
-    before, after = (losses() if callable(losses) else losses for losses in (exact, quantized))
-    if before.shape != after.shape or before.dim() not in (1, 2) or before.shape[0] == 0:
-        raise ValueError(f"losses must be (steps,) or (steps, B) alike, got {before.shape} and {after.shape}")
-    before, after = (losses.detach().double().reshape(len(losses), -1).sum(1).cpu() for losses in (before, after))
+    if exact.shape != quantized.shape or exact.dim() not in (1, 2) or exact.shape[0] == 0:
+        raise ValueError(f"losses must be (steps,) or (steps, B) alike, got {exact.shape} and {quantized.shape}")
+    before, after = (losses.detach().double().reshape(len(losses), -1).sum(1).cpu() for losses in (exact, quantized))
     moved = torch.where(before == after, 0.0, (after - before) / before.abs())
     remedy = "give auto, or leave the layers out that are off most"
     if not bool(torch.isfinite(before).all() and torch.isfinite(after).all()):

@@ -38,15 +38,13 @@ _RANKS = 8  # stacked ranks are a multiple of it: half-precision products on a G
 class GroupedAdapters:
     """The frozen adapters `adapters` of an injected transformer, stacked once; None among them is the bare base.
 
-    Make it when every adapter, the student's too, is in place. `dtype`: of the stacked factors and of what the layers
-    take in; None is each base weight's own. The scale is multiplied into B in float32, and both are rounded once.
+    Make it when every adapter, the student's too, is in place. The stacked factors have each base weight's dtype, in
+    which the layers compute. The scale is multiplied into B in float32, and both are rounded once.
 
     Raises UserError for an adapter that the transformer does not have or that is trained.
     """
 
-    def __init__(
-        self, transformer: nn.Module, adapters: Sequence[str | None], *, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, transformer: nn.Module, adapters: Sequence[str | None]) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.transformer, self.adapters = transformer, tuple(adapters)
@@ -56,14 +54,8 @@ class GroupedAdapters:
             if name is not None and not any(name in layer.lora_A for layer in tuned):
                 known = ", ".join(self._injected) or "none"
                 raise UserError("teachers", f"no adapter {name} on the transformer", f"there are: {known}")
-        self._layers = [_Layer.of(layer, self.adapters, dtype) for layer in tuned]
+        self._layers = [_Layer.of(layer, self.adapters) for layer in tuned]
         self._plans: dict[tuple[tuple[int | None, int, int], ...], list[tuple[nn.Module, _Forward]]] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stacked factors, those of the groupings in use so far included."""
-        held = {t.untyped_storage() for layer in self._layers for t in layer.tensors()}
-        return sum(storage.nbytes() for storage in held)
 
     @contextlib.contextmanager
     def active(self, spans: Sequence[Span]) -> Iterator[nn.Module]:
@@ -100,42 +92,38 @@ class _Layer:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, module: Any, adapters: tuple[str | None, ...], dtype: torch.dtype | None) -> _Layer:
-        names = [name if name is not None and name in module.lora_A else None for name in adapters]
-        halves = [None if n is None else (module.lora_A[n].weight, module.lora_B[n].weight) for n in names]
-        ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in halves)
-        if not any(ranks):
+    def of(cls, module: Any, adapters: tuple[str | None, ...]) -> _Layer:
+        loras = {
+            t: (module.lora_A[name].weight, module.lora_B[name].weight)
+            for t, name in enumerate(adapters)
+            if name in module.lora_A
+        }
+        ranks = tuple(len(loras[t][0]) if t in loras else 0 for t in range(len(adapters)))
+        if not loras:
             return cls(module, ranks, None, {})
         base = module.get_base_layer().weight
         rank = math.ceil(max(ranks) / _RANKS) * _RANKS
-        shape, kind = (len(adapters), rank), {"device": base.device, "dtype": dtype or base.dtype}
-        a = torch.zeros(*shape, module.in_features, **kind)
-        b = torch.zeros(len(adapters), module.out_features, rank, **kind)
-        for t, (name, pair) in enumerate(zip(names, halves, strict=True)):
-            if name is None or pair is None:
-                continue
-            if any(half.requires_grad for half in pair):
-                raise UserError("teachers", f"adapter {name} is trained", "only frozen adapters can be grouped")
-            a[t, : ranks[t]] = pair[0]
-            b[t, :, : ranks[t]] = pair[1].float() * module.scaling[name]
+        a = base.new_zeros(len(adapters), rank, module.in_features)
+        b = base.new_zeros(len(adapters), module.out_features, rank)
+        for t, (down, up) in loras.items():
+            if down.requires_grad or up.requires_grad:
+                raise UserError("teachers", f"adapter {adapters[t]} is trained", "only frozen adapters can be grouped")
+            a[t, : ranks[t]] = down
+            b[t, :, : ranks[t]] = up.float() * module.scaling[adapters[t]]
         return cls(module, ranks, (a, b), {})
 
-    def tensors(self) -> Iterator[Tensor]:
-        for pair in (self.factors, *self.gathered.values()):
-            yield from pair or ()
-
     def forward(self, groups: tuple[tuple[int | None, int, int], ...]) -> _Forward:
-        """The layer's forward for a batch of `groups`, which are in order and leave no row out."""
+        """Return the layer's forward for a batch of `groups`, which are in order and leave no row out."""
         base, rows = self.module.get_base_layer(), groups[-1][2]
-        mine = [(t, start, stop) for t, start, stop in groups if t is not None and self.ranks[t]]
-        if self.factors is None or not mine:
-            return _plain(base)
+        adapted = [(t, start, stop) for t, start, stop in groups if t is not None and self.ranks[t]]
+        if self.factors is None or not adapted:
+            return lambda x, *args, **kwargs: base(x)
         unit = math.gcd(*(stop for _, _, stop in groups))
         if rows // unit <= 2 * len(groups):
             order = tuple(t for t, start, stop in groups for _ in range((stop - start) // unit))
             return _batched(base, *self._in_order(order), rows)
         a, b = self.factors
-        return _sliced(base, [(start, stop, a[t], b[t]) for t, start, stop in mine], a.dtype, rows)
+        return _sliced(base, [(start, stop, a[t], b[t]) for t, start, stop in adapted], a.dtype, rows)
 
     def _in_order(self, order: tuple[int | None, ...]) -> tuple[Tensor, Tensor]:
         assert self.factors is not None
@@ -150,16 +138,8 @@ class _Layer:
         return self.gathered[order]
 
 
-def _plain(base: nn.Module) -> _Forward:
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = base(x)
-        return y
-
-    return forward
-
-
 def _batched(base: nn.Module, a: Tensor, b: Tensor, rows: int) -> _Forward:
-    """Equal parts: a (G, R, in) and b (G, out, R) of each."""
+    """Return a forward for equal parts; a (G, R, in) and b (G, out, R) are those of each."""
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         _check_rows(x, rows)
@@ -171,7 +151,7 @@ def _batched(base: nn.Module, a: Tensor, b: Tensor, rows: int) -> _Forward:
 
 
 def _sliced(base: nn.Module, slices: list[tuple[int, int, Tensor, Tensor]], dtype: torch.dtype, rows: int) -> _Forward:
-    """Parts of any size: (first row, last row + 1, a (R, in), b (out, R)) of each that has an adapter."""
+    """Return a forward for parts of any size; `slices` has (first row, last row + 1, a (R, in), b (out, R)) of each."""
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         _check_rows(x, rows)
@@ -192,7 +172,7 @@ def _check_rows(x: Tensor, rows: int) -> None:
 
 
 def _groups(spans: Sequence[Span], adapters: int) -> tuple[tuple[int | None, int, int], ...]:
-    """(adapter, start, stop) in the order of rows, gaps as the bare base's, neighbours of one adapter joined."""
+    """Return (adapter, start, stop) in the order of rows; gaps are the base's, neighbours of one adapter are joined."""
     groups: list[tuple[int | None, int, int]] = []
     end = 0
     for index, rows in sorted((span for span in spans if span[1].start != span[1].stop), key=lambda s: s[1].start):
@@ -227,34 +207,22 @@ class Call:
 
 
 def joined(parts: Sequence[tuple[int, slice, Conditioning]]) -> tuple[Call, ...]:
-    """The forwards that `teachers.TeacherConditioning.parts` need: one, or one for each value of an embedded guidance.
+    """Return the forwards for `TeacherConditioning.parts`: one, or one for each value of an embedded guidance.
 
     The guidance of such families is one number of a call. Parts without rows are left out.
     """
     calls = []
     filled = [part for part in parts if part[1].start < part[1].stop]
     for embedded in dict.fromkeys(condition.embedded for _, _, condition in filled):
-        mine = [part for part in filled if part[2].embedded == embedded]
+        together = [part for part in filled if part[2].embedded == embedded]
         spans, end = [], 0
-        for index, _, condition in mine:
+        for index, _, condition in together:
             spans.append((index, slice(end, end + len(condition.text))))
             end += len(condition.text)
-        text = TextEmbeds.cat([condition.text for _, _, condition in mine])
-        rows = tuple((rows, condition.guidance) for _, rows, condition in mine)
+        text = TextEmbeds.cat([condition.text for _, _, condition in together])
+        rows = tuple((rows, condition.guidance) for _, rows, condition in together)
         calls.append(Call(rows, tuple(spans), Conditioning(text, embedded=embedded)))
     return tuple(calls)
-
-
-def describe(calls: Sequence[Call]) -> str:
-    """A line for the user about how the teachers are asked."""
-    teachers = sum(len(call.parts) for call in calls)
-    if len(calls) == 1:
-        return f"teachers: {teachers} in one forward on the shared base"
-    values = ", ".join(f"{call.condition.embedded:g}" for call in calls)
-    return (
-        f"teachers: {teachers} in {len(calls)} forwards on the shared base, as the guidance that they embed differs "
-        f"({values})"
-    )
 
 
 @torch.no_grad()
@@ -266,11 +234,11 @@ def grouped_velocities(
     calls: Sequence[Call],
     tables: Sequence[ModulationCache] = (),
 ) -> Velocities:
-    """Each sample's velocity by its own teacher, both branches, as of `TeacherBank.velocities`; calls by `joined`.
+    """Predict each sample's velocity by its own teacher, both branches, as `TeacherBank.velocities` does.
 
-    x (B, C, H, W) float32, sigma 0-dim float32; `grouped.adapters` are in the order of the teachers. Rows of unguided
-    teachers are left unset in `uncond`, which is None where none is guided. `tables`: of each call, filled with its
-    condition while its spans were active and set to the step; or none at all.
+    x (B, C, H, W) float32, sigma 0-dim float32; calls are those of `joined`, and `grouped.adapters` are in the order of
+    the teachers. Rows of unguided teachers are left unset in `uncond`, which is None where none is guided. `tables` has
+    one for each call, filled with its condition while its spans were active and set to the step; or none at all.
     """
     found: list[tuple[slice, Velocities]] = []
     for i, call in enumerate(calls):
@@ -279,13 +247,9 @@ def grouped_velocities(
         table = tables[i].active() if tables else contextlib.nullcontext()
         with grouped.active(call.spans) as transformer, autocast, table:
             v = model.velocity(transformer, state, sigma, call.condition.text, call.condition.embedded)
-        start = 0
-        for rows, guidance in call.parts:
-            own = rows.stop - rows.start
-            cond, start = v[start : start + own], start + own
+        for (rows, guidance), (_, span) in zip(call.parts, call.spans, strict=True):
             if guidance is None:
-                found.append((rows, Velocities(cond, None)))
-                continue
-            found.append((rows, combined(model, guidance, cond, v[start : start + own])))
-            start += own
+                found.append((rows, Velocities(v[span], None)))
+            else:
+                found.append((rows, combined(model, guidance, *v[span].chunk(2))))
     return in_rows(sorted(found, key=lambda part: part[0].start))

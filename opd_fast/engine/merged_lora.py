@@ -21,14 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opd_fast.engine.float8 import (
-    Float8Weight,
-    data_gradient,
-    fits,
-    float8_linear,
-    quantize_weight,
-    requantize,
-)
+from opd_fast.engine.float8 import Float8Weight, data_gradient, fits, float8_linear, quantize_weight, requantize
 from opd_fast.engine.patching import patched_forward
 
 
@@ -52,21 +45,17 @@ class _MergedLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight[0] if len(weight) == 1 else data_gradient(dy, Float8Weight(*weight))
-        return dx, None, *_factor_gradients(x, dy, a, b, ctx.scale), None, *[None for _ in weight]
-
-
-def _factor_gradients(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """dA = s (dy B)^T x and dB = s dy^T (x A^T) in the factors' types; x (..., in), dy (..., out)."""
-    rows, slopes = x.flatten(0, -2), dy.flatten(0, -2)
-    da = ((slopes @ b.to(dy.dtype)).T @ rows).to(a.dtype).mul_(scale)
-    db = (slopes.T @ (rows @ a.to(x.dtype).T)).to(b.dtype).mul_(scale)
-    return da, db
+        # The factors' gradients in their types, by products of the rank's width.
+        rows, slopes = x.flatten(0, -2), dy.flatten(0, -2)
+        da = ((slopes @ b.to(dy.dtype)).T @ rows).to(a.dtype).mul_(ctx.scale)
+        db = (slopes.T @ (rows @ a.to(x.dtype).T)).to(b.dtype).mul_(ctx.scale)
+        return dx, None, da, db, None, *[None for _ in weight]
 
 
 def merged_linear(
     x: Tensor, weight: Tensor | Float8Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> Tensor:
-    """x W'^T + bias with the gradients of the factors, in x's dtype.
+    """Return x W'^T + bias in x's dtype, with gradients that reach x and the factors.
 
     x (..., in), weight = W' = W + scale*B*A (out, in), a (r, in) and b (out, r) float32; the rank's products run in x's
     dtype. With a `Float8Weight`, dx comes from its transposed copy where it has one.
@@ -79,8 +68,8 @@ def merged_linear(
 class MergedLayers:
     """The LoRA layers of `adapter` on an injected transformer.
 
-    Inside `active()` each of them computes with W' wherever `adapter` is the one switched on, and as PEFT has it
-    otherwise, so that teachers' adapters may share the base.
+    Inside `active()` each of them computes with W' wherever `adapter` is the one switched on. Otherwise it computes as
+    PEFT has it, so that teachers' adapters may share the base.
     """
 
     def __init__(self, transformer: nn.Module, adapter: str, *, float8: bool = False) -> None:
@@ -97,7 +86,7 @@ class MergedLayers:
     def active(self) -> Iterator[None]:
         """Merge now, compute with the merged weights until the block ends; the adapter must not change in it."""
         pairs = zip(self.layers, self._merge(), strict=True)
-        with patched_forward([(layer, self._forward(layer, weight, layer.forward)) for layer, weight in pairs]):
+        with patched_forward([(layer, self._forward(layer, weight)) for layer, weight in pairs]):
             yield
 
     @torch.no_grad()
@@ -105,10 +94,9 @@ class MergedLayers:
         if self._weights is None:
             self._weights = [self._room(layer.get_base_layer().weight) for layer in self.layers]
         for layer, held in zip(self.layers, self._weights, strict=True):
-            a, b = (half[self.adapter].weight for half in (layer.lora_A, layer.lora_B))
-            base = layer.get_base_layer().weight
+            a, b, scale = self._factors(layer)
             # In float32, rounded once to the base's type or to float8.
-            merged = torch.addmm(base.float(), b.float(), a.float(), alpha=layer.scaling[self.adapter])
+            merged = torch.addmm(layer.get_base_layer().weight.float(), b.float(), a.float(), alpha=scale)
             if isinstance(held, Tensor):
                 held.copy_(merged)
             else:
@@ -119,12 +107,12 @@ class MergedLayers:
         in_float8 = self._float8 and fits(weight)
         return quantize_weight(weight, transposed=True) if in_float8 else torch.empty_like(weight)
 
-    def _forward(
-        self, layer: Any, weight: Tensor | Float8Weight, original: Callable[..., Tensor]
-    ) -> Callable[..., Tensor]:
-        a, b = (half[self.adapter].weight for half in (layer.lora_A, layer.lora_B))
-        base, scale, switched_on = layer.get_base_layer(), layer.scaling[self.adapter], ([self.adapter], self.adapter)
-        bias, dtype = base.bias, base.weight.dtype
+    def _factors(self, layer: Any) -> tuple[Tensor, Tensor, float]:
+        return layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight, layer.scaling[self.adapter]
+
+    def _forward(self, layer: Any, weight: Tensor | Float8Weight) -> Callable[..., Tensor]:
+        (a, b, scale), base, original = self._factors(layer), layer.get_base_layer(), layer.forward
+        bias, dtype, switched_on = base.bias, base.weight.dtype, ([self.adapter], self.adapter)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if layer._disable_adapters or layer._active_adapter not in switched_on:

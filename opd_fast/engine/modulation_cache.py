@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from opd_fast.engine.patching import patched_forward
 from opd_fast.models.base import DiffusionModel
@@ -71,36 +72,24 @@ class ModulationCache:
 
     @classmethod
     def of(cls, model: DiffusionModel, transformer: nn.Module) -> Self | None:
-        """What can be cached of `transformer`; None where that is nothing.
+        """Make the cache of what can be cached of `transformer`; returns None where that is nothing.
 
         A module with a trainable weight, a LoRA's included, is left out, and with the embedding all that follows from
-        it. None for families without `DiffusionModel.modulation`, and for weights that are sharded or wait on another
-        device.
+        it. Nothing can be cached of families without `DiffusionModel.modulation`, nor of weights that are sharded or
+        wait on another device.
         """
-        whole = model.modulation(transformer)
-        if whole is None:
+        parts = model.modulation(transformer)
+        if parts is None:
             return None
-        layers = [pair for pair in whole.layers if _fixed(pair[1], model.device)]
-        if not _fixed(whole.embedder, model.device):
-            layers = []
-        text = whole.text if whole.text is not None and _fixed(whole.text, model.device) else None
-        return cls(model, transformer, replace(whole, layers=layers, text=text)) if layers or text is not None else None
+        embedded = _fixed(parts.embedder, model.device)
+        layers = [pair for pair in parts.layers if embedded and _fixed(pair[1], model.device)]
+        text = parts.text if parts.text is not None and _fixed(parts.text, model.device) else None
+        return cls(model, transformer, replace(parts, layers=layers, text=text)) if layers or text is not None else None
 
     @property
     def layers(self) -> int:
         """How many layers are not computed at each step."""
         return len(self._linears) + bool(self._linears) + (self._modulation.text is not None)
-
-    def __str__(self) -> str:
-        text = "" if self._modulation.text is None else " and the text's tokens"
-        return f"modulation of {len(self._linears)} layers{text}, once a round"
-
-    def nbytes(self, steps: int, rows: int, tokens: int, *, guided: bool = False) -> int:
-        """Bytes of the tables for N steps of a Conditioning: `rows` text rows in all, both branches of a guided one."""
-        distinct = rows // 2 + 1 if guided else rows
-        text: Any = self._modulation.text
-        width = 0 if text is None else int(text.out_features)
-        return (steps * distinct * sum(self._sizes) + rows * tokens * width) * self._model.dtype.itemsize
 
     @torch.no_grad()
     def fill(self, sigmas: Tensor, condition: Conditioning) -> None:
@@ -115,13 +104,15 @@ class ModulationCache:
         text, parts = condition.text.to(dtype=self._modulation.dtype), self._modulation
         batch, tokens = text.sequence.shape[:2]
         key = (len(sigmas), batch, tokens, condition.guided)
-        steps = context = rows = None
+        before, steps, context, rows = self._tables.get(key), None, None, None
         with torch.autocast(self.step.device.type, self._model.dtype, enabled=self._model.dtype != torch.float32):
             if self._linears:
                 # The negative prompt is the same in all rows of its branch.
                 distinct = batch // 2 + 1 if condition.guided else batch
                 embedding = parts.embed(sigmas, text.index(slice(distinct)), condition.embedded)
-                steps = self._allocate(key, embedding)
+                steps = None if before is None else before.steps
+                if steps is None:
+                    steps = embedding.new_empty(len(sigmas), distinct, sum(self._sizes))
                 pieces = steps.split(self._sizes, dim=-1)
                 pieces[0].copy_(embedding.transpose(0, 1))
                 # A layer at a time, so that little memory is in use besides the table.
@@ -131,17 +122,9 @@ class ModulationCache:
                     rows = torch.arange(batch, device=steps.device).clamp_(max=batch // 2)
             if parts.text is not None:
                 context = parts.text(text.sequence)
-        held = self._tables.setdefault(key, _Table(steps, rows, context, batch))
-        if held.context is not None and context is not None and held.context is not context:
-            held.context.copy_(context)
-        self._table = held
-
-    def _allocate(self, key: tuple[int, ...], embedding: Tensor) -> Tensor:
-        held = self._tables.get(key)
-        if held is not None and held.steps is not None:
-            return held.steps
-        distinct, steps, _ = embedding.shape
-        return embedding.new_empty(steps, distinct, sum(self._sizes))
+        self._table = self._tables.setdefault(key, _Table(steps, rows, context, batch))
+        if self._table.context is not None and context is not None and self._table.context is not context:
+            self._table.context.copy_(context)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -170,14 +153,14 @@ class ModulationCache:
         if self._linears:
             forwards.append((parts.embedder, self._read_embedding))
         for (activation, linear), slot in zip(parts.layers, self._slots, strict=True):
-            forwards += [] if activation is None else [(activation, _same)]
+            forwards += [] if activation is None else [(activation, lambda hidden: hidden)]
             forwards.append((linear, _reading(slot)))
         if parts.text is not None:
             forwards.append((parts.text, self._read_context))
         return forwards
 
     def _read_embedding(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        """In place of the embedding, with which every forward begins: the step's row, for the layers that follow."""
+        """Replace the embedding, with which every forward begins: set the step's row for the layers that follow."""
         table = self._of_batch([*inputs, *named.values()][-1])
         assert table.steps is not None
         if any(vars(module).get("forward") is not forward for module, forward in self._forwards):
@@ -206,7 +189,7 @@ class ModulationCache:
 
 @contextlib.contextmanager
 def at_step(cache: ModulationCache | None, step: Tensor | None) -> Iterator[None]:
-    """`cache.active()` at the step (0-dim int64, on the device); a block without effect where either is None."""
+    """Enter `cache.active()` at the step (0-dim int64, on the device); nothing happens where either is None."""
     if cache is None or step is None:
         yield
         return
@@ -216,20 +199,11 @@ def at_step(cache: ModulationCache | None, step: Tensor | None) -> Iterator[None
 
 
 def _reading(slot: _Slot) -> Callable[[Tensor], Tensor]:
-    def forward(hidden: Tensor) -> Tensor:
-        return slot.now
-
-    return forward
-
-
-def _same(hidden: Tensor) -> Tensor:
-    return hidden
+    return lambda hidden: slot.now
 
 
 def _fixed(module: nn.Module, device: torch.device) -> bool:
-    """Whether the module's weights are frozen, unsharded and on the device where the model computes."""
-    from torch.distributed.tensor import DTensor
-
+    """Return whether the module's weights are frozen, unsharded and on the device where the model computes."""
     return all(
         not p.requires_grad and p.device.type == device.type and not isinstance(p, DTensor) for p in module.parameters()
     )

@@ -16,7 +16,7 @@ def patch_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 @contextlib.contextmanager
 def patched_forward(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Within the block each module computes by the forward beside it; then by what it had, of its own or its class's.
+    """Let each module compute by the forward beside it until the block ends; then by its own again, or its class's.
 
     Blocks may be nested: a hook of diffusers or `MergedLayers` that set a forward of its own finds it again.
     """

@@ -16,7 +16,7 @@ from opd_fast.models.techniques import AttentionSite, Modulation, dispatched_att
 from opd_fast.models.text import TextEmbeds, TextEncoders
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-_TEXT_FOLDERS = ("text_encoder", "tokenizer")
+TEXT_FOLDERS = ("text_encoder", "tokenizer")
 
 
 class DiffusionModel(ABC):
@@ -81,7 +81,7 @@ class DiffusionModel(ABC):
         """
         if self.folder is None:
             return []
-        return sorted(p for p in self.folder.iterdir() if p.is_dir() and p.name.startswith(_TEXT_FOLDERS))
+        return sorted(p for p in self.folder.iterdir() if p.is_dir() and p.name.startswith(TEXT_FOLDERS))
 
     def release_text_encoders(self) -> None:
         """Free the text encoders; ``encode`` raises from then on."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opd_fast.models.techniques import AttentionBackend, AttentionSite, attention_site
+from opd_fast.models.techniques import FUSED_QKV, AttentionBackend, AttentionSite, attention_site
 
 
 def _native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,9 +48,10 @@ class JointAttention:
         """
         if attention_mask is not None:
             raise ValueError("SD3's attention has no mask; pad no text, or leave the mask out")
-        tensors = _qkv(attn, hidden_states)
+        tensors = _qkv(attn, hidden_states, "to_qkv", "norm_q", "norm_k")
         if encoder_hidden_states is not None:
-            tensors = [self._join(pair) for pair in zip(tensors, _added_qkv(attn, encoder_hidden_states), strict=True)]
+            text_qkv = _qkv(attn, encoder_hidden_states, "to_added_qkv", "norm_added_q", "norm_added_k")
+            tensors = [self._join(pair) for pair in zip(tensors, text_qkv, strict=True)]
         joint = self.attend(*tensors).flatten(2, 3)
         image, text = joint, None
         if encoder_hidden_states is not None:
@@ -68,21 +69,12 @@ class JointAttention:
         return torch.cat(pair, 1)
 
 
-def _qkv(attn: Any, x: Tensor) -> list[Tensor]:
-    if hasattr(attn, "to_qkv"):
-        q, k, v = attn.to_qkv(x).unflatten(-1, (3, attn.heads, -1)).unbind(2)
+def _qkv(attn: Any, x: Tensor, fused: str, norm_q: str, norm_k: str) -> list[Tensor]:
+    if hasattr(attn, fused):
+        q, k, v = getattr(attn, fused)(x).unflatten(-1, (3, attn.heads, -1)).unbind(2)
     else:
-        q, k, v = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-    return [_normed(attn.norm_q, q), _normed(attn.norm_k, k), v]
-
-
-def _added_qkv(attn: Any, x: Tensor) -> list[Tensor]:
-    if hasattr(attn, "to_added_qkv"):
-        q, k, v = attn.to_added_qkv(x).unflatten(-1, (3, attn.heads, -1)).unbind(2)
-    else:
-        layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        q, k, v = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in layers)
-    return [_normed(attn.norm_added_q, q), _normed(attn.norm_added_k, k), v]
+        q, k, v = (getattr(attn, name)(x).unflatten(-1, (attn.heads, -1)) for name in FUSED_QKV[fused])
+    return [_normed(getattr(attn, norm_q), q), _normed(getattr(attn, norm_k), k), v]
 
 
 def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
@@ -93,16 +85,9 @@ def joint_attentions(transformer: nn.Module) -> list[AttentionSite]:
     """The attentions of an SD3 transformer, both of a dual block; a processor of another kind (an IP adapter's) is left
     alone."""
     return [
-        attention_site(
-            name,
-            module,
-            partial(_use, module),
-            takes_functions=True,
-            fusing=True,
-            use_fused=partial(_use_fused, module),
-        )
-        for name, module in transformer.named_modules()
-        if _is_joint(getattr(module, "processor", None))
+        attention_site(name, m, partial(_use, m), takes_functions=True, fusing=True, use_fused=partial(_use_fused, m))
+        for name, m in transformer.named_modules()
+        if _is_joint(getattr(m, "processor", None))
     ]
 
 

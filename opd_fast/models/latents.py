@@ -1,4 +1,4 @@
-"""What the families do alike with latents: their size, tokens of 2x2 patches, the way to pixels."""
+"""Latents as the families share them: their size, packed tokens of 2x2 patches, and decoding in chunks."""
 
 from __future__ import annotations
 
@@ -9,23 +9,13 @@ import torch
 from torch import Tensor
 
 PATCH = 2  # latents that a packed token holds in each direction
-_DECODE_IMAGES = 64  # decoded at once, however small
-
-
-DEFAULT_SIZE = 128
-"""Latents along the side of a default image, where diffusers' pipeline has it as a constant: FLUX.1 and
-Qwen-Image."""
-
-
-def vae_factor(vae: Any) -> int:
-    """Pixels that a latent of an AutoencoderKL stands for, along each side."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+_DECODE_IMAGES = 64  # the most images that are decoded at once, however small they are
 
 
 def latent_size(resolution: int, factor: int, patch: int) -> int:
-    """Latents along the side of an image of ``resolution`` pixels, of a VAE of that factor.
+    """Return the latents along the side of an image. Raises ValueError unless they divide into patches.
 
-    Raises ValueError unless they divide into patches.
+    ``resolution``: pixels along the side; ``factor``: pixels that a latent stands for.
     """
     unit = factor * patch
     if resolution <= 0 or resolution % unit:
@@ -38,35 +28,30 @@ def latent_size(resolution: int, factor: int, patch: int) -> int:
 
 
 def pack(x: Tensor) -> Tensor:
-    """Latents (B, C, H, W) to tokens (B, H/2 * W/2, 4C), each a channel-major 2x2 patch."""
+    """Pack latents (B, C, H, W) into tokens (B, H/2 * W/2, 4C), each a channel-major 2x2 patch."""
     rows, channels, height, width = x.shape
     patches = x.reshape(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, -1, channels * PATCH**2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of ``pack``, to latents of ``height`` x ``width``."""
+    """Undo ``pack``: tokens to latents (B, C, height, width)."""
     rows, _, size = tokens.shape
     patches = tokens.view(rows, height // PATCH, width // PATCH, size // PATCH**2, PATCH, PATCH)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(rows, -1, height, width)
 
 
 def weight_dtype(module: Any, otherwise: torch.dtype) -> torch.dtype:
-    """What ``module`` computes in: its weight's dtype, or ``otherwise`` where a wrapper (DDP, say) hides it."""
+    """Return the dtype of ``module``'s weight, or ``otherwise`` where a wrapper (DDP, say) hides the weight."""
     weight = getattr(module, "weight", None)
     return weight.dtype if isinstance(weight, Tensor) else otherwise
 
 
-def kl_pixels(vae: Any, z: Tensor) -> Tensor:
-    """z / scaling_factor + shift_factor through an AutoencoderKL: (B, C, H, W) float32 to pixels in [-1, 1]."""
-    pixels: Tensor = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
-    return pixels
-
-
 def decode_in_chunks(z: Tensor, decode: Callable[[Tensor], Tensor], factor: int, pixels: int) -> Tensor:
-    """Images (B, 3, H', W') in [0, 1] of ``decode``, which makes some in [-1, 1], ``pixels`` of them at once.
+    """Decode latents (B, C, H, W) to images (B, 3, H', W') in [0, 1], at most ``pixels`` pixels at once, because the
+    VAE's float32 activations take much memory.
 
-    ``factor``: pixels that a latent stands for, along each side.  The VAE's float32 activations set the limit.
+    ``decode`` makes images in [-1, 1]; ``factor``: pixels that a latent stands for, along each side.
     """
     chunk = max(1, min(_DECODE_IMAGES, pixels // (z.shape[-2] * z.shape[-1] * factor**2)))
     return (torch.cat([decode(part) for part in z.split(chunk)]) / 2 + 0.5).clamp(0, 1)

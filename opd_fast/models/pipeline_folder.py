@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +11,18 @@ import torch
 from torch import nn
 
 from opd_fast.config.paths import ASSETS, resolve_source
+from opd_fast.errors import one_line
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.weight_files import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
+    WeightFiles,
     check_quantization,
     check_state,
     find_weights,
     load_renamed,
+    meta_network,
+    read_json,
     shapes_of,
 )
 
@@ -27,6 +30,15 @@ from opd_fast.models.weight_files import (
 _NEVER_READ = ["*.bin", "*.msgpack", "*.onnx*", "*.ckpt", "*.pt", "*.gguf"]
 _VARIANTS = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*"]
 _NOT_TOGETHER = "its weights and its config.json do not belong together: fetch the pipeline again"
+_MODEL_TYPES = {
+    "CLIPTextModel": "clip_text_model",
+    "CLIPTextModelWithProjection": "clip_text_model",
+    "T5EncoderModel": "t5",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3Model": "qwen3",
+}
+"""What the configuration of a class of transformers gives as its model type."""
+_ENCODERS = ("text_encoder", "image_encoder")
 _CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json")
 
 
@@ -104,8 +116,9 @@ def fetch(repo: str, patterns: Sequence[str], *, variants: bool = False) -> Path
                 f"{repo} is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE forbids fetching it; "
                 f"unset HF_HUB_OFFLINE, or run `hf download {repo}` where there is a network"
             ) from None
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{repo} is not a folder and could not be fetched from the hub ({_first_line(error)}); check the "
+            f"{repo} is not a folder and could not be fetched from the hub ({cause[:200]}); check the "
             f"name, the network, and whether the model needs `hf auth login`"
         ) from None
 
@@ -115,14 +128,14 @@ def read_index(folder: Path) -> dict[str, Any]:
     file = folder / "model_index.json"
     if not file.is_file():
         raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json; {_instead(folder)}")
-    index = _read_json(file)
+    index = read_json(file)
     named = index.get("_class_name")
     if isinstance(named, list):
         raise ValueError(
             f"{file} names a pipeline class of its own ({'.'.join(map(str, named))}), whose code is not run; give "
             f"model.family as package.module:Class, a family that knows it"
         )
-    if not isinstance(index.get("_class_name"), str):
+    if not isinstance(named, str):
         raise ValueError(f"{file} is damaged (it names no _class_name); fetch the pipeline again")
     return index
 
@@ -147,7 +160,7 @@ def check_index(folder: Path, family: type[DiffusionModel]) -> dict[str, Any]:
     return index
 
 
-def check_components(folder: Path, index: dict[str, Any], names: Sequence[str]) -> None:
+def check_components(folder: Path, index: dict[str, Any], names: Iterable[str]) -> None:
     """Raise ValueError for a component of ``names`` that model_index.json does not list."""
     for name in names:
         if has_component(index, name):
@@ -166,125 +179,77 @@ def check_components(folder: Path, index: dict[str, Any], names: Sequence[str]) 
         raise ValueError(f"{folder}/model_index.json lists no {name!r}, {needs}; fetch it again")
 
 
-def check_present(
-    folder: Path,
-    names: Sequence[str],
-    *,
-    weights: bool,
-    kinds: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Raise ValueError for a component that has no configuration, is of another class than ``kinds`` has, is quantised,
-    or, with ``weights``, has no weights that fit.  Only configurations and the files' headers are read.  The package's
-    own configurations leave the text encoders out.
+def check_present(folder: Path, classes: Mapping[str, str], *, weights: bool, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError for a component that has no configuration, is of another class than ``classes`` has, is
+    quantised, or, with ``weights``, has no weights that fit.  Only configurations and the files' headers are read.  The
+    package's own configurations leave the text encoders out.
 
-    ``kinds``: diffusers' class of a network, or transformers' model type.  ``dtype``: that the model will have.
+    ``classes``: diffusers' or transformers' class of each component but the scheduler.  ``dtype``: that the model will
+    have.
     """
-    kinds = kinds or {}
     if folder.parent == ASSETS / "configs":
         return
-    for name in names:
+    for name in (*classes, "scheduler"):
         where = folder / name
         if not where.is_dir() or not any(where.iterdir()):
             raise ValueError(f"pipeline {folder} lacks its component {name!r}; fetch the pipeline again")
-        if not any((where / file).is_file() for file in _CONFIGS):
-            raise ValueError(
-                f"pipeline {folder} lacks the configuration of its component {name!r}; fetch the pipeline again"
-            )
+        read_config(folder, name)
         if name.startswith(("scheduler", "tokenizer")):
             continue
-        _check_kind(where, name, kinds.get(name))
-        if weights:
-            _check_weights(where, name, torch.float32 if name == "vae" else dtype)
+        _check_kind(where, _MODEL_TYPES.get(classes[name], classes[name]))
+        if not weights:
+            continue
+        if name.startswith(_ENCODERS):  # transformers renames some tensors as it loads them
+            _find(where, dtype).header()
+        else:
+            _check_weights(where, classes[name], torch.float32 if name == "vae" else dtype)
 
 
-def _called(where: Path, name: str) -> str:
-    return f"component {name!r} in {where}"
+def _called(where: Path) -> str:
+    return f"component {where.name!r} in {where}"
 
 
-def _check_kind(where: Path, name: str, kind: str | None) -> None:
+def _check_kind(where: Path, kind: str) -> None:
     """Raise ValueError for a network that is quantised, or of another class or model type than ``kind``."""
-    config = _read_json(where / "config.json") if (where / "config.json").is_file() else {}
-    frozen = name.startswith(("text_encoder", "image_encoder"))
-    check_quantization(config, _called(where, name), frozen=frozen)
+    config = read_json(where / "config.json")
+    frozen = where.name.startswith(_ENCODERS)
+    check_quantization(config, _called(where), frozen=frozen)
     found = config.get("model_type" if frozen else "_class_name")
-    if kind is None or found is None or found == kind:
+    if found is None or found == kind:
         return
     if frozen and (kind.startswith(str(found)) or str(found).startswith(kind)):  # clip and clip_text_model
         return
     raise ValueError(
-        f"{_called(where, name)} is a {found}, and this family needs a {kind}; take the component of the family's own "
+        f"{_called(where)} is a {found}, and this family needs a {kind}; take the component of the family's own "
         f"pipeline, or give model.family as package.module:Class where the class is one of yours"
     )
 
 
-def _check_weights(where: Path, name: str, dtype: torch.dtype | None) -> None:
-    """Raise ValueError for a network's folder without weights that can be read, or with only a part of them, and for
-    weights of diffusers' networks that do not fit the configuration."""
+def _find(where: Path, dtype: torch.dtype | None) -> WeightFiles:
+    stem = TRANSFORMERS_STEM if where.name.startswith(_ENCODERS) else DIFFUSERS_STEM
+    return find_weights(where, _called(where), dtype, stem)
+
+
+def _check_weights(where: Path, kind: str, dtype: torch.dtype | None) -> tuple[WeightFiles, dict[str, str]]:
+    """The weights of a network of diffusers, and the network's name of each tensor. Raises ValueError for weights that
+    cannot be read, of which a part is missing, or that do not fit the configuration.
+    """
     import diffusers
 
-    what = _called(where, name)
-    header = find_weights(where, what, dtype).header()
-    kind: Any = getattr(diffusers, str(_read_json(where / "config.json").get("_class_name")), None)
-    if kind is None:  # of transformers, which renames some tensors as it loads them
-        return
-    if any(".query." in key or ".proj_attn." in key for key in header):  # names that diffusers itself renames
-        return
-    known = shapes_of(_without_weights(kind, where, name))
-    check_state(header, known, what, _NOT_TOGETHER, exact=name == "transformer")
+    files = _find(where, dtype)
+    header = files.header()
+    if where.name == "vae" and any(".query." in key or ".proj_attn." in key for key in header):
+        return files, {}  # names of old autoencoders, which diffusers itself renames
+    known = shapes_of(meta_network(getattr(diffusers, kind), read_json(where / "config.json"), _called(where)))
+    return files, check_state(header, known, _called(where), _NOT_TOGETHER, exact=where.name == "transformer")
 
 
 def read_config(folder: Path, name: str) -> SimpleNamespace:
     """What stands for component ``name`` in a meta model: its configuration file, as ``.config.KEY``."""
     for file in _CONFIGS:
         if (folder / name / file).is_file():
-            return SimpleNamespace(config=SimpleNamespace(**_read_json(folder / name / file)))
+            return SimpleNamespace(config=SimpleNamespace(**read_json(folder / name / file)))
     raise ValueError(f"pipeline {folder} lacks the configuration of its component {name!r}; fetch the pipeline again")
-
-
-def meta_transformer(folder: Path, ours: type | None = None) -> nn.Module:
-    """The pipeline's transformer without weights: shapes and names only.
-
-    ``ours``: a family's own form of the class, in place of diffusers' of that name.
-    """
-    import diffusers
-
-    config = _read_json(folder / "transformer" / "config.json")
-    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    if ours is not None and ours.__name__ == config.get("_class_name"):
-        kind = ours
-    if kind is None:
-        raise ValueError(
-            f"{folder}/transformer/config.json names the class {config.get('_class_name')}, which diffusers does not "
-            f"have; update diffusers, or fetch the pipeline again"
-        )
-    return _without_weights(kind, folder / "transformer", "transformer")
-
-
-def _without_weights(kind: Any, where: Path, name: str) -> nn.Module:
-    """Make a network on the meta device by its configuration file."""
-    config = _read_json(where / "config.json")
-    try:
-        with torch.device("meta"):
-            network: nn.Module = kind.from_config(config)
-    except Exception as error:  # whatever a configuration of nonsense leads to
-        raise ValueError(
-            f"{_called(where, name)} cannot be made ({type(error).__name__}: {_first_line(error)}); its config.json is "
-            f"damaged: fetch the pipeline again"
-        ) from None
-    return network.eval().requires_grad_(False)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no JSON object")
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({_first_line(error)}); fetch the pipeline again") from None
-    except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{file} is damaged ({_first_line(error)}); fetch the pipeline again") from None
-    return found
 
 
 def has_component(index: dict[str, Any], name: str) -> bool:
@@ -293,50 +258,42 @@ def has_component(index: dict[str, Any], name: str) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
-def load_component(cls: Any, folder: Path, name: str, *, exact: bool = False, **options: Any) -> Any:
+def load_transformer(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load a pipeline's transformer, on the CPU and in ``dtype``. Raises ValueError naming the folder and the remedy.
+
+    Every weight must be there and have its place: a configuration that cuts layers off is refused. The weights' names
+    may be those that a wrapper gave them.
+    """
+    where = folder / "transformer"
+    files, names = _check_weights(where, cls.__name__, dtype)
+    return load_renamed(cls, read_json(where / "config.json"), files.files, names, dtype)
+
+
+def load_component(cls: Any, folder: Path, name: str, **options: Any) -> Any:
     """Load a component by ``cls.from_pretrained(folder/name)``. Raises ValueError naming the folder and the remedy.
 
     Classes with weights must find every one of them: diffusers and transformers fill a missing weight with random
-    numbers and go on, which would distil noise.  ``exact`` also refuses weights that the component has no place for,
-    such as those of layers that its configuration cuts off, and takes weights whose names a wrapper changed; text
-    encoders often come with weights of a head that is not used.  ``find_weights`` chooses among variants.
+    numbers and go on, which would distil noise.  Weights that have no place are left out: text encoders often come with
+    a head that is not used.  ``find_weights`` chooses among variants.
     """
     where = folder / name
-    if not where.is_dir() or not any(where.iterdir()):
-        raise ValueError(f"pipeline {folder} lacks its component {name!r}; fetch the pipeline again")
     weighted = hasattr(cls, "forward")
     if weighted:
-        dtype = options.get("torch_dtype", options.get("dtype"))
-        config = _read_json(where / "config.json")
-        of_transformers = hasattr(cls, "config_class")  # the text encoders, which only ever stand frozen
-        check_quantization(config, _called(where, name), frozen=of_transformers)
-        stem = TRANSFORMERS_STEM if of_transformers else DIFFUSERS_STEM
-        weights = find_weights(where, _called(where, name), dtype, stem)
-        if exact:
-            known = shapes_of(_without_weights(cls, where, name))
-            names = check_state(weights.header(), known, _called(where, name), _NOT_TOGETHER)
-            if any(key != plain for key, plain in names.items()):
-                return load_renamed(cls, config, weights.files, names, dtype or torch.float32)
-        options = {"output_loading_info": True, "use_safetensors": True, "variant": weights.variant, **options}
+        variant = _find(where, options.get("torch_dtype", options.get("dtype"))).variant
+        options |= {"output_loading_info": True, "use_safetensors": True, "variant": variant}
     try:
         loaded = cls.from_pretrained(where, local_files_only=True, **options)
     except Exception as error:  # safetensors, json, size mismatches, OSError: whatever it is, the folder is the cause
         raise ValueError(
-            f"{_called(where, name)} cannot be loaded ({type(error).__name__}: {_first_line(error)}); the files are "
+            f"{_called(where)} cannot be loaded ({type(error).__name__}: {one_line(error)[:200]}); the files are "
             f"damaged or of another model: fetch the pipeline again"
         ) from None
     if not weighted:
         return loaded
     component, report = loaded
-    for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if exact else [])):
-        if report.get(kind):
-            keys = [str(key) for key in report[kind]]
+    for kind in ("missing_keys", "mismatched_keys"):
+        if keys := [str(key) for key in report.get(kind) or ()]:
             raise ValueError(
-                f"{_called(where, name)} has {len(keys)} {kind.replace('_', ' ')}, e.g. {min(keys)}; {_NOT_TOGETHER}"
+                f"{_called(where)} has {len(keys)} {kind.replace('_', ' ')}, e.g. {min(keys)}; {_NOT_TOGETHER}"
             )
     return component.eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from opd_fast.models.latents import PATCH, pack, unpack, weight_dtype
-from opd_fast.models.padded import PaddedTextModel
-from opd_fast.models.text import TextEmbeds
+from opd_fast.models.pipeline_model import JOINT_ATTENTION, PipelineModel
+from opd_fast.models.text import TextEmbeds, padded
 
-_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+_ATTENTION = [f"attn.{name}" for name in JOINT_ATTENTION]
 _FEED_FORWARD = ["img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"]
 _MOST_TOKENS = 1024  # the pipeline's own limit
-# Variants that are called with more than image, text and level.
+# Variants whose transformer takes more inputs than image, text and level.
 _VARIANTS = {
     "guidance_embeds": "a guidance-distilled transformer",
     "use_additional_t_cond": "Qwen-Image-Layered's transformer",
@@ -24,69 +24,49 @@ _VARIANTS = {
 }
 
 
-class QwenImage(PaddedTextModel):
+class QwenImage(PipelineModel):
     """Qwen-Image: Qwen2.5-VL as text encoder, packed 2x2 latents, 8x VAE on single-frame video latents.
 
-    QwenImagePipeline takes v = u + g (c - u), g being its ``true_cfg_scale``, and then gives each packed token of it
-    the norm of the token of c.
+    QwenImagePipeline guides by v = u + g (c - u), where g is its ``true_cfg_scale``, and then rescales each packed
+    token of v to the norm of the same token of c.
     """
 
     name: ClassVar[str] = "qwen_image"
     pipeline_class: ClassVar[str] = "QwenImagePipeline"
     guidance_argument: ClassVar[str] = "true_cfg_scale"
     rescales_guidance: ClassVar[bool] = True
-    _kinds: ClassVar[dict[str, str]] = {
+    masks_text: ClassVar[bool] = True
+    lora_targets: ClassVar[dict[str, list[str]]] = {"attention": _ATTENTION, "all": _ATTENTION + _FEED_FORWARD}
+    _classes: ClassVar[dict[str, str]] = {
         "transformer": "QwenImageTransformer2DModel",
         "vae": "AutoencoderKLQwenImage",
-        "text_encoder": "qwen2_5_vl",
+        "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+        "tokenizer": "Qwen2Tokenizer",
     }
-    lora_targets: ClassVar[dict[str, list[str]]] = {
-        "attention": [f"attn.{name}" for name in _ATTENTION],
-        "all": [f"attn.{name}" for name in _ATTENTION] + _FEED_FORWARD,
-    }
+    _packs_latents: ClassVar[bool] = True
+    _decode_pixels: ClassVar[int] = 2**21
 
     @classmethod
-    def _classes(cls) -> dict[str, Any]:
-        from diffusers import (
-            AutoencoderKLQwenImage,
-            FlowMatchEulerDiscreteScheduler,
-            QwenImagePipeline,
-        )
-        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
-
-        return {
-            "pipeline": QwenImagePipeline,
-            "transformer": cls._transformer_class(),
-            "vae": AutoencoderKLQwenImage,
-            "scheduler": FlowMatchEulerDiscreteScheduler,
-            "text_encoder": Qwen2_5_VLForConditionalGeneration,
-            "tokenizer": Qwen2Tokenizer,
-        }
-
-    @classmethod
-    def _transformer_class(cls) -> type:
+    def _transformer_class(cls) -> Any:
         from opd_fast.models.qwen_image_transformer import QwenImageTransformer2DModel
 
         return QwenImageTransformer2DModel
 
     @classmethod
-    def _most_tokens(cls, folder: Path, transformer: Mapping[str, Any]) -> int:
+    def _text_limit(cls, folder: Path, transformer: Mapping[str, Any]) -> tuple[str, int]:
         for key, what in _VARIANTS.items():
             if transformer.get(key):
                 raise ValueError(
                     f"{folder}/transformer sets {key} ({what}), which family {cls.name!r} does not support; "
                     f"use Qwen-Image itself"
                 )
-        return _MOST_TOKENS
+        return f"family {cls.name!r}", _MOST_TOKENS
 
-    def _embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> TextEmbeds:
         sequence, mask = pipeline.encode_prompt(prompt=prompts, device=device, max_sequence_length=self.text_tokens)
         # The pipeline leaves out a mask that is all true.
-        return sequence, torch.ones_like(sequence[..., 0], dtype=torch.bool) if mask is None else mask
-
-    @property
-    def _channels(self) -> int:
-        return int(self._config.in_channels) // PATCH**2
+        mask = torch.ones_like(sequence[..., 0], dtype=torch.bool) if mask is None else mask
+        return padded(sequence, mask, self.text_tokens)
 
     @property
     def _vae_factor(self) -> int:
@@ -107,7 +87,7 @@ class QwenImage(PaddedTextModel):
         return unpack(tokens, height, width)
 
     def rescale_guided(self, guided: Tensor, cond: Tensor) -> Tensor:
-        """The norm of each packed token (2x2 latents of all channels) becomes that of the conditional prediction's."""
+        """Rescale each packed token (2x2 latents of all channels) to the norm of the conditional prediction's token."""
         _, _, height, width = guided.shape
         tokens = pack(guided)
         norms = [torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (pack(cond), tokens)]
@@ -116,11 +96,7 @@ class QwenImage(PaddedTextModel):
 
     def _pixels(self, z: Tensor) -> Tensor:
         config = self.vae.config
-        mean, std = (
-            torch.tensor(v, device=z.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
-        )
+        both = torch.tensor([config.latents_mean, config.latents_std], device=z.device)
+        mean, std = both.view(2, 1, -1, 1, 1)
         frames: Tensor = self.vae.decode((z * std + mean).unsqueeze(2), return_dict=False)[0]
         return frames[:, :, 0]
-
-    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
-        return list(transformer.transformer_blocks)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Qwen-Image's transformer for a padded batch whose lengths stay on the device.
 
-Given a mask, diffusers' forward makes a tensor of the text length on the device, a copy from the host at every call:
-a stop that no CUDA graph can record, for a number that it does not use.  The forward here is the same walk without it.
+Given a mask, diffusers' forward copies the text's length from the host to the device at every call. No CUDA graph can
+record this stop, and the number is not used.  The forward here computes the same without the copy.
 """
 
 from __future__ import annotations

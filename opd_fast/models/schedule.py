@@ -1,4 +1,4 @@
-"""Noise levels as diffusers' FlowMatchEulerDiscreteScheduler makes them of linspace(1, 1/N, N)."""
+"""Noise levels that equal those which diffusers' FlowMatchEulerDiscreteScheduler makes of linspace(1, 1/N, N)."""
 
 from __future__ import annotations
 
@@ -13,36 +13,31 @@ from torch import Tensor
 _TIMESTEPS = 1000
 _CLASS = "FlowMatchEulerDiscreteScheduler"
 # Options under which the levels are not those of flow_sigmas, nor SD3's.
-_OTHER_SCHEDULES = (
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "invert_sigmas",
-    "stochastic_sampling",
-)
+_OTHER_SCHEDULES = ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"]
+_OTHER_SCHEDULES += ["stochastic_sampling"]
 
 
 def flow_sigmas(steps: int, image_tokens: int, config: Mapping[str, Any]) -> Tensor:
-    """(steps+1,) float64 from 1 to 0, by the keys of scheduler_config.json; absent keys have diffusers' defaults.
+    """Make the noise levels, (steps+1,) float64 from 1 to 0, by the keys of scheduler_config.json. Absent keys have
+    diffusers' defaults.
 
-    u = linspace(1, 1/steps, steps) is shifted to sigma = s*u / (1 + (s - 1)*u).  With ``use_dynamic_shifting`` s grows
-    with the image: s = exp(mu), or mu for the linear kind, mu a line through (base_image_seq_len, base_shift) and
-    (max_image_seq_len, max_shift).  ``shift_terminal`` then stretches 1 - sigma so that the last level before 0 has
-    that value; a single step has no level to stretch.  diffusers computes in float32: the two agree to about 1e-7.
+    The levels u = linspace(1, 1/steps, steps) are shifted to sigma = s*u / (1 + (s - 1)*u). With
+    ``use_dynamic_shifting``, s grows with the image: s is exp(mu), or mu for the linear kind, where mu lies on the line
+    through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift). ``shift_terminal`` then stretches
+    1 - sigma so that the last level before 0 has that value; a single step has no level to stretch. diffusers computes
+    in float32, and the two agree to about 1e-7.
     """
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, got steps={steps}")
     u = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
     shift = float(config.get("shift", 1.0))
     if config.get("use_dynamic_shifting"):
-        tokens, most = (
-            config.get(key, value) for key, value in (("base_image_seq_len", 256), ("max_image_seq_len", 4096))
-        )
+        tokens, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         low, high = float(config.get("base_shift", 0.5)), float(config.get("max_shift", 1.15))
         mu = low + (high - low) * (image_tokens - tokens) / (most - tokens)
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
     sigmas = shift * u / (1 + (shift - 1) * u)
-    # S(1) is 1, whatever floating point makes of it: the solvers treat sigma == 1 apart.
+    # The first level is 1 exactly, without rounding, because the solvers treat sigma == 1 apart.
     sigmas[0] = 1.0
     terminal = config.get("shift_terminal")
     if terminal and steps > 1:
@@ -63,8 +58,8 @@ def check_schedule(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_options(folder: Path, config: Mapping[str, Any], schedule: str, more: Sequence[str] = ()) -> None:
-    """Raise ValueError for a scheduler of another class, or with an option, of those above or of ``more``, that
-    ``schedule`` does not set.
+    """Raise ValueError for a scheduler of another class, or for one that sets an option of ``_OTHER_SCHEDULES`` or of
+    ``more``. ``schedule`` names the expected schedule in the message.
     """
     kind = config.get("_class_name", _CLASS)
     if kind != _CLASS:

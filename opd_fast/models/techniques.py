@@ -71,7 +71,7 @@ class Modulation:
 
 # --- what transformers of diffusers answer ----------------------------------------------------------------------------
 
-_QKV = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
+FUSED_QKV = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
 _NORMS = ("norm1", "norm1_context", "norm")
 _MODULATION = re.compile(r"norm.*|.*mod|.*modulation")
 
@@ -87,8 +87,8 @@ def dispatched_attentions(transformer: nn.Module, fusing: tuple[type, ...] = ())
             mixed_dtypes=isinstance(getattr(module, "norm_q", None), nn.RMSNorm),
             fusing=type(module.processor) in fusing,
         )
-        for name, module in _processed(transformer)
-        if hasattr(module.processor, "_attention_backend")
+        for name, module in transformer.named_modules()
+        if hasattr(getattr(module, "processor", None), "_attention_backend")
     ]
 
 
@@ -100,14 +100,8 @@ def attention_site(
     def use_fused() -> None:
         module.fused_projections = True  # FLUX's processor asks
 
-    more: dict[str, Any] = {"fused": _QKV if fusing else {}, "use_fused": use_fused} | other
+    more: dict[str, Any] = {"fused": FUSED_QKV if fusing else {}, "use_fused": use_fused} | other
     return AttentionSite(name, module, module.heads, module.inner_dim // module.heads, use, **more)
-
-
-def _processed(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in transformer.named_modules():
-        if getattr(module, "processor", None) is not None:
-            yield name, module
 
 
 def _dispatch(processor: Any, backend: AttentionBackend) -> None:

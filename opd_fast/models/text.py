@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from opd_fast.device import to_device
@@ -56,6 +57,16 @@ class TextEmbeds:
     def cat(parts: Sequence[TextEmbeds]) -> TextEmbeds:
         names = parts[0].tensors
         return TextEmbeds(**{name: torch.cat([part.tensors[name] for part in parts]) for name in names})
+
+
+def padded(sequence: Tensor, mask: Tensor, length: int) -> TextEmbeds:
+    """Embeddings (B, L, D) with their mask (B, L), filled up with zeros to ``length`` rows.
+
+    A prompt's own tokens come first in its row and the mask tells them apart, so that rows of different prompts can be
+    stacked, cached and indexed.
+    """
+    room = length - sequence.shape[1]
+    return TextEmbeds(F.pad(sequence, (0, 0, 0, room)), mask=F.pad(mask.bool(), (0, room)))
 
 
 class TextEncoders:

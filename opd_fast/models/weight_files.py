@@ -27,39 +27,38 @@ TRANSFORMERS_STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 """The beginnings of the names of the files that the two libraries write."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _VARIANT_OF = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_LIBRARIES = {
-    "bitsandbytes": "bitsandbytes",
-    "torchao": "torchao",
-    "quanto": "optimum.quanto",
-    "gguf": "gguf",
-    "gptq": "gptqmodel",
-    "modelopt": "modelopt",
-}
-_UNREAD = {
-    ".bin": "pickles, which can run code when they are opened",
-    ".pt": "pickles, which can run code when they are opened",
-    ".pth": "pickles, which can run code when they are opened",
-    ".ckpt": "pickles, which can run code when they are opened",
-    ".gguf": "GGUF's quantised weights",
-    ".msgpack": "Flax's weights",
-    ".onnx": "an ONNX graph",
-}
+_LIBRARIES = {name: name for name in ("bitsandbytes", "torchao", "gguf", "modelopt")}
+_LIBRARIES |= {"quanto": "optimum.quanto", "gptq": "gptqmodel"}
+"""The package that reads the weights of a quantisation method."""
+_UNREAD = dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), "pickles, which can run code when they are opened")
+_UNREAD |= {".gguf": "GGUF's quantised weights", ".msgpack": "Flax's weights", ".onnx": "an ONNX graph"}
 SAVE_AGAIN = "load it in diffusers and save_pretrained(FOLDER), which writes safetensors"
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """One network's weights."""
+    """One network's weights, of which `variant` is diffusers' name (None: plain) and `what` the name in errors."""
 
     files: tuple[Path, ...]
     variant: str | None
-    """Its name in diffusers' and transformers' `variant=`; None for the plain weights."""
     what: str
-    """The network's name in errors."""
 
     def header(self) -> Header:
         """Names, dtypes and shapes of all tensors. Raises ValueError for a file that is damaged or cut short."""
         return {key: entry for file in self.files for key, entry in read_header(file, self.what).items()}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a configuration file. Raises ValueError for one that is missing or damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({one_line(error)[:200]}); fetch it again") from None
+    except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{file} is damaged ({one_line(error)[:200]}); fetch it again") from None
+    return found
 
 
 def read_header(file: Path, what: str) -> Header:
@@ -76,22 +75,19 @@ def read_header(file: Path, what: str) -> Header:
         ) from None
 
 
-def find_weights(folder: Path, what: str, dtype: torch.dtype | None = None, stem: str | None = None) -> WeightFiles:
+def find_weights(folder: Path, what: str, dtype: torch.dtype | None = None, stem: str = DIFFUSERS_STEM) -> WeightFiles:
     """Find the weights in a network's folder: the plain ones where there are any, else the only variant, else the
     variant of ``dtype``.
 
-    ``what`` names the network in errors; ``stem`` is how its files begin, and None takes it from the folder's name.
+    ``what`` names the network in errors; ``stem`` is how its files begin.
     Raises ValueError, with the cause and the remedy, where there are none that can be read or a part is missing.
     """
-    if stem is None:
-        is_encoder = folder.name.startswith(("text_encoder", "image_encoder"))
-        stem = TRANSFORMERS_STEM if is_encoder else DIFFUSERS_STEM
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     indexed = {v: name for name in names if (v := _index_variant(name, stem)) is not None}
     single = {v: name for name in names if (v := _file_variant(name, stem)) is not None}
     found = {**single, **indexed}  # as diffusers has it, an index comes before a file
     if not found:
-        raise ValueError(_nothing(folder, what, stem, names))
+        raise ValueError(_nothing(what, stem, names))
     chosen = _choose(sorted(found), folder, what, dtype)
     variant = chosen or None
     if chosen not in indexed:
@@ -132,17 +128,13 @@ def _choose(variants: list[str], folder: Path, what: str, dtype: torch.dtype | N
 
 def _shards(index: Path) -> list[str]:
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return sorted({str(shard) for shard in shards.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is damaged (it has no weight_map: {one_line(error)[:100]}); fetch it again"
-        ) from None
+        return sorted({str(shard) for shard in read_json(index)["weight_map"].values()})
+    except (KeyError, AttributeError):
+        raise ValueError(f"{index} is damaged (it has no weight_map); fetch it again") from None
 
 
-def _nothing(folder: Path, what: str, stem: str, names: Iterable[str]) -> str:
-    """Why a folder holds no weights that can be read."""
-    names = list(names)
+def _nothing(what: str, stem: str, names: list[str]) -> str:
+    """Why a folder of these files holds no weights that can be read."""
     if loose := [name for name in names if name.endswith(".safetensors")]:
         if any(_SHARD.search(name) and name.startswith(stem) for name in loose):
             return f"{what} has the shard {loose[0]} but no {stem}.safetensors.index.json; fetch the index"
@@ -172,11 +164,10 @@ def check_quantization(config: Mapping[str, Any], what: str, *, frozen: bool) ->
     library = _LIBRARIES.get(method)
     if frozen and library is not None and _installed(library):
         return
-    missing = f", and {library} is not installed" if frozen and library is not None else ""
-    remedy = f"; install {library}" if missing else ""
+    missing = f", and {library} is not installed; install {library}" if frozen and library is not None else ""
     raise ValueError(
-        f"{what} is quantised by {method}{_detail(settings)}, whose weights cannot be read here{missing}{remedy}; take "
-        f"it in bfloat16 or float16, or dequantize() it in diffusers and save it again"
+        f"{what} is quantised by {method}{_detail(settings)}, whose weights cannot be read here{missing}; take it in "
+        f"bfloat16 or float16, or dequantize() it in diffusers and save it again"
     )
 
 
@@ -243,6 +234,21 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {k.replace(".base_layer.", "."): tuple(v.shape) for k, v in state.items() if ".lora_" not in k}
 
 
+def meta_network(kind: Any, config: Mapping[str, Any], what: str) -> nn.Module:
+    """A network of diffusers' class ``kind`` on the meta device: shapes and names only. Raises ValueError where the
+    configuration makes none.
+    """
+    try:
+        with torch.device("meta"):
+            network: nn.Module = kind.from_config(config)
+    except Exception as error:  # whatever a configuration of nonsense leads to
+        raise ValueError(
+            f"{what} cannot be made ({type(error).__name__}: {one_line(error)[:200]}); its config.json is damaged: "
+            f"fetch it again"
+        ) from None
+    return network.eval().requires_grad_(False)
+
+
 def load_renamed(
     kind: Any, config: Mapping[str, Any], files: Iterable[Path], keys: Mapping[str, str], dtype: torch.dtype
 ) -> nn.Module:
@@ -264,4 +270,6 @@ def load_renamed(
                 wide = any(segment in kept for segment in name.split("."))
                 state[name] = opened.get_tensor(key).to(torch.float32 if wide else dtype)
     network.load_state_dict(state, assign=True)
-    return (network if kept else network.to(dtype)).eval().requires_grad_(False)
+    if not kept:
+        nn.Module.to(network, dtype)  # buffers outside the state; diffusers' own `to` warns of every dtype
+    return network.eval().requires_grad_(False)

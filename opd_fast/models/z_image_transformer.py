@@ -1,9 +1,9 @@
 """Z-Image's transformer for a padded batch.
 
-diffusers' forward takes lists, one tensor a prompt, and works through them row by row: the lengths must be known on the
-host, and the shapes follow the prompts.  The forward here computes the same from one padded tensor and its mask: one
-shape whatever the prompts are, nothing read back from the device.  It is a method of the model, so that whatever wraps
-or hooks the model as a whole sees every call.
+diffusers' forward takes lists with one tensor for each prompt and works through them row by row, so that the host must
+know the lengths and the shapes depend on the prompts.  The forward here computes the same from one padded tensor and
+its mask: the shape is always the same, and nothing is read back from the device.  It is a method of the model, so that
+whatever wraps or hooks the model as a whole sees every call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opd_fast.models.latents import PATCH
 
-MULTIPLE = 32  # the transformer fills a prompt's tokens, and an image's, up to a multiple of it with learned ones
+MULTIPLE = 32  # the transformer adds learned tokens to a prompt's and to an image's, up to a multiple of this
 
 
 class ZImageTransformer2DModel(Published):

@@ -15,8 +15,6 @@ THEMES: dict[str, dict[str, Any]] = {
     "light": {"ink": "#1c1e21", "faint": "#6b7178", "grid": "#e3e5e8", "student": "#0072b2", "teacher": "#b8500a"},
     "dark": {"ink": "#e8eaed", "faint": "#9aa0a6", "grid": "#33373c", "student": "#6cb8ea", "teacher": "#f0a35e"},
 }
-_STEP = re.compile(r"loss/step_?(\d+)")
-_TASK = re.compile(r"loss/task_(.+)")
 
 Series = dict[str, list[tuple[int, float]]]  # name to (round, value)
 
@@ -27,21 +25,22 @@ def draw(results: dict[str, Any], history: list[dict[str, Any]]) -> list[dict[st
     Returns `[{"title", "caption", "light", "dark"}]`, where "light" and "dark" are images as data URIs.
     """
     drawn = []
-    rewards = reward_series(history)
-    if any(len(points) > 1 for points in rewards.values()):
+    rewards = {key: points for key, points in reward_series(history).items() if len(points) > 1}
+    if rewards:
         caption = "Held-out prompts, averaged weights. Dashed: the task's teacher. Dotted: the base."
         drawn.append(_twice("Rewards over rounds", caption, lambda theme: _rewards(rewards, results, theme)))
-    steps, tasks = step_series(history), _matching(history, _TASK)
+    steps, tasks = step_series(history), _matching(history, r"loss/task_(.+)")
     if steps:
         caption = (
             "One line for each trained solver step, from the noisiest (dark) to the cleanest (bright). "
             "Steps weigh very differently, so they are not to be judged by their sum."
         )
         drawn.append(_twice("Loss of each solver step", caption, lambda theme: _steps(steps, theme)))
-    total = {"all tasks": [(line["round"], line["loss"]) for line in history if "loss" in line]}
-    if total["all tasks"]:
+    total = [(line["round"], line["loss"]) for line in history if "loss" in line]
+    if total:
         caption = "The round's whole loss" + (", and each task's part of it." if tasks else ".")
-        drawn.append(_twice("Loss over rounds", caption, lambda theme: _losses({**total, **tasks}, theme)))
+        losses = {"all tasks": total, **tasks}
+        drawn.append(_twice("Loss over rounds", caption, lambda theme: _losses(losses, theme)))
     return drawn
 
 
@@ -60,15 +59,15 @@ def reward_series(history: list[dict[str, Any]]) -> dict[tuple[str, str], list[t
 
 def step_series(history: list[dict[str, Any]]) -> Series:
     """Return solver step to [(round, loss)], in the order of the steps."""
-    return dict(sorted(_matching(history, _STEP).items(), key=lambda item: int(item[0])))
+    return dict(sorted(_matching(history, r"loss/step_?(\d+)").items(), key=lambda item: int(item[0])))
 
 
-def _matching(history: list[dict[str, Any]], pattern: re.Pattern[str]) -> Series:
+def _matching(history: list[dict[str, Any]], pattern: str) -> Series:
+    """Return what the pattern's group matches in a metric's name, to that metric."""
     series: Series = {}
     for line in history:
         for key, value in line.items():
-            match = pattern.fullmatch(key)
-            if match:
+            if match := re.fullmatch(pattern, key):
                 series.setdefault(match.group(1), []).append((line["round"], value))
     return series
 
@@ -79,19 +78,16 @@ def _twice(title: str, caption: str, figure: Any) -> dict[str, str]:
 
 def _axes(theme: dict[str, Any], panels: int, height: float = 2.6) -> tuple[Any, list[Any]]:
     """Return a figure and its `panels`, at most three in a row, without the boxes that carry no data."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = {1: 1, 2: 2, 4: 2}.get(panels, 3)
-    lines = -(-panels // columns)
-    figure = Figure(figsize=(9.2, height * lines), layout="constrained")
-    FigureCanvasAgg(figure)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(9.2, height * rows), layout="constrained")
     figure.patch.set_alpha(0)
-    axes = [figure.add_subplot(lines, columns, i + 1) for i in range(panels)]
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
     for ax in axes:
         ax.patch.set_alpha(0)
-        for side in ("top", "right", "left"):
-            ax.spines[side].set_visible(False)
+        ax.spines[["top", "right", "left"]].set_visible(False)
         ax.spines["bottom"].set_color(theme["grid"])
         ax.grid(axis="y", color=theme["grid"], linewidth=0.8)
         ax.set_axisbelow(True)
@@ -101,9 +97,9 @@ def _axes(theme: dict[str, Any], panels: int, height: float = 2.6) -> tuple[Any,
 
 
 def _rewards(series: dict[tuple[str, str], list[tuple[int, float]]], results: dict[str, Any], theme: Any) -> Any:
-    series = {key: points for key, points in series.items() if len(points) > 1}
     figure, axes = _axes(theme, len(series))
     rewards = [reward for _, reward in series]
+    colours = {"student": theme["student"], "teacher": theme["teacher"], "base": theme["faint"]}
     for ax, ((task, reward), points) in zip(axes, series.items(), strict=True):
         rounds, values = zip(*points, strict=True)
         title = _title(task, reward, shared=rewards.count(reward) > 1)
@@ -114,25 +110,14 @@ def _rewards(series: dict[tuple[str, str], list[tuple[int, float]]], results: di
             means = results["rows"].get(row, {})
             level = means.get(reward_key(means, task, reward))
             if level is not None and math.isfinite(level):  # NaN: that reward failed there
-                colour = theme["teacher"] if label == "teacher" else theme["faint"]
-                ax.axhline(level, color=colour, linewidth=1.4, linestyle=style)
+                ax.axhline(level, color=colours[label], linewidth=1.4, linestyle=style)
                 ends[label] = level
         low, high = min((*values, *ends.values())), max((*values, *ends.values()))
         room = max(high - low, 1e-3)
         ax.set_ylim(low - 0.08 * room, high + 0.12 * room)
-        colours = {"student": theme["student"], "teacher": theme["teacher"], "base": theme["faint"]}
+        beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
         for label, y in _apart(ends, 0.11 * room).items():  # names beside the lines instead of a legend
-            ax.annotate(
-                label,
-                (1.0, y),
-                xycoords=("axes fraction", "data"),
-                xytext=(4, 0),
-                textcoords="offset points",
-                color=colours[label],
-                fontsize=8,
-                va="center",
-                annotation_clip=False,
-            )
+            ax.annotate(label, (1.0, y), xytext=(4, 0), color=colours[label], fontsize=8, va="center", **beside)
     return figure
 
 
@@ -153,35 +138,32 @@ def _apart(levels: dict[str, float], least: float) -> dict[str, float]:
 def _steps(series: Series, theme: dict[str, Any]) -> Any:
     from matplotlib import colormaps
 
-    figure, (ax,) = _axes(theme, 1, height=3.2)
     # Ends of viridis that vanish on the page are left out.
     low, high = (0.0, 0.85) if theme is THEMES["light"] else (0.25, 1.0)
-    for i, (step, points) in enumerate(series.items()):
-        colour = colormaps["viridis"](low + (high - low) * i / max(len(series) - 1, 1))
-        rounds, values = zip(*points, strict=True)
-        ax.plot(rounds, values, color=colour, linewidth=1.5, label=f"step {step.lstrip('0') or '0'}")
-    _log(ax, series)
-    _legend(ax, theme)
-    return figure
+    places = [low + (high - low) * i / max(len(series) - 1, 1) for i in range(len(series))]
+    styles = [{"color": colormaps["viridis"](place), "linewidth": 1.5} for place in places]
+    named = {f"step {step.lstrip('0') or '0'}": points for step, points in series.items()}
+    return _lines(named, styles, theme, height=3.2)
 
 
 def _losses(series: Series, theme: dict[str, Any]) -> Any:
-    figure, (ax,) = _axes(theme, 1, height=2.6)
     colours = [theme["student"], theme["teacher"], "#009e73", "#cc79a7", theme["faint"]]
-    styles = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 3))]
-    for i, (name, points) in enumerate(series.items()):
-        rounds, values = zip(*points, strict=True)
-        ax.plot(
-            rounds, values, color=colours[i % 5], linestyle=styles[i % 5], linewidth=1.8 if i == 0 else 1.3, label=name
-        )
+    dashes = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 3))]
+    styles = [
+        {"color": colours[i % 5], "linestyle": dashes[i % 5], "linewidth": 1.3 if i else 1.8}
+        for i in range(len(series))
+    ]
+    return _lines(series, styles, theme, height=2.6)
+
+
+def _lines(series: Series, styles: list[dict[str, Any]], theme: dict[str, Any], height: float) -> Any:
+    figure, (ax,) = _axes(theme, 1, height)
+    for (name, points), style in zip(series.items(), styles, strict=True):
+        ax.plot(*zip(*points, strict=True), label=name, **style)
     _log(ax, series)
     if len(series) > 1:
-        _legend(ax, theme)
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, labelcolor=theme["ink"])
     return figure
-
-
-def _legend(ax: Any, theme: dict[str, Any]) -> None:
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, labelcolor=theme["ink"])
 
 
 def _log(ax: Any, series: Series) -> None:

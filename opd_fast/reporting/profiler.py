@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -40,19 +39,16 @@ class RoundProfiler:
         if not 1 <= first <= last:
             raise ValueError(f"rounds {first} to {last} cannot be profiled; give 1 <= first <= last")
         self.folder, self.first, self.last, self.log = Path(run_dir) / "profile", first, last, log
-        self._begun = 0
-        self._finished = 0
-        """Recorded rounds that ran to their end."""
-        self._profile: Any = None
-        self._written = False
+        self._begun = self._finished = 0  # rounds, and recorded rounds that ran to their end
+        self._profile: torch.profiler.profile | None = None
 
     def __enter__(self) -> RoundProfiler:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._profile is not None:
-            self._write()
-        if not self._written:
+            self._write(self._profile)
+        if self._finished == 0:
             self.log(f"profile: nothing recorded; of {self._begun} rounds none from round {self.first} on was finished")
 
     @contextlib.contextmanager
@@ -60,22 +56,16 @@ class RoundProfiler:
         """Around one round."""
         self._begun += 1
         if self._begun == self.first:
-            self._start()
+            self._profile = torch.profiler.profile()
+            self._profile.start()
         yield
         if self._profile is not None:
             self._finished += 1
             if self._begun == self.last:
-                self._write()
+                self._write(self._profile)
 
-    def _start(self) -> None:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profile = torch.profiler.profile(activities=activities)
-        self._profile.start()
-
-    def _write(self) -> None:
-        profile, self._profile = self._profile, None
+    def _write(self, profile: torch.profiler.profile) -> None:
+        self._profile = None
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # else the last round's kernels would be cut off
         profile.stop()
@@ -87,8 +77,6 @@ class RoundProfiler:
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profile.key_averages().table(sort_by=order, row_limit=OPERATORS, max_name_column_width=60)
         (self.folder / "operators.txt").write_text(table + "\n", encoding="utf-8")
-        self._written = True
-        rounds = (
-            f"rounds {self.first} to {self.first + self._finished - 1}" if self._finished > 1 else f"round {self.first}"
-        )
+        last = self.first + self._finished - 1
+        rounds = f"rounds {self.first} to {last}" if self._finished > 1 else f"round {self.first}"
         self.log(f"profile: {rounds} of this process in {trace}; the top operators in operators.txt beside it")

@@ -1,8 +1,7 @@
 """The keys of a row of results.json: which task and which reward a mean belongs to.
 
-A key is `REWARD` where one task alone has that reward, and `TASK/REWARD` where several have it, for each of them.
-Neither a task's name nor a reward's has a slash, so that a key can be read in one way only. metrics.jsonl keeps
-`{task: {reward: mean}}` and needs no such keys.
+A key is `REWARD` where one task alone has that reward, and `TASK/REWARD` where several have it. Neither name has a
+slash, so that a key can be read in one way only. metrics.jsonl keeps `{task: {reward: mean}}` and needs no such keys.
 """
 
 from __future__ import annotations

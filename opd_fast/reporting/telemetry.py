@@ -39,12 +39,12 @@ class Telemetry:
 
     def __init__(self, run_dir: Path, config: LoggingConfig, *, rounds: int, start_round: int = 0) -> None:
         self.run_dir, self.config, self.rounds, self.start_round = Path(run_dir), config, rounds, start_round
-        self._time_before = 0.0
         self._metrics: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
-        self._bar: _Bar | _Lines | None = None
-        self._start = time.monotonic()
+        self._screen: _Bar | _Lines = _Lines(rounds, start_round)
+        self._opened = contextlib.ExitStack()
+        self._time_before, self._start = 0.0, time.monotonic()
 
     def __enter__(self) -> Telemetry:
         path = self.run_dir / "metrics.jsonl"
@@ -53,27 +53,23 @@ class Telemetry:
             kept = []
         self._time_before = kept[-1]["time"] if kept else 0.0
         replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._metrics = path.open("a", encoding="utf-8")
+        if self.config.wandb:
+            self._wandb = _start_wandb(self.run_dir)
+            self._opened.push(lambda kind, error, at: self._wandb.finish(exit_code=0 if kind is None else 1))
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.start_round or None)
-        if self.config.wandb:
-            self._wandb = _start_wandb(self.run_dir)
-        live = sys.stderr.isatty()
-        self._bar = _Bar(self.rounds, self.start_round) if live else _Lines(self.rounds, self.start_round)
+            events = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.start_round or None)
+            self._tensorboard = self._opened.enter_context(events)
+        self._metrics = self._opened.enter_context(path.open("a", encoding="utf-8"))
+        if sys.stderr.isatty():
+            self._screen = _Bar(self.rounds, self.start_round)
+            self._opened.enter_context(self._screen.progress)
         self._start = time.monotonic()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+        self._opened.__exit__(kind, error, at)
 
     @property
     def seconds(self) -> float:
@@ -81,40 +77,32 @@ class Telemetry:
         return self._time_before + time.monotonic() - self._start
 
     def round(self, index: int, metrics: dict[str, float]) -> None:
-        """Record round `index` (0-based). `loss` and `samples_per_second` also go to the bar when present."""
-        self._write({"round": index, "time": round(self.seconds, 3), **{k: float(v) for k, v in metrics.items()}})
-        self._scalars(index, metrics)
-        if self._bar is not None:
-            self._bar.round(index, metrics)
+        """Record round `index` (0-based). `loss` and `samples_per_second` also go to the screen when present."""
+        self._write(index, {k: float(v) for k, v in metrics.items()}, metrics)
+        self._screen.round(index, metrics)
 
     def evaluation(self, index: int, rewards: dict[str, dict[str, float]]) -> None:
         """Record mean rewards `{task: {reward: value}}` after `index` rounds; those that are NaN are left out."""
         rewards = {task: {k: v for k, v in row.items() if math.isfinite(v)} for task, row in rewards.items()}
-        self._write({"round": index, "time": round(self.seconds, 3), "evaluation": rewards})
-        flat = {f"evaluation/{task}/{name}": value for task, means in rewards.items() for name, value in means.items()}
-        self._scalars(index, flat)
-        means = "  ".join(f"{task} {name} {value:.3f}" for task, row in rewards.items() for name, value in row.items())
-        self.message(f"round {index}: {means}")
+        means = [(task, name, value) for task, row in rewards.items() for name, value in row.items()]
+        self._write(index, {"evaluation": rewards}, {f"evaluation/{task}/{name}": value for task, name, value in means})
+        self.message(f"round {index}: " + "  ".join(f"{task} {name} {value:.3f}" for task, name, value in means))
 
     def message(self, text: str) -> None:
         """Print a line above the bar."""
-        if self._bar is None:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self._bar.message(text)
+        self._screen.message(text)
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, index: int, values: dict[str, Any], scalars: dict[str, float]) -> None:
+        """Write `values` into metrics.jsonl, and `scalars` wherever else metrics go."""
         if self._metrics is None:
             raise RuntimeError("Telemetry is a context manager: use it inside its `with` block")
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(json.dumps({"round": index, "time": round(self.seconds, 3), **values}) + "\n")
         self._metrics.flush()
-
-    def _scalars(self, index: int, values: dict[str, float]) -> None:
         if self._tensorboard is not None:
-            for name, value in values.items():
+            for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, index)
         if self._wandb is not None:
-            self._wandb.log(dict(values), step=index)
+            self._wandb.log(dict(scalars), step=index)
 
 
 class NullTelemetry:
@@ -123,40 +111,29 @@ class NullTelemetry:
     def __enter__(self) -> NullTelemetry:
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        pass
-
-    def round(self, index: int, metrics: dict[str, float]) -> None:
-        pass
-
-    def evaluation(self, index: int, rewards: dict[str, dict[str, float]]) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        pass
+    def __exit__(self, *raised: object) -> None: ...
+    def round(self, index: int, metrics: dict[str, float]) -> None: ...
+    def evaluation(self, index: int, rewards: dict[str, dict[str, float]]) -> None: ...
+    def message(self, text: str) -> None: ...
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics.jsonl, none if there is no file. A last line that a crash cut short is left out."""
     lines: list[dict[str, Any]] = []
-    if not path.is_file():
-        return lines
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for text in path.read_text(encoding="utf-8").splitlines():
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
     return lines
 
 
 class _Bar:
-    """A live bar on a terminal."""
+    """A live bar on a terminal, while the context of its `progress` is open."""
 
     def __init__(self, rounds: int, start: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._progress = Progress(
+        self.progress = Progress(
             TextColumn("[bold]round"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
@@ -166,55 +143,41 @@ class _Bar:
             console=Console(stderr=True),
             refresh_per_second=4,
         )
-        self._task = self._progress.add_task("train", total=rounds, completed=start, status="")
-        self._progress.start()
+        self._task = self.progress.add_task("train", total=rounds, completed=start, status="")
 
     def round(self, index: int, metrics: dict[str, float]) -> None:
-        self._progress.update(self._task, completed=index + 1, status=_status(metrics))
+        self.progress.update(self._task, completed=index + 1, status=_status(metrics))
 
     def message(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
-
-    def close(self) -> None:
-        self._progress.stop()
+        self.progress.console.print(text, markup=False, highlight=False)
 
 
 class _Lines:
     """Plain lines where there is no terminal: one for the first and the last round, and one every few seconds."""
 
     def __init__(self, rounds: int, start: int) -> None:
-        self._rounds, self._done = rounds, start
-        self._first, self._last, self._printed = start, time.monotonic(), -PLAIN_SECONDS
-        self._spent = 0.0
+        self._rounds, self._first = rounds, start
+        self._spent, self._last, self._printed = 0.0, time.monotonic(), -PLAIN_SECONDS
 
     def round(self, index: int, metrics: dict[str, float]) -> None:
-        now = time.monotonic()
+        now, done = time.monotonic(), index + 1
         # A round's own time, where it is given, leaves out the evaluations, which do not come with each round.
         self._spent += metrics.get("seconds", now - self._last)
-        self._done, self._last = index + 1, now
-        if now - self._printed < PLAIN_SECONDS and self._done < self._rounds:
+        self._last = now
+        if now - self._printed < PLAIN_SECONDS and done < self._rounds:
             return
         self._printed = now
         # The first round warms up caches and compilers, but it is all there is to go by at first.
-        left = self._spent / max(self._done - self._first, 1) * (self._rounds - self._done)
-        print(
-            f"round {self._done}/{self._rounds}  {_status(metrics)}  left {_clock(left)}", file=sys.stderr, flush=True
-        )
+        left = self._spent / (done - self._first) * (self._rounds - done)
+        self.message(f"round {done}/{self._rounds}  {_status(metrics)}  left {_clock(left)}")
 
     def message(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        pass
-
 
 def _status(metrics: dict[str, float]) -> str:
-    parts = []
-    if "loss" in metrics:
-        parts.append(f"loss {metrics['loss']:.3e}")
-    if "samples_per_second" in metrics:
-        parts.append(f"{metrics['samples_per_second']:.1f} samples/s")
-    return "  ".join(parts)
+    formats = {"loss": "loss {:.3e}", "samples_per_second": "{:.1f} samples/s"}
+    return "  ".join(text.format(metrics[name]) for name, text in formats.items() if name in metrics)
 
 
 def _clock(seconds: float) -> str:
@@ -226,15 +189,14 @@ def _clock(seconds: float) -> str:
 def _start_wandb(run_dir: Path) -> Any:
     """Return the run at Weights & Biases that belongs to this directory.
 
-    Its identity lies in `wandb.id`, so that a resumed run goes on there, while another run of the same name, as the
-    stages of two cascades have, is a run of its own.
+    `wandb.id` keeps its identity: a resumed run goes on there, and runs of one name, such as the stages of two
+    cascades, are runs of their own.
     """
     try:
         import wandb
     except ImportError as error:
-        raise UserError(
-            "logging.wandb", "wandb is not installed", "pip install 'opd_fast[wandb]' or --logging.wandb false"
-        ) from error
+        remedy = "pip install 'opd_fast[wandb]' or --logging.wandb false"
+        raise UserError("logging.wandb", "wandb is not installed", remedy) from error
     run_dir = run_dir.resolve()
     file = run_dir / "wandb.id"
     if not file.is_file():
@@ -261,12 +223,10 @@ def annotate(name: str) -> contextlib.AbstractContextManager[object]:
     if _nvtx():
         import nvtx
 
-        marked: contextlib.AbstractContextManager[object] = nvtx.annotate(name, domain="opd_fast")
-        return marked
+        return nvtx.annotate(name, domain="opd_fast")
     profiler = sys.modules.get("torch.autograd.profiler")  # without torch nothing is profiled
     if profiler is not None and profiler._is_profiler_enabled:
-        recorded: contextlib.AbstractContextManager[object] = profiler.record_function(name)
-        return recorded
+        return profiler.record_function(name)
     return _NOTHING
 
 

@@ -40,19 +40,17 @@ class RoundBatch:
         size = size or len(self)
         for start in range(0, len(self), size):
             rows = slice(start, min(start + size, len(self)))
-            parts = [
-                (teacher, slice(max(task.start, rows.start) - start, min(task.stop, rows.stop) - start))
-                for teacher, task in self.tasks
-            ]
-            yield (
-                rows,
-                replace(
-                    self,
-                    text=self.text.index(rows),
-                    tasks=tuple((teacher, slice(task.start, max(task.start, task.stop))) for teacher, task in parts),
-                    keys=self.keys[rows],
-                    scale=self.scale[rows],
-                    x=None if self.x is None else self.x[rows],
-                    noise=None if self.noise is None else self.noise[:, rows],
-                ),
+            tasks = []
+            for teacher, task in self.tasks:
+                first, end = max(task.start, rows.start) - start, min(task.stop, rows.stop) - start
+                tasks.append((teacher, slice(first, max(first, end))))
+            part = replace(
+                self,
+                text=self.text.index(rows),
+                tasks=tuple(tasks),
+                keys=self.keys[rows],
+                scale=self.scale[rows],
+                x=None if self.x is None else self.x[rows],
+                noise=None if self.noise is None else self.noise[:, rows],
             )
+            yield rows, part

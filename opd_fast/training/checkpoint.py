@@ -15,37 +15,35 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from opd_fast.config.run_dir import CHECKPOINT_NAME
+from opd_fast.distributed.world import World
 from opd_fast.errors import UserError, one_line
 from opd_fast.files import put_in_place
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from opd_fast.distributed.world import World
+from opd_fast.models.lora.files import sha256
 
 VERSION = 2
 _OWN = {"version", "round", "sha256", "digest"}
-"""Keys of meta.json that the checkpoint writes itself."""
 
 
 class Checkpoints:
-    """The checkpoints of a run.
+    """The newest `keep` checkpoints of a run, in a directory that all processes see.
 
-    Args:
-        directory: where they lie, on a file system that all processes see; made when the first one is saved.
-        keep: how many of the newest are kept.
-        world: the processes that save and load together, each calling the same methods; None: this one alone.
+    The processes of `world` save and load together, each calling the same methods; None stands for this one alone.
     """
 
     def __init__(self, directory: Path, keep: int, world: World | None = None) -> None:
-        from opd_fast.distributed.world import World
-
         if keep < 1:
             raise UserError("checkpoint.keep", f"{keep} is below 1", "give 1 or more")
         self.directory, self.keep, self.world = Path(directory), keep, world or World()
@@ -55,8 +53,6 @@ class Checkpoints:
         # DCP says so whenever one process uses it, which is meant.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         if self.world.size > 1:
-            import torch.distributed as dist
-
             # Its own group: the writer's messages must not mix with those of the round that goes on meanwhile.
             self._group = dist.new_group(backend="gloo")
 
@@ -69,20 +65,11 @@ class Checkpoints:
     ) -> Path:
         """Copy the state after `round` rounds; write it in the background, then prune the oldest.
 
-        Args:
-            round: rounds done; a checkpoint of the same round is replaced.
-            tensors: of any dtype and device, sharded or whole. They may change as soon as this returns.
-            meta: what JSON can hold; the keys `version`, `round`, `sha256` and `digest` are the checkpoint's own.
-            afterwards: called by rank 0 in the background, once the checkpoint is whole.
-
-        Returns:
-            Where it will lie.
-
-        Raises:
-            UserError: the save before this one failed: the disk is full or not writable.
+        The tensors, of any dtype and device, sharded or whole, may change as soon as this returns. `meta` is what JSON
+        can hold, under other keys than the checkpoint's own. Rank 0 calls `afterwards` in the
+        background, once the checkpoint is whole. A checkpoint of the same round is replaced. Returns where it will lie.
+        Raises UserError where the save before this one failed, because the disk is full or not writable.
         """
-        from torch.distributed.checkpoint.staging import BlockingAsyncStager
-
         if reserved := _OWN & set(meta):
             raise ValueError(f"meta keys {sorted(reserved)} are the checkpoint's own; name them otherwise")
         self.wait()
@@ -99,61 +86,37 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest checkpoint, whole or not; None when there is none."""
-        found = self._all()
-        return found[-1] if found else None
+        return next(reversed(self._all()), None)
 
     def find(self, path: Path | None = None) -> tuple[Path, dict[str, Any]]:
-        """Verify a checkpoint and read its metadata.
+        """Verify the checkpoint in a folder, or find the newest whole one; damaged ones are named on stderr.
 
-        Args:
-            path: one checkpoint's folder. None: the newest whole one; each damaged one that is passed over is named
-                on stderr.
-
-        Returns:
-            Its folder, and the metadata (`round` among it).
-
-        Raises:
-            UserError: the checkpoint named is damaged, or none is whole.
+        Returns its folder and its metadata (`round` among it). Raises UserError where the one named is damaged, or none
+        is whole.
         """
         return self.world.on_first(lambda: self._find(path))
 
     def restore(self, folder: Path, targets: Mapping[str, Tensor]) -> None:
         """Fill `targets`, sharded or whole, with the tensors of their names.
 
-        Raises:
-            ValueError: a name is missing or of another shape.
-            UserError: the files cannot be read.
+        Raises ValueError for a name that is missing or of another shape, UserError for files that cannot be read.
         """
-        from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-
-        held = self.shapes(folder)
+        shapes = {name: tuple(entry.size) for name, entry in _entries(folder).items()}
         for name, target in targets.items():
-            if held.get(name) != tuple(target.shape):
+            if shapes.get(name) != tuple(target.shape):
                 raise ValueError(
-                    f"the checkpoint holds {name} of shape {held.get(name)}, this run {tuple(target.shape)}; resume "
+                    f"the checkpoint holds {name} of shape {shapes.get(name)}, this run {tuple(target.shape)}; resume "
                     "with the configuration that wrote it"
                 )
-        _unwrapped(
-            folder,
-            lambda: load(
-                dict(targets),
-                storage_reader=HuggingFaceStorageReader(str(folder)),
-                process_group=self._group,
-                no_dist=self.world.size == 1,
-            ),
-        )
-
-    def shapes(self, folder: Path) -> dict[str, tuple[int, ...]]:
-        """Name to shape of every tensor in a checkpoint, shards put together."""
-        return {name: tuple(entry.size) for name, entry in self._entries(folder).items()}
+        with _disk_errors(folder):
+            reader = dcp.HuggingFaceStorageReader(str(folder))
+            dcp.load(dict(targets), storage_reader=reader, process_group=self._group, no_dist=self.world.size == 1)
 
     def blanks(self, folder: Path, prefix: str = "") -> dict[str, Tensor]:
         """Targets for `restore` on the CPU, whole and unset: one for each tensor whose name begins with `prefix`."""
-        import torch
-
         return {
             name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
-            for name, entry in self._entries(folder).items()
+            for name, entry in _entries(folder).items()
             if name.startswith(prefix)
         }
 
@@ -170,22 +133,13 @@ class Checkpoints:
         self, final: Path, round: int, tensors: Any, meta: dict[str, Any], afterwards: Callable[[], None] | None
     ) -> None:
         """In the writer's thread; every process calls it for the same checkpoint."""
-        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
-
         temporary = self.directory / f".{final.name}.part"
-        self._by_first(final, lambda: self._begin(temporary))
-        _unwrapped(
-            final,
-            lambda: save(
-                tensors,
-                storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
-                process_group=self._group,
-                no_dist=self.world.size == 1,
-            ),
-        )
-        digests = self._digests(temporary)
-        header = {"version": VERSION, "round": round, "sha256": digests, **meta}
-        self._by_first(final, lambda: self._commit(temporary, final, header))
+        self._on_first(final, lambda: self._begin(temporary))
+        with _disk_errors(final):
+            writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1)
+        header = {"version": VERSION, "round": round, "sha256": self._digests(temporary), **meta}
+        self._on_first(final, lambda: self._commit(temporary, final, header))
         if afterwards is not None and self.world.is_main:
             afterwards()
 
@@ -199,17 +153,15 @@ class Checkpoints:
     def _restore_replaced(self) -> None:
         """Put back a checkpoint that a crash caught between its own renaming and its successor's."""
         for old in self.directory.glob(".round-*.old"):
-            final = self.directory / old.name[1 : -len(".old")]
-            if not final.exists():
+            if not (final := self.directory / old.name[1 : -len(".old")]).exists():
                 os.replace(old, final)
 
     def _digests(self, folder: Path) -> dict[str, str]:
         """SHA-256 of every shard, each hashed and forced to the disk by the process that wrote it."""
-        mine = {}
-        for path in sorted(folder.glob(f"shard-{self.world.rank + 1:05d}-*.safetensors")):
+        shards = sorted(folder.glob(f"shard-{self.world.rank + 1:05d}-*.safetensors"))
+        for path in shards:
             _sync(path)
-            mine[path.name] = _sha256(path)
-        return dict(self.world.all_gather_objects(list(mine.items()), self._group))
+        return dict(self.world.all_gather_objects([(path.name, sha256(path)) for path in shards], self._group))
 
     def _commit(self, temporary: Path, final: Path, header: dict[str, Any]) -> None:
         text = json.dumps({**header, "digest": _digest(header)}, indent=1)
@@ -221,16 +173,10 @@ class Checkpoints:
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _by_first(self, final: Path, work: Callable[[], None]) -> None:
+    def _on_first(self, final: Path, work: Callable[[], None]) -> None:
         """Rank 0 works while the others wait; where it fails all of them raise."""
 
-        def checked() -> None:
-            try:
-                work()
-            except OSError as error:
-                raise _unwritable(final, error) from error
-
-        self.world.on_first(checked, self._group)
+        self.world.on_first(_disk_errors(final)(work), self._group)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -240,30 +186,25 @@ class Checkpoints:
         with contextlib.suppress(OSError):  # of a directory that may only be read
             self._restore_replaced()
         found = self._all()
-        if not found:
-            raise UserError("--resume", f"no checkpoint in {self.directory}", "start the run anew without --resume")
         for candidate in reversed(found):
             try:
                 return candidate, _verify(candidate)
             except UserError as error:
                 print(f"warning: {one_line(error)}", file=sys.stderr, flush=True)
-        raise UserError("--resume", f"no whole checkpoint in {self.directory}", "start the run anew without --resume")
-
-    def _entries(self, folder: Path) -> dict[str, Any]:
-        from torch.distributed.checkpoint import HuggingFaceStorageReader
-
-        entries: dict[str, Any] = _unwrapped(
-            folder, lambda: HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-        )
-        return entries
+        whole = "whole " if found else ""
+        raise UserError("--resume", f"no {whole}checkpoint in {self.directory}", "start the run anew without --resume")
 
     def _all(self) -> list[Path]:
-        named = [
-            (found, p)
-            for p in self.directory.glob("round-*")
-            if (found := CHECKPOINT_NAME.fullmatch(p.name)) and p.is_dir()
-        ]
-        return [p for _, p in sorted(named, key=lambda pair: int(pair[0].group(1)))]
+        """The checkpoints, whole or not, the oldest first."""
+        found = [p for p in self.directory.glob("round-*") if CHECKPOINT_NAME.fullmatch(p.name) and p.is_dir()]
+        return sorted(found, key=lambda folder: int(folder.name.removeprefix("round-")))
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    """Name to size and type of every tensor in a checkpoint, shards put together."""
+    with _disk_errors(folder):
+        entries: dict[str, Any] = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return entries
 
 
 def _verify(folder: Path) -> dict[str, Any]:
@@ -273,14 +214,12 @@ def _verify(folder: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         version = meta["version"]
         if version != VERSION:
-            raise UserError(
-                str(folder), f"is of format {version}, not {VERSION}", "resume with the version that wrote it"
-            )
-        digest = meta.pop("digest")
-        if digest != _digest(meta):
+            problem = f"is of format {version}, not {VERSION}"
+            raise UserError(str(folder), problem, "resume with the version that wrote it")
+        if meta.pop("digest") != _digest(meta):
             raise UserError(str(folder), "checkpoint is damaged (meta.json was altered)", remedy)
         for name, expected in meta.pop("sha256").items():
-            if _sha256(folder / name) != expected:
+            if sha256(folder / name) != expected:
                 raise UserError(str(folder), f"checkpoint is damaged (the hash of {name} does not match)", remedy)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -290,42 +229,28 @@ def _verify(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _unwrapped(folder: Path, work: Callable[[], Any]) -> Any:
-    """Call DCP, and raise what fails on any process as a UserError.
-
-    Only failures of the disk and of the files themselves become one; others keep their own type.
-    """
-    from safetensors import SafetensorError
-    from torch.distributed.checkpoint import CheckpointException
-
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Raise failures of the disk and of a checkpoint's files as a UserError, on whatever process DCP met them."""
     try:
-        return work()
-    except CheckpointException as error:
-        cause: BaseException = next(iter(error.failures.values()))[0]
-    except (OSError, SafetensorError) as error:
-        cause = error
-    if isinstance(cause, OSError):
-        raise _unwritable(folder, cause) from cause
-    if isinstance(cause, SafetensorError):
-        raise UserError(str(folder), f"checkpoint cannot be read ({one_line(cause)})", "remove it") from cause
-    raise cause
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        "checkpoint",
-        f"{folder} cannot be written or read ({error.strerror or error})",
-        "make room or give a directory you may write; the checkpoints before it are whole",
-    )
+        yield
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, dcp.CheckpointException):
+            cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, OSError):
+            raise UserError(
+                "checkpoint",
+                f"{folder} cannot be written or read ({cause.strerror or cause})",
+                "make room or give a directory you may write; the checkpoints before it are whole",
+            ) from cause
+        if isinstance(cause, SafetensorError):
+            raise UserError(str(folder), f"checkpoint cannot be read ({one_line(cause)})", "remove it") from cause
+        raise cause from None
 
 
 def _digest(header: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -20,14 +20,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, updates: int, decay: float) -> None:
-        """Move the average toward the weights after update number `updates` (from 0).
-
-        The decay warms up (`ema_decay`).
-        """
-        effective = ema_decay(updates, decay)
+        """Move the average toward the weights after update number `updates` (from 0), by `ema_decay`."""
         # Element by element, so that each rank moves its own part of what is sharded.
         average, weights = ([local_tensor(t.detach()) for t in tensors] for tensors in (self.values, self._parameters))
-        torch._foreach_lerp_(average, weights, 1 - effective)
+        torch._foreach_lerp_(average, weights, 1 - ema_decay(updates, decay))
 
 
 def ema_decay(updates: int, most: float) -> float:

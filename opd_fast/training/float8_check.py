@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,53 +24,42 @@ SAMPLES = 4
 """Samples of each task. A step's loss is a mean over all of them: float8 may move that of a single one by more."""
 
 
-@dataclass(frozen=True)
-class Float8LossCheck:
-    """The losses of unquantised weights, and how to measure them again."""
+def float8_loss_check(
+    config: Config,
+    model: DiffusionModel,
+    student: Student,
+    teachers: TeacherBank,
+    table: SolverTable,
+    text: EmbeddingCache,
+    prompts: Sequence[Sequence[Prompt]],
+) -> Callable[[], str] | None:
+    """Measure the losses before anything is quantised.
 
-    losses: Tensor
-    again: Callable[[], Tensor]
-    tolerance: float
+    Returns a function that measures them again and gives a line for the log. It raises UserError where a step's loss
+    moved by more than is accepted. None for a run in which nothing will be quantised.
+    """
+    if config.engine.precision != "fp8" or supported(model.device) is not None or not len(teachers):
+        return None
+    count = SAMPLES * len(prompts)
+    batch = RoundBatch(
+        text=text.rows([own[i % len(own)].text for own in prompts for i in range(SAMPLES)]),
+        negative=text.negative,
+        tasks=tuple((i, slice(i * SAMPLES, (i + 1) * SAMPLES)) for i in range(len(prompts))),
+        keys=noise_keys(config.train.seed, Stream.FLOAT8_CHECK, samples=count).to(model.device),
+        scale=torch.full((count,), 1 / count, device=model.device),
+        shape=model.latent_shape(model.resolution(config.model.resolution)),
+    )
+    weight = step_weights(table, config.objective.kind).clone()
+    if not config.sampler.train_last:
+        weight[-1] = 0
+    parts = [part for _, part in batch.split(config.train.micro_batch)]
+    found = [losses_at(model, student, teachers, part, table, weight) for part in parts]
+    losses = torch.cat([losses for losses, _ in found], 1)
 
-    @classmethod
-    def before(
-        cls,
-        config: Config,
-        model: DiffusionModel,
-        student: Student,
-        teachers: TeacherBank,
-        table: SolverTable,
-        text: EmbeddingCache,
-        prompts: Sequence[Sequence[Prompt]],
-    ) -> Float8LossCheck | None:
-        """Measure the losses before anything is quantised. Returns None for a run in which nothing will be."""
-        if config.engine.precision != "fp8" or supported(model.device) is not None or not len(teachers):
-            return None
-        count = SAMPLES * len(prompts)
-        chosen = [own[i % len(own)].text for own in prompts for i in range(SAMPLES)]
-        batch = RoundBatch(
-            text=text.rows(chosen),
-            negative=text.negative,
-            tasks=tuple((i, slice(i * SAMPLES, (i + 1) * SAMPLES)) for i in range(len(prompts))),
-            keys=noise_keys(config.train.seed, Stream.FLOAT8_CHECK, samples=count).to(model.device),
-            scale=torch.full((count,), 1 / count, device=model.device),
-            shape=model.latent_shape(model.resolution(config.model.resolution)),
+    def again() -> Tensor:
+        pairs = zip(parts, found, strict=True)
+        return torch.cat(
+            [losses_at(model, student, teachers, part, table, weight, states)[0] for part, (_, states) in pairs], 1
         )
-        weight = step_weights(table, config.objective.kind).clone()
-        if not config.sampler.train_last:
-            weight[-1] = 0
-        parts = [part for _, part in batch.split(config.train.micro_batch)]
-        found = [losses_at(model, student, teachers, part, table, weight) for part in parts]
 
-        def again() -> Tensor:
-            losses = [
-                losses_at(model, student, teachers, part, table, weight, states)[0]
-                for part, (_, states) in zip(parts, found, strict=True)
-            ]
-            return torch.cat(losses, 1)
-
-        return cls(torch.cat([losses for losses, _ in found], 1), again, config.engine.fp8_tolerance)
-
-    def after(self) -> str:
-        """Measure again: a line for the log. Raises UserError where a step's loss moved by more than is accepted."""
-        return check_losses(self.losses, self.again, limit=self.tolerance)
+    return lambda: check_losses(losses, again(), limit=config.engine.fp8_tolerance)

@@ -13,16 +13,14 @@ import importlib.metadata
 import inspect
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from opd_fast.config import Config, TeacherConfig
+from opd_fast.config import Config
 from opd_fast.config.methods.spec import method_spec
 from opd_fast.config.paths import BASE, MERGED, is_bundled, resolve_source
-from opd_fast.config.serialize import from_dict, refuse_unsafe_changes, sections
+from opd_fast.config.serialize import flatten, from_dict, leaves, refuse_unsafe_changes, sections, teacher_leaves
 from opd_fast.errors import UserError
 
 Sources = dict[str, dict[str, str]]
@@ -106,32 +104,37 @@ def identify(config: Config) -> Sources:
     found = {"model.path": pipeline_hashes(config.model.path), "model.family": _family(config.model.family)}
     found["libraries"] = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     found["model.dtype"] = {"": str(resolve(config).dtype).removeprefix("torch.")}
-    for key, weights, own in (
-        ("student.start", config.student.start, MERGED),
-        ("objective.anchor", config.objective.anchor, BASE),
-    ):
-        found[key] = {} if weights in (None, own) else weights_hashes(str(weights))
+    found["student.start"] = weights_hashes(config.student.start, MERGED)
+    found["objective.anchor"] = weights_hashes(config.objective.anchor, BASE)
     for teacher in config.teachers:
-        found |= {f"teachers.{teacher.name}.{name}": files for name, files in _task(teacher, config).items()}
+        name = f"teachers.{teacher.name}"
+        if method_spec(config).has_teachers:
+            found[f"{name}.weights"] = weights_hashes(teacher.weights)
+        found[f"{name}.prompts"] = _prompts(teacher.prompts, "train")
+        if config.evaluates(teacher) and (teacher.eval_prompts or is_bundled(teacher.prompts)):
+            found[f"{name}.eval_prompts"] = _prompts(teacher.eval_prompts or teacher.prompts, "test")
+        if teacher.reward is not None:
+            found[f"{name}.reward"] = _reward(teacher.reward)
     return {key: files for key, files in found.items() if files}
 
 
-def _task(teacher: TeacherConfig, config: Config) -> Sources:
-    held_out = teacher.eval_prompts or (teacher.prompts if is_bundled(teacher.prompts) else None)
-    return {
-        "weights": weights_hashes(teacher.weights) if method_spec(config).has_teachers else {},
-        "prompts": _prompts(teacher.prompts, "train"),
-        "eval_prompts": _prompts(held_out, "test") if held_out is not None and config.evaluates(teacher) else {},
-        "reward": {} if teacher.reward is None else _reward(teacher.reward),
-    }
+def pipeline_hashes(name: str) -> dict[str, str]:
+    """The files that a pipeline's components are loaded from; a folder of another kind counts with its own files.
 
+    Nothing is fetched: a pipeline that is not on this machine yet has none.
+    """
+    source = resolve_source(name, "pipeline")
+    folder = source.path
+    if folder is None:
+        from huggingface_hub import snapshot_download
 
-def pipeline_hashes(path: str) -> dict[str, str]:
-    """The files that a pipeline's components are loaded from; a folder of another kind counts with its own files."""
-    folder = _pipeline_folder(path)
+        try:
+            folder = Path(snapshot_download(source.repo, local_files_only=True))
+        except Exception:  # the hub's errors share no base
+            return {}
     with contextlib.suppress(OSError):
-        if folder is None or not folder.is_dir():
-            return {} if folder is None else {"": digest(folder)}
+        if not folder.is_dir():
+            return {"": digest(folder)}
         parts = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.startswith(_PARTS)]
         files = [folder / "model_index.json"] if parts else _loaded(folder)
         for part in parts:
@@ -148,24 +151,11 @@ def _loaded(folder: Path) -> list[Path]:
     return [file for file in files if not any(fnmatch(file.name, variant) for variant in _VARIANTS)]
 
 
-def _pipeline_folder(name: str) -> Path | None:
-    """The file or folder that a name refers to, where it is on this machine already; nothing is fetched."""
-    source = resolve_source(name, "pipeline")
-    if source.path is not None:
-        return source.path if source.path.exists() else None
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source.repo, local_files_only=True))
-    except Exception:  # the hub's errors share no base
-        return None
-
-
-def weights_hashes(path: str) -> dict[str, str]:
-    """The files of a LoRA or of a whole transformer on this machine."""
+def weights_hashes(path: str | None, own: str | None = None) -> dict[str, str]:
+    """The files of a LoRA or of a whole transformer on this machine; none for no weights or the pipeline's `own`."""
     from opd_fast.models.lora.files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 
-    local = resolve_source(path, "teachers").path
+    local = None if path is None or path == own else resolve_source(path, "teachers").path
     if local is None:
         return {}
     with contextlib.suppress(OSError):
@@ -199,10 +189,9 @@ def _reward(text: str) -> dict[str, str]:
 
     found: dict[str, str] = {}
     with contextlib.suppress(ValueError, OSError):
-        for name in (term.reward for term in reward_terms(text)):
-            if ":" in name:
-                function = get_reward(name)  # imports its module
-                found |= code_hashes(sys.modules.get(name.partition(":")[0]), function)
+        for name in (term.reward for term in reward_terms(text) if ":" in term.reward):
+            function = get_reward(name)  # imports its module
+            found |= code_hashes(sys.modules.get(name.partition(":")[0]), function)
     return found
 
 
@@ -220,8 +209,7 @@ def code_hashes(*made: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for thing in made:
         with contextlib.suppress(TypeError, OSError):  # what has no source file
-            file = inspect.getsourcefile(inspect.unwrap(thing))
-            if file is not None:
+            if (file := inspect.getsourcefile(inspect.unwrap(thing))) is not None:
                 found[Path(file).name] = digest(Path(file))
     return found
 
@@ -230,47 +218,37 @@ def code_hashes(*made: Any) -> dict[str, str]:
 
 
 def compare(folder: Path, meta: dict[str, Any], config: Config, found: Sources, *, staged: bool = False) -> list[str]:
-    """Hold a resumed run to what its checkpoint recorded.
+    """Hold a run that goes on with `config` to what its checkpoint recorded.
 
-    Args:
-        folder: the checkpoint's; its name goes into the messages.
-        meta: the checkpoint's metadata, with `settings` (`to_dict`) and `sources` (`identify`).
-        config: the settings that the run goes on with.
-        found: what `identify` finds now; a source that only one side has is passed over.
-        staged: whether the run is a stage of another, whose `student.start` moves with it.
+    `meta` is the checkpoint's metadata, with `settings` (`to_dict`) and `sources` (`identify`), and `found` is what
+    `identify` finds now. A source that only one of the two has is passed over. `staged` says that the run is a stage of
+    another, with which its `student.start` moves.
 
-    Returns:
-        Lines for the user: what changed and may change, or what an earlier version did not record.
-
-    Raises:
-        UserError: a setting or a source that the numbers follow from has changed.
+    Returns lines for the user: what changed and may change, or what an earlier version did not record. Raises UserError
+    where a setting or a source that the numbers follow from has changed.
     """
     if "sources" not in meta or "settings" not in meta:
-        return [
-            f"{folder.name} was saved by a version that recorded no sources: whether model.path, the prompts, the "
-            f"rewards or the settings in config.yaml have changed since then could not be checked"
-        ]
+        what = "whether model.path, the prompts, the rewards or the settings in config.yaml have changed since then"
+        return [f"{folder.name} was saved by a version that recorded no sources: {what} could not be checked"]
     before: Sources = meta["sources"]
     both = [key for key in before if key in found]
-    refuse_unsafe_changes(
-        from_dict(_known(meta["settings"])), config, staged=staged, besides=list(_settings_of(config, both, staged))
-    )
+    settings, now = {key: setting for key in both if (setting := _setting(key, config))}, flatten(config)
+    besides = [*settings.values(), *(["student.start"] if staged else [])]
+    refuse_unsafe_changes(from_dict(_known(meta["settings"])), config, staged=staged, besides=besides)
     lines = []
     for key in both:
         if key.endswith(".eval_prompts") and config.evaluation.every == 0:
             continue  # not read
-        change = _change(key, before[key], found[key], decodes=_decodes(config))
+        change = _change(before[key], found[key], decodes=_decodes(config))
         if change is None:
             continue
         reason = _REWARD if key.endswith(".reward") else _MAY_CHANGE.get(key)
         if reason is not None:
             lines.append(f"note: {key} changed since {folder.name} was saved ({change}); {reason}")
             continue
-        raise UserError(
-            key,
-            f"changed since {folder.name} was saved ({_named(key, config)}{change})",
-            "put the former files back, or start a new run",
-        )
+        path = f"{now[settings[key]]}, " if now.get(settings.get(key, "")) else ""
+        problem = f"changed since {folder.name} was saved ({path}{change})"
+        raise UserError(key, problem, "put the former files back, or start a new run")
     return lines
 
 
@@ -287,7 +265,7 @@ def judged_otherwise(meta: dict[str, Any], config: Config, found: Sources) -> li
     return changed + [key for key in sources if key.endswith(".reward") and sources[key] != found.get(key)]
 
 
-def _change(key: str, before: dict[str, str], now: dict[str, str], *, decodes: bool) -> str | None:
+def _change(before: dict[str, str], now: dict[str, str], *, decodes: bool) -> str | None:
     """The first difference in words; None where there is none."""
     parts = [{file.partition("/")[0] for file in files if "/" in file} for files in (before, now)]
     for file in sorted({**before, **now}):
@@ -312,37 +290,21 @@ def _decodes(config: Config) -> bool:
     return learns or any(config.evaluates(teacher) for teacher in config.teachers)
 
 
-def _named(key: str, config: Config) -> str:
-    """The path that a setting gives, for a message."""
-    values: dict[str, Any] = {"model.path": config.model.path, "objective.anchor": config.objective.anchor}
-    for teacher in config.teachers:
-        for name in ("weights", "prompts", "eval_prompts"):
-            values[f"teachers.{teacher.name}.{name}"] = getattr(teacher, name)
-    return f"{values[key]}, " if values.get(key) else ""
-
-
-def _settings_of(config: Config, keys: Iterable[str], staged: bool) -> Iterable[str]:
-    """The settings, by their dotted keys, whose content is compared in place of the path that they give."""
-    places = {teacher.name: i for i, teacher in enumerate(config.teachers)}
-    for key in keys:
-        section, _, name = key.rpartition(".")
-        teacher = section.removeprefix("teachers.")
-        if section.startswith("teachers.") and name != "reward" and teacher in places:
-            yield f"teachers[{places[teacher]}].{name}"
-        elif key in ("model.path", "student.start", "objective.anchor"):
-            yield key
-    if staged:
-        yield "student.start"
+def _setting(key: str, config: Config) -> str:
+    """The dotted setting whose content a source is, compared in place of the path given there; empty for others."""
+    section, _, name = key.rpartition(".")
+    for i, teacher in enumerate(config.teachers):
+        if section == f"teachers.{teacher.name}" and name != "reward":
+            return f"teachers[{i}].{name}"
+    return key if key in ("model.path", "student.start", "objective.anchor") else ""
 
 
 def _known(data: dict[str, Any]) -> dict[str, Any]:
     """Settings without those that this version does not have."""
-    known = {name: {f.name for f in fields(kind)} for name, kind in sections().items()}
-    named = {f.name for f in fields(TeacherConfig)}
+    known, of_teacher = leaves(), teacher_leaves()
     found: dict[str, Any] = {
-        section: {key: value for key, value in data[section].items() if key in names}
-        for section, names in known.items()
-        if section in data
+        section: {key: value for key, value in data.get(section, {}).items() if f"{section}.{key}" in known}
+        for section in sections()
     }
-    found["teachers"] = [{k: v for k, v in teacher.items() if k in named} for teacher in data.get("teachers", [])]
-    return found
+    teachers = data.get("teachers", [])
+    return found | {"teachers": [{k: v for k, v in teacher.items() if k in of_teacher} for teacher in teachers]}

@@ -26,7 +26,7 @@ from opd_fast.training.identity import compare, identify
 from opd_fast.training.interruption import interruption
 from opd_fast.training.optimizer import learning_rate
 from opd_fast.training.problems import check_paths
-from opd_fast.training.resuming import check_rounds, ended, finished
+from opd_fast.training.resuming import ended, finished
 from opd_fast.training.run_state import RunState
 from opd_fast.training.setup import prepare
 
@@ -42,23 +42,17 @@ def train(
     within: Path | None = None,
     printed: set[tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
-    """Run `config` to its end in `run_dir`, or on from its newest checkpoint.
+    """Run `config` to its end in `run_dir`, or on from its newest checkpoint. Returns the content of results.json.
 
     Every process of `world` calls it alike. Ctrl-C or SIGTERM ends it after the round in hand, with everything learnt
-    saved. A resumed run that is finished is reported at once and not loaded again.
+    saved. A resumed run that is finished is reported at once and not loaded again. Raises ValueError for what cannot
+    run, before anything is loaded where that can be seen then.
 
     Args:
-        run_dir: is made where it does not exist.
         profile: record some rounds of rank 0 (`opd_fast.reporting.profiler`).
         planner: that of `config`, where the caller has one.
         within: the run that this one is a stage of.
         printed: (reward, reason) of the failing rewards that its other stages have printed (`Judging`).
-
-    Returns:
-        The content of results.json.
-
-    Raises:
-        ValueError: what cannot run, before anything is loaded where that can be seen then.
     """
     started = time.monotonic()
     world = world or World()
@@ -67,15 +61,14 @@ def train(
     check_paths(config)
     if resume and (results := world.on_first(partial(finished, run_dir, config))) is not None:
         if world.is_main:
-            _print(ended(run_dir, results))
+            print(ended(run_dir, results), flush=True)
         return results
     world.on_first(partial(make_run_dir, run_dir, resume=resume))
-    log = _print if world.is_main else _ignore
+    log: Callable[[str], None] = partial(print, flush=True) if world.is_main else lambda text: None
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, world)
     saved = checkpoints.find() if resume and world.on_first(lambda: checkpoints.latest() is not None) else None
     staged, notes = within is not None, list[str]()
     if saved is not None:
-        check_rounds(run_dir, config, saved[1]["round"])
         notes = compare(*saved, config, world.on_first(partial(identify, config)), staged=staged)
         for line in notes:
             log(line)
@@ -90,10 +83,9 @@ def train(
         run.load(*saved)
     elif resume and world.is_main:
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
-    rounds, begun = config.train.rounds, run.rounds
-    telemetry = (
-        Telemetry(run_dir, config.logging, rounds=rounds, start_round=begun) if world.is_main else NullTelemetry()
-    )
+    telemetry: Telemetry | NullTelemetry = NullTelemetry()
+    if world.is_main:
+        telemetry = Telemetry(run_dir, config.logging, rounds=config.train.rounds, start_round=run.rounds)
     with telemetry, RoundProfiler(run_dir, log=telemetry.message) if profile and world.is_main else nullcontext() as p:
         try:
             run.go(telemetry, p.round if p is not None else nullcontext)
@@ -147,8 +139,10 @@ class Run(RunState):
             metrics = {**self.method.metrics(self.rounds, losses), "lr": rate}
             if math.isfinite(norm):
                 metrics["gradient_norm"] = float(norm)
-            fault = self.method.fault(self.rounds, losses)
-            if fault is None and not math.isfinite(norm) and not self.scaler.is_enabled():
+            fault, bad = None, torch.nonzero(~torch.isfinite(losses))
+            if len(bad):
+                fault = self.method.fault(self.rounds, *bad[0].tolist())
+            elif not math.isfinite(norm) and not self.scaler.is_enabled():
                 fault = "its gradient is not finite, though its loss is"
             if fault is None:
                 self.scaler.step(self.optimizer)  # where half precision overflowed, the scaler leaves the round out
@@ -174,19 +168,8 @@ class Run(RunState):
         if self.skipped_in_a_row < self.config.train.skip_limit:
             return
         self.checkpoints.wait()
-        last = self.checkpoints.latest()
-        raise UserError(
-            f"round {self.rounds}",
-            f"{fault}, as in {self.skipped_in_a_row} rounds in a row; the weights are unharmed",
-            f"lower train.lr, then go on with --resume {self.run_dir}"
-            if last
-            else "lower train.lr or set model.dtype float32",
-        )
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
-
-
-def _ignore(text: str) -> None:
-    """What the other processes do with what the first one prints."""
+        remedy = "lower train.lr or set model.dtype float32"
+        if self.checkpoints.latest():
+            remedy = f"lower train.lr, then go on with --resume {self.run_dir}"
+        problem = f"{fault}, as in {self.skipped_in_a_row} rounds in a row; the weights are unharmed"
+        raise UserError(f"round {self.rounds}", problem, remedy)

@@ -92,8 +92,7 @@ def apply_techniques(
 ) -> ActiveTechniques:
     """Put the techniques of `settings` to work, in place; what does not fit model or machine is left out and said.
 
-    `resolved`: what the settings that depend on the machine came to, all off by default. `world`: the one that the
-    student will be distributed in. Raises UserError for an unknown name of a setting.
+    `world` is the one that the student will be distributed in. Raises UserError for an unknown name of a setting.
     """
     world, resolved = world or World(), resolved or ResolvedSettings()
     banks = [bank for bank in (teachers, anchor) if bank is not None]
@@ -109,7 +108,7 @@ def apply_techniques(
     if settings.group_teachers and not world.sharded:
         active.grouped_teachers = teachers.group()
     if settings.cache_modulation and not world.sharded:
-        active.modulation = student.remember_modulation() + sum(bank.remember_modulation() for bank in banks)
+        active.modulation = student.cache_modulation() + sum(bank.cache_modulation() for bank in banks)
     active.checkpointed = checkpoint_blocks(model.blocks(student.transformer), resolved.checkpointed)
     if resolved.compiled:
         active.compiled = compile_blocks(model, student, *banks)
@@ -129,44 +128,36 @@ def _attention(
     say: Callable[[str], None],
 ) -> tuple[str, ...]:
     """Choose and set the implementation of student and base, which need a gradient, and that of the teachers."""
-    tokens = model.image_tokens(forwards.resolution) + model.text_tokens
+    tokens, mask = model.image_tokens(forwards.resolution) + model.text_tokens, model.masks_text
     chosen = []
     trained = [student.transformer, model.transformer]
-    groups = (trained, forwards.student_rows, True), (own, forwards.teacher_rows, False)
-    for i, (transformers, rows, needs_grad) in enumerate(groups):
+    groups = ("student", trained, forwards.student_rows), ("teachers", own, forwards.teacher_rows)
+    for i, (who, transformers, rows) in enumerate(groups):
         if not transformers:
             continue
         if setting == attention.AUTO and i < len(before):
             name = before[i]
         else:
             try:
+                sites, grad = model.attentions(transformers[0]), who == "student"
                 case = Case.of(
-                    model.attentions(transformers[0]),
-                    device=model.device,
-                    dtype=model.dtype,
-                    rows=rows,
-                    tokens=tokens,
-                    mask=model.masks_text,
-                    needs_grad=needs_grad,
+                    sites, device=model.device, dtype=model.dtype, rows=rows, tokens=tokens, mask=mask, needs_grad=grad
                 )
             except ValueError as error:  # a family of the user's own
                 say(f"attention: {error}; it stays as it is")
                 return ()
-            told = _naming(say, "student" if needs_grad else "teachers")
             # One rank measures for all: what they compute must not depend on whose clock was disturbed.
-            name = world.on_first(partial(_backend, setting, case, told))
+            name = world.on_first(partial(_backend, setting, case, who, say))
         for transformer in {id(t): t for t in transformers}.values():
             attention.route(model.attentions(transformer), name)
         chosen.append(name)
     return tuple(chosen)
 
 
-def _backend(setting: str, case: Case, say: Callable[[str], None]) -> str:
-    return attention_choice.choose(setting, case, say=say).backend
-
-
-def _naming(say: Callable[[str], None], of: str) -> Callable[[str], None]:
-    return lambda line: say(line.replace("attention:", f"attention of the {of}:", 1))
+def _backend(setting: str, case: Case, of: str, say: Callable[[str], None]) -> str:
+    choice = attention_choice.choose(setting, case)
+    say(choice.line.replace("attention:", f"attention of the {of}:", 1))
+    return choice.backend
 
 
 def _float8(
@@ -183,12 +174,11 @@ def _float8(
 
 def _graphs(model: DiffusionModel, banks: Sequence[TeacherBank], say: Callable[[str], None]) -> Graphs:
     """The graphs of a run; where there can be none, `say` gets the reason."""
-    why = None
     if model.device.type != "cuda":
         why = "there is no CUDA device"
     elif any(bank.offloaded for bank in banks):
         why = "teachers come from the CPU's memory block by block (parallel.offload_teachers)"
-    if why is None:
+    else:
         return Graphs(CudaBackend(model.device, say), say)
     say(f"graphs: off, {why}; every step is launched from Python")
     return Graphs(None)

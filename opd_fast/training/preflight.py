@@ -20,7 +20,6 @@ from opd_fast.config.validate import no_held_out
 from opd_fast.data.prompt_files import load_prompts
 from opd_fast.distributed.plan import Planner, check_guidance, lora_modules, rollout_solver
 from opd_fast.errors import UserError, is_ours
-from opd_fast.models import find_family
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.files import find_lora, read_lora
 from opd_fast.models.lora.load import check_weights
@@ -39,10 +38,8 @@ ANCHOR = "the anchor"
 def refusals(planner: Planner, *, sharded: bool, fetches: bool) -> Iterator[ValueError]:
     """Everything that a run of the planner's settings would be refused for, in the order in which it would meet it.
 
-    Args:
-        sharded: whether several processes share the model's weights.
-        fetches: whether weights may be fetched from the hub; where they may not, those that lie there are not checked
-            (`unchecked`).
+    `sharded` says whether several processes share the model's weights, `fetches` whether weights may be fetched from
+    the hub; where they may not, those that lie there are not checked (`unchecked`).
     """
     config = planner.config
     bad = set()
@@ -55,41 +52,35 @@ def refusals(planner: Planner, *, sharded: bool, fetches: bool) -> Iterator[Valu
     no_model = list(_raised(lambda: planner.model))
     yield from no_model
     if not no_model:
-        yield from _raised(*_model_checks(config, planner.model, bad | (set() if fetches else set(unchecked(config)))))
+        passed_over = bad if fetches else bad | {*unchecked(config)}
+        yield from _raised(*_model_checks(config, planner.model, passed_over))
 
 
-def _model_checks(config: Config, meta: DiffusionModel, passed_over: set[str]) -> list[Callable[[], object]]:
-    """The checks of what the model's files, its configuration and other weights contradict, in order.
+def _model_checks(config: Config, meta: DiffusionModel, passed_over: set[str]) -> Iterator[Callable[[], object]]:
+    """Yield the checks of what the model's files, its configuration and other weights contradict, in order.
 
     `passed_over` holds settings that are known to be wrong, and weights that cannot be looked at.
     """
-    checks: list[Callable[[], object]] = [
-        partial(_check_sampling, config, meta),
-        partial(check_guidance, config, meta),
-        partial(_targets, config, meta),
-        partial(_check_files, config, meta.dtype),
-    ]
-    keys = {teacher.name: f"teachers[{i}].weights" for i, teacher in enumerate(config.teachers)}
+    yield from (partial(check, config, meta) for check in (_check_sampling, check_guidance, _targets, _check_files))
     teachers, anchor, start = frozen_teachers(config), anchor_teacher(config), config.student.start
-    there = [t for t in teachers if not passed_over & {keys[t.name], t.weights}]
+    there = [t for i, t in enumerate(teachers) if not passed_over & {f"teachers[{i}].weights", t.weights}]
     frozen = list(there)
     if anchor is not None and not passed_over & {"objective.anchor", anchor.weights}:
         frozen.append(anchor)
-    checks += [partial(check_teachers, meta, [teacher], config.engine.placement) for teacher in frozen]
+    for teacher in frozen:
+        yield partial(check_teachers, meta, [teacher], config.engine.placement)
     if start == MERGED and "student.start" not in passed_over and len(there) == len(teachers):
-        checks.append(partial(_check_mean, config, meta))
+        yield partial(_check_mean, config, meta)
     elif start is not None and start != MERGED and not passed_over & {"student.start", start}:
-        checks.append(partial(_check_start, config, meta, start))
-    return checks
+        yield partial(_check_start, config, meta, start)
 
 
 def unchecked(config: Config) -> list[str]:
     """The weights of the settings that lie on the hub; the hub is asked for them only when they are loaded."""
-    named = [config.student.start, config.objective.anchor, *(teacher.weights for teacher in frozen_teachers(config))]
-    weights = [name for name in named if name not in (None, BASE, MERGED)]
+    weights = [config.student.start, config.objective.anchor, *(teacher.weights for teacher in frozen_teachers(config))]
+    named = [name for name in weights if name is not None and name not in (BASE, MERGED)]
     on_hub = [config.model.path] if resolve_source(config.model.path, "pipeline").where == "hub" else []
-    on_hub += [name for name in weights if name is not None and resolve_source(name, "teachers").where == "hub"]
-    return list(dict.fromkeys(on_hub))
+    return list(dict.fromkeys(on_hub + [name for name in named if resolve_source(name, "teachers").where == "hub"]))
 
 
 def _raised(*checks: Callable[[], object]) -> Iterator[ValueError]:
@@ -108,9 +99,8 @@ def _check_device(planner: Planner, sharded: bool) -> None:
     if config.parallel.offload_teachers and resolved.device.type != "cuda":
         raise UserError("parallel.offload_teachers", "there is no GPU to free", "give false")
     if sharded and config.student.kind == "full" and resolved.dtype == torch.float16:
-        raise UserError(
-            "model.dtype", "float16 cannot train sharded weights", "give bfloat16, or parallel.strategy ddp"
-        )
+        remedy = "give bfloat16, or parallel.strategy ddp"
+        raise UserError("model.dtype", "float16 cannot train sharded weights", remedy)
 
 
 def _check_text_cache(config: Config) -> None:
@@ -130,13 +120,12 @@ def _check_sampling(config: Config, meta: DiffusionModel) -> None:
     evaluation_solver(config, meta)
 
 
-def _check_files(config: Config, dtype: torch.dtype) -> None:
+def _check_files(config: Config, meta: DiffusionModel) -> None:
     """Check a folder on this machine; a hub model's files are checked once they are here."""
     path, length = config.model.path, config.model.max_sequence_length
     folder = resolve_source(path, "pipeline").path
     if folder is not None and folder.is_dir():
-        family = find_family(config.model.family, lambda: resolve_pipeline(path))
-        family.check_files(resolve_pipeline(path), dtype=dtype, max_sequence_length=length)
+        meta.check_files(resolve_pipeline(path), dtype=meta.dtype, max_sequence_length=length)
 
 
 def _targets(config: Config, meta: DiffusionModel) -> dict[str, tuple[int, int]]:

@@ -1,16 +1,28 @@
-"""The checks before a run that need its settings and the disk alone: weights, prompts, resolution, rewards."""
+"""The checks before a run that need its settings and the disk alone: weights, prompts, rewards."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 from opd_fast.config import Config
 from opd_fast.config.methods.spec import method_spec
-from opd_fast.config.paths import BASE, MERGED, Kind, bundled_remedy, resolve_source
-from opd_fast.errors import UserError, did_you_mean
+from opd_fast.config.paths import (
+    BASE,
+    MERGED,
+    SUFFIXES,
+    Kind,
+    Split,
+    bundled_remedy,
+    held_out,
+    is_bundled,
+    resolve_source,
+)
+from opd_fast.config.validate import no_held_out
+from opd_fast.data.prompt_files import Prompt, load_prompts
+from opd_fast.errors import UserError, did_you_mean, one_line
 
 
 def check_paths(config: Config) -> None:
@@ -21,36 +33,38 @@ def check_paths(config: Config) -> None:
 
 def problems(config: Config) -> Iterator[UserError]:
     """Yield what keeps a run from beginning: mistakes in weights and prompt files, in the order of the configuration,
-    in the resolution, in the rewards, and what the rewards lack in the prompts.
+    in the rewards, and what the rewards lack in the prompts.
 
     A repository of the hub is not looked for here, but when it is loaded.
     """
-    from opd_fast.training.prompt_checks import metadata_problems, read_held_out, read_prompts
-
-    checks: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-    checks.append((_check_weights, ("model.path", config.model.path, "pipeline")))
-    if config.student.start not in (None, MERGED):
-        checks.append((_check_weights, ("student.start", config.student.start, "teachers")))
-    if config.objective.anchor not in (None, BASE):
-        checks.append((_check_weights, ("objective.anchor", config.objective.anchor, "teachers")))
+    checks: list[Callable[[], object]] = [partial(_check_weights, "model.path", config.model.path, "pipeline")]
+    for key, weights, own in (
+        ("student.start", config.student.start, MERGED),
+        ("objective.anchor", config.objective.anchor, BASE),
+    ):
+        if weights is not None and weights != own:
+            checks.append(partial(_check_weights, key, weights, "teachers"))
     for i, teacher in enumerate(config.teachers):
-        of = f" of teacher {teacher.name!r}"
+        key, held = f"teachers[{i}]", f"teachers[{i}].eval_prompts"
         if method_spec(config).has_teachers:
-            checks.append((_check_weights, (f"teachers[{i}].weights", teacher.weights, "teachers", of)))
-        checks.append((read_prompts, (f"teachers[{i}].prompts", teacher.prompts, "train")))
+            of = f" of teacher {teacher.name!r}"
+            checks.append(partial(_check_weights, f"{key}.weights", teacher.weights, "teachers", of))
+        checks.append(partial(read_prompts, f"{key}.prompts", teacher.prompts, "train"))
         if teacher.eval_prompts is not None and config.evaluation.every > 0:
-            checks.append((read_prompts, (f"teachers[{i}].eval_prompts", teacher.eval_prompts, "test")))
+            checks.append(partial(read_prompts, held, teacher.eval_prompts, "test"))
         elif config.evaluates(teacher):
-            checks.append((read_held_out, (f"teachers[{i}].eval_prompts", teacher.prompts)))
-    checks += [(_check_resolution, (config,)), (_check_rewards, (config,))]
-    for check, arguments in checks:
+            checks.append(partial(_read_held_out, held, teacher.prompts))
+    for check in checks:
         try:
-            check(*arguments)
+            check()
         except UserError as error:
             yield error
-            if check is _check_rewards:
-                return
-    yield from metadata_problems(config)
+    try:
+        _check_rewards(config)
+    except UserError as error:
+        yield error
+    else:
+        yield from metadata_problems(config)
 
 
 def _check_weights(key: str, name: str, kind: Kind, of: str = "") -> None:
@@ -65,23 +79,37 @@ def _check_weights(key: str, name: str, kind: Kind, of: str = "") -> None:
         raise UserError(key, f"{name}{of} is an empty folder", "name the folder that holds the weights")
 
 
-def _check_resolution(config: Config) -> None:
-    """Latents must be whole patches: pixels divide by (VAE factor * patch size). The pipeline's own is asked later."""
-    root = resolve_source(config.model.path, "pipeline").path
-    if config.model.resolution is None or root is None:
-        return
-    with contextlib.suppress(OSError, KeyError, TypeError, json.JSONDecodeError):  # a broken folder: the loader says so
-        vae = json.loads((root / "vae" / "config.json").read_text())
-        transformer = json.loads((root / "transformer" / "config.json").read_text())
-        unit = 2 ** (len(vae["block_out_channels"]) - 1) * int(transformer["patch_size"])
-        most = int(transformer.get("pos_embed_max_size") or 0) * unit
-        size = config.model.resolution
-        if size % unit:
-            raise UserError(
-                "model.resolution", f"{size} is not a multiple of {unit}", f"give {max(size // unit, 1) * unit}"
-            )
-        if most and size > most:
-            raise UserError("model.resolution", f"{size} is above the model's {most}", f"give {most} or less")
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(key: str, source: str, split: Split) -> list[Prompt]:
+    """The prompts of a setting's file. Raises UserError, which names setting, file and line, for a file that is missing
+    or cannot be read."""
+    path = resolve_source(source, "prompts").path
+    if path is not None and path.is_dir() and not any(p.suffix in SUFFIXES for p in path.glob(f"{split}*")):
+        remedy = f"give a file ({', '.join(SUFFIXES)}), a folder with one for each split, or bundled/NAME"
+        raise UserError(key, f"{source} has no prompt file {split}*", remedy)
+    try:
+        return load_prompts(source, split)
+    except ValueError as error:
+        problem, _, told = str(error).rpartition("; ")
+        raise UserError(key, problem or told, told if problem else "fix that line, or take it out") from error
+
+
+def _read_held_out(key: str, prompts: str) -> None:
+    """Raise UserError where the training `prompts`, which are there, have no test split beside them to read."""
+    if is_bundled(prompts) or not Path(prompts).expanduser().exists():
+        return  # `read_prompts` looks after them
+    try:
+        file = held_out(prompts)
+    except ValueError as error:
+        raise UserError(key, f"is missing, and {one_line(error)}", "name held-out prompts") from error
+    if file is None:
+        raise no_held_out(key, prompts)
+    read_prompts(key, str(file), "test")
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
 
 
 def _check_rewards(config: Config) -> None:
@@ -103,14 +131,53 @@ def _check_rewards(config: Config) -> None:
             raise UserError(key, f"{text} is a sum, and no loss uses its weights", "leave them out: text + colour")
         for name in (term.reward for term in terms):
             if ":" in name:
+                remedy = "name a function of (images, prompts) as package.module:function"
                 try:
                     get_reward(name, config.reward_models)
                 except ValueError as error:
-                    raise UserError(
-                        key, str(error), "name a function of (images, prompts) as package.module:function"
-                    ) from error
+                    raise UserError(key, str(error), remedy) from error
             elif name not in REWARDS:
                 raise UserError(key, f"unknown reward {name!r}", did_you_mean(name, REWARDS))
             reward = get_reward(name, config.reward_models)
             if isinstance(reward, ModelReward) and (learns or config.evaluation.reward_failure == "stop"):
                 reward.check()
+
+
+def metadata_problems(config: Config) -> Iterator[UserError]:
+    """Yield what the rewards lack in the prompts that they judge, the first line of each file.
+
+    Files and rewards that cannot be read themselves are skipped, because `problems` reports them.
+    """
+    from opd_fast.rewards.metadata import check_metadata
+
+    for key, source, split, rewards in _judged_prompts(config):
+        try:
+            prompts = read_prompts(key, source, split)
+        except UserError:
+            continue
+        for reward in rewards:
+            try:
+                check_metadata(reward, prompts, key)
+            except UserError as error:
+                yield error
+            except ValueError:
+                continue
+
+
+def _judged_prompts(config: Config) -> Iterator[tuple[str, str, Split, list[str]]]:
+    """(setting, source, split, rewards) of every prompt file whose images a run judges: those that it learns from
+    rewards on, and those of its evaluations."""
+    from opd_fast.rewards import evaluated_rewards, reward_terms
+
+    learns = method_spec(config).learns_from_rewards(config)
+    for i, teacher in enumerate(config.teachers):
+        rewards = [] if teacher.reward is None else [term.reward for term in reward_terms(teacher.reward)]
+        if rewards and learns and i in config.trained:
+            yield f"teachers[{i}].prompts", teacher.prompts, "train", rewards
+        file = None
+        if config.evaluates(teacher):
+            with contextlib.suppress(ValueError):  # `problems` reports what is wrong with it
+                file = held_out(teacher.prompts, teacher.eval_prompts)
+        if file is not None:
+            named = "prompts" if teacher.eval_prompts is None else "eval_prompts"
+            yield f"teachers[{i}].{named}", str(file), "test", evaluated_rewards(teacher, config.evaluation.rewards)

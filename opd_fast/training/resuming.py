@@ -17,55 +17,43 @@ from opd_fast.errors import UserError
 def finished(run_dir: Path, config: Config) -> dict[str, Any] | None:
     """Read results.json of a run that has done all rounds of `config` and was evaluated under its settings.
 
-    Returns:
-        Its content; None where something is left to do.
-
-    Raises:
-        UserError: `train.rounds` is below the rounds that were done.
+    Returns None where something is left to do. Raises UserError for `train.rounds` below the rounds that were done.
     """
-    done = newest_round(run_dir / "checkpoints")
-    if done is not None:
-        check_rounds(run_dir, config, done)
-    results = _results(run_dir)
-    alike = results.get("rounds") == config.train.rounds and results.get("config_hash") == config_hash(config)
-    return results if alike else None
+    rounds, done = config.train.rounds, newest_round(run_dir / "checkpoints")
+    if done is not None and rounds < done:
+        raise UserError(
+            "train.rounds",
+            f"{rounds} is below the {done} rounds that {run_dir} has done",
+            f"give {done} to end there, or more to go on",
+        )
+    return _results_of(run_dir, rounds, config_hash(config))
 
 
 def finished_stages(run_dir: Path, stages: Sequence[Stage]) -> dict[str, Any] | None:
     """Read results.json of a finished run in stages; None where something is left to do."""
-    results = _results(run_dir)
-    rounds = sum(stage.config.train.rounds for stage in stages)
-    alike = results.get("rounds") == rounds and results.get("config_hash") == stages_hash(stages)
-    return results if alike else None
+    return _results_of(run_dir, sum(stage.config.train.rounds for stage in stages), stages_hash(stages))
 
 
-def check_rounds(run_dir: Path, config: Config, done: int) -> None:
-    """Raise `UserError` for a run that would have to take rounds back."""
-    if config.train.rounds < done:
-        raise UserError(
-            "train.rounds",
-            f"{config.train.rounds} is below the {done} rounds that {run_dir} has done",
-            f"give {done} to end there, or more to go on",
-        )
+def _results_of(run_dir: Path, rounds: int, config_hash: str) -> dict[str, Any] | None:
+    results = read_results(run_dir)
+    return results if (results.get("rounds"), results.get("config_hash")) == (rounds, config_hash) else None
 
 
-def ended(run_dir: Path, results: dict[str, Any], *, staged: bool = False) -> str:
-    """The message about a finished run."""
-    remedy = (
-        "its stages keep their rounds, so start a new run to train longer"
-        if staged
-        else f"go on with --resume {run_dir} --train.rounds N, N above {results['rounds']}"
-    )
-    return (
-        f"{run_dir} is finished: all of its {results['rounds']} rounds are done; {remedy}\n"
-        f"student: {run_dir / 'student'}   report: {run_dir / 'report.html'}"
-    )
-
-
-def _results(run_dir: Path) -> dict[str, Any]:
+def read_results(run_dir: Path) -> dict[str, Any]:
     """The content of results.json; empty where there is none that can be read."""
     try:
         found = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def ended(run_dir: Path, results: dict[str, Any], *, staged: bool = False) -> str:
+    """The message about a finished run."""
+    remedy = f"go on with --resume {run_dir} --train.rounds N, N above {results['rounds']}"
+    if staged:
+        remedy = "its stages keep their rounds, so start a new run to train longer"
+    return (
+        f"{run_dir} is finished: all of its {results['rounds']} rounds are done; {remedy}\n"
+        f"student: {run_dir / 'student'}   report: {run_dir / 'report.html'}"
+    )

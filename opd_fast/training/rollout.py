@@ -8,9 +8,8 @@ first, asking the teachers next, and training last; only one step's activations 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from opd_fast.device import to_device
 from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.models.base import DiffusionModel
-from opd_fast.models.guidance import Conditioning, Velocities
+from opd_fast.models.guidance import Conditioning
 from opd_fast.objectives import Surrogate, score_factors
 from opd_fast.reporting.telemetry import annotate
 from opd_fast.solvers import SolverTable
@@ -41,22 +40,6 @@ class RoundOutput:
     """(B, C, H, W) float32: the state after the last trained step."""
 
 
-class RolloutOptions(TypedDict, total=False):
-    """What the loss of a rollout is beside the teachers' gap, and how its steps are launched; the fields of
-    `_Rollout` that have defaults."""
-
-    reduction: Literal["mean", "sum"]
-    """Over the elements of a sample; mean by default."""
-    surrogate: Surrogate | None
-    """Replaces the gradient of the weighted gap by a policy gradient with that gap as its reward. Where this looks
-    ahead, a first rollout without gradient, on the same noise, measures the rewards."""
-    anchor: tuple[TeacherBank, float] | None
-    """A bank of one frozen model and the factor of its loss, of the teachers' form, which is added for every sample."""
-    graphs: Graphs | None
-    """Replays each step as one CUDA graph, or, with a surrogate or a sharded student, the teachers alone. Give every
-    round of a run the same ones."""
-
-
 def one_pass(
     model: DiffusionModel,
     student: Student,
@@ -67,14 +50,14 @@ def one_pass(
     *,
     train_last: bool = False,
     micro_batch: int | None = None,
-    **options: Unpack[RolloutOptions],
+    **options: Any,
 ) -> RoundOutput:
     """Roll the student out and accumulate the gradient of the round's loss in its parameters.
 
     `weight` (N,) float64 is the loss weight of each solver step (`objectives.step_weights`). A step of weight 0 is only
     rolled through, without teacher or gradient, and the rollout ends at the last step that has a weight. Without
     `train_last` the last step is left out, because nothing needs the state it leads to. `micro_batch` is the most
-    samples of a forward; None takes all at once.
+    samples of a forward; None takes all at once. `options` are reduction, surrogate, anchor and graphs of `_Rollout`.
     """
     steps = table.steps if train_last else table.steps - 1
     rollout = _Rollout(model, student, teachers, table, (weight[:steps] != 0).tolist(), **options)
@@ -136,6 +119,8 @@ class _Inputs:
     noise: Tensor | None
     numbers: Tensor
     """(N,) int64, those of the steps."""
+    future_returns: Tensor | None = None
+    """(N, B), the sum of the rewards that follow each step, where the surrogate looks ahead."""
 
 
 @dataclass(frozen=True)
@@ -149,16 +134,15 @@ class _Rollout:
     has_loss: list[bool]
     """Whether each step has a loss."""
     reduction: Literal["mean", "sum"] = "mean"
+    """Over the elements of a sample."""
     surrogate: Surrogate | None = None
+    """Replaces the gradient of the weighted gap by a policy gradient with that gap as its reward. Where this looks
+    ahead, a first rollout without gradient, on the same noise, measures the rewards."""
     anchor: tuple[TeacherBank, float] | None = None
+    """A bank of one frozen model and the factor of its loss, of the teachers' form, which is added for every sample."""
     graphs: Graphs | None = None
-
-    @functools.cached_property
-    def score(self) -> list[float]:
-        """`score_factors` of each step."""
-        assert self.surrogate is not None
-        factors: list[float] = score_factors(self.table, self.surrogate.log_prob).tolist()
-        return factors
+    """Replays each step as one CUDA graph, or, with a surrogate or a sharded student, the teachers alone. Give every
+    round of a run the same ones."""
 
     @property
     def steps(self) -> int:
@@ -170,17 +154,20 @@ class _Rollout:
 
         `last` says that it is the round's last micro-batch. Under `torch.no_grad` nothing is trained.
         """
-        future_returns = self._future_returns(batch, rows, losses)
-        inputs = self.inputs(batch, rows)
-        x, x0 = _initial_state(batch), None
+        inputs, x = self.inputs(batch, rows), _initial_state(batch)
         if self.graphs is not None and self.graphs.on and self.surrogate is None and not self.student.world.sharded:
             return self._replay(self.graphs, inputs, batch.tasks, x, losses)
+        if self.surrogate is not None and self.surrogate.looks_ahead:
+            measured = torch.zeros_like(losses)
+            with torch.no_grad():
+                replace(self, surrogate=None, anchor=None, graphs=None)._walk(inputs, x, measured, last=False)
+            inputs = replace(inputs, future_returns=self.surrogate.returns(_unscaled(measured, batch.scale)))
+        return self._walk(inputs, x, losses, last=last)
+
+    def _walk(self, inputs: _Inputs, x: Tensor, losses: Tensor, *, last: bool) -> Tensor:
+        x0 = None
         for j in range(self.steps):
-            step = self.step(
-                *(inputs, j, x, x0, self.has_loss[j]),
-                future_returns=None if future_returns is None else future_returns[j],
-                last=last and j == self.steps - 1,
-            )
+            step = self.step(inputs, j, x, x0, self.has_loss[j], last=last and j == self.steps - 1)
             losses[j] = step.loss
             x, x0 = step.x_next, step.x0
         return x
@@ -190,7 +177,7 @@ class _Rollout:
         one_task = replace(batch, tasks=((0, slice(0, len(batch))),))
         condition = Conditioning.build(self.model, batch.text, batch.negative, self.student.guidance)
         sigmas = rows[:, -1]
-        self.student.remember(sigmas, condition)
+        self.student.fill_cache(sigmas, condition)
         return _Inputs(
             condition=condition,
             teacher_condition=self.teachers.condition(batch, sigmas),
@@ -204,15 +191,7 @@ class _Rollout:
         )
 
     def step(
-        self,
-        inputs: _Inputs,
-        j: int | Tensor,
-        x: Tensor,
-        x0: Tensor | None,
-        has_loss: bool,
-        *,
-        future_returns: Tensor | None = None,
-        last: bool = False,
+        self, inputs: _Inputs, j: int | Tensor, x: Tensor, x0: Tensor | None, has_loss: bool, *, last: bool = False
     ) -> StepOutput:
         """Take one step of the rollout and, where it has a loss, accumulate the loss's gradient.
 
@@ -240,51 +219,37 @@ class _Rollout:
                 reduction=self.reduction,
             )
         if has_loss and self.surrogate is not None and isinstance(j, int):
-            step = self._policy_gradient(self.surrogate, step, inputs, j, x, future_returns)
+            step = self._policy_gradient(self.surrogate, step, inputs, j, x)
         if has_loss and self.anchor is not None and inputs.anchor_condition is not None:
             bank, factor = self.anchor
             with annotate("anchor.forward"):
                 of_anchor = bank.velocities(x, sigma, inputs.anchor_condition, graphs, number)
             anchor = Prediction(of_anchor, inputs.anchor_condition.guidance)
             scale = inputs.scale * factor
-            anchor_step = guided_step(x, student, anchor, inputs.rows, j, scale, reduction=self.reduction)
-            step = add_loss(step, anchor_step)
+            step = add_loss(step, guided_step(x, student, anchor, inputs.rows, j, scale, reduction=self.reduction))
         if velocities.cond.requires_grad:
             with annotate("backward"):
-                self._backward(velocities, step, last=last)
+                self.student.before_backward(last=last)
+                torch.autograd.backward(
+                    [v for v in (velocities.cond, velocities.uncond) if v is not None],
+                    [g for g in (step.grad_cond, step.grad_uncond) if g is not None],
+                )
         return step
 
-    def _backward(self, velocities: Velocities, step: StepOutput, *, last: bool) -> None:
-        """Run the student's backward from the gradient that the kernel left at its output."""
-        self.student.before_backward(last=last)
-        torch.autograd.backward(
-            [v for v in (velocities.cond, velocities.uncond) if v is not None],
-            [g for g in (step.grad_cond, step.grad_uncond) if g is not None],
-        )
-
-    def _future_returns(self, batch: RoundBatch, rows: Tensor, losses: Tensor) -> Tensor | None:
-        """The sum of the rewards that follow each step (steps, B), by a rollout of its own; None where none is asked
-        for."""
-        if self.surrogate is None or not self.surrogate.looks_ahead:
-            return None
-        measured = torch.zeros_like(losses)
-        with torch.no_grad():
-            replace(self, surrogate=None, anchor=None, graphs=None).run(batch, rows, measured, last=False)
-        return self.surrogate.returns(_unscaled(measured, batch.scale))
-
     def _policy_gradient(
-        self, surrogate: Surrogate, step: StepOutput, inputs: _Inputs, j: int, x: Tensor, future_returns: Tensor | None
+        self, surrogate: Surrogate, step: StepOutput, inputs: _Inputs, j: int, x: Tensor
     ) -> StepOutput:
         """The step with the surrogate's gradient in place of the KL's; `loss` stays scale times the KL."""
         noise = philox_normal(inputs.keys, x.shape[1:], j) if inputs.noise is None else inputs.noise[j]
         elements = noise[0].numel() if self.reduction == "mean" else 1
+        score = float(score_factors(self.table, surrogate.log_prob)[j])
         cond, uncond = surrogate.gradients(
             step.grad_cond,
             step.grad_uncond,
             kl=_unscaled(step.loss, inputs.scale),
-            later=future_returns,
+            later=None if inputs.future_returns is None else inputs.future_returns[j],
             noise=noise,
-            score=inputs.scale * (self.score[j] / elements),
+            score=inputs.scale * (score / elements),
             guidance=inputs.guidance,
         )
         return step._replace(grad_cond=cond, grad_uncond=uncond)

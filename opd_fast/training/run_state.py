@@ -31,12 +31,7 @@ from opd_fast.training.teachers import BASE
 
 
 class RunState:
-    """The state of a run between rounds.
-
-    Args:
-        started: `time.monotonic()` when the run began or was resumed.
-        printed: see `Judging`.
-    """
+    """The state of a run between rounds, which began or was resumed at `time.monotonic()` = `started`."""
 
     def __init__(
         self,
@@ -59,7 +54,7 @@ class RunState:
         self.judging = Judging(setup, run_dir, printed)
         self.rounds = 0
         self.skipped, self.skipped_in_a_row = 0, 0
-        self.train_seconds, self.seconds_before, self.started = 0.0, 0.0, started
+        self.train_seconds, self.started = 0.0, started
         self.interrupted = False
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -74,23 +69,26 @@ class RunState:
             "rows": self.judging.rows,
             "failures": [[*reason, words] for reason, words in self.judging.failures.items()],
             "train_seconds": self.train_seconds,
-            "total_seconds": self._total_seconds(),
+            "total_seconds": time.monotonic() - self.started,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "scaler": self.scaler.state_dict(),
             "teachers": self._frozen_hashes(),
             "settings": to_dict(self.config),
             "sources": self.sources,
-            "attention": list(self.setup.engaged.backends),
+            "attention": list(self.setup.active.backends),
         }
-        write = student_writer(self.setup.student)
-        self.checkpoints.save(
-            self.rounds, tensors, meta, afterwards=lambda: replace_folder(self.run_dir / "student", write)
-        )
+        export = partial(replace_folder, self.run_dir / "student", student_writer(self.setup.student))
+        self.checkpoints.save(self.rounds, tensors, meta, afterwards=export)
 
     def load(self, folder: Path, meta: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises ValueError for one of another student or other teachers."""
-        self._check_frozen(folder, meta)
+        for name, digest in self._frozen_hashes().items():
+            before = str(meta["teachers"].get(name))
+            if before != digest:
+                key = "objective.anchor" if name == ANCHOR else f"teachers.{name}.weights"
+                problem = f"changed since {folder.name} was saved (sha256 {before[:12]} then, {digest[:12]} now)"
+                raise UserError(key, problem, "put the former file back, or start a new run")
         images, method = (self.checkpoints.blanks(folder, prefix) for prefix in ("images.", "method."))
         rows, self.judging.judged_again = meta["rows"], self._judged_otherwise(folder, meta)
         if self.judging.judged_again:  # beside the rewards of base and teachers the student's would mean nothing
@@ -105,24 +103,13 @@ class RunState:
         self.rounds, self.judging.rows = meta["round"], rows
         self.judging.failures = {(reward, reason): words for reward, reason, words in meta.get("failures", ())}
         self.skipped, self.skipped_in_a_row = meta["skipped"], meta["skipped_in_a_row"]
-        self.train_seconds, self.seconds_before = meta["train_seconds"], meta["total_seconds"]
+        self.train_seconds = meta["train_seconds"]
+        self.started -= meta["total_seconds"]
 
     def _frozen_hashes(self) -> dict[str, str]:
         """What identifies the teachers and the anchor, by name."""
-        banks = (self.setup.teachers, self.setup.anchor)
-        frozen = [teacher for bank in banks if bank is not None for teacher in bank.teachers]
+        frozen = self.setup.teachers.teachers + (self.setup.anchor.teachers if self.setup.anchor else [])
         return {teacher.name: teacher.source.sha256 for teacher in frozen if teacher.adapter != BASE}
-
-    def _check_frozen(self, folder: Path, meta: dict[str, Any]) -> None:
-        """Raise `UserError` where a teacher or the anchor has other weights than when the checkpoint was saved."""
-        for name, digest in self._frozen_hashes().items():
-            before = meta["teachers"].get(name)
-            if before != digest:
-                raise UserError(
-                    "objective.anchor" if name == ANCHOR else f"teachers.{name}.weights",
-                    f"changed since {folder.name} was saved (sha256 {str(before)[:12]} then, {digest[:12]} now)",
-                    "put the former file back, or start a new run",
-                )
 
     def _judged_otherwise(self, folder: Path, meta: dict[str, Any]) -> str:
         """Why a checkpoint's rewards of base and teachers are not what this run would measure; empty where they are.
@@ -140,19 +127,14 @@ class RunState:
 
     # --- results -----------------------------------------------------------------------------------------------------
 
-    def _total_seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
-
     def finish(self, resume: Path) -> dict[str, Any]:
         """Write results.json and the report and print the table; an interrupted run only says that `resume` goes on.
 
         Returns the content of results.json.
         """
-        results, rows = new_results(self.config), self.judging.rows
-        results["rows"] = rows
-        results["failures"] = list(self.judging.failures.values())
-        results["rounds"] = self.rounds
-        results["seconds"] = {"train": round(self.train_seconds, 2), "total": round(self._total_seconds(), 2)}
+        rows, seconds = self.judging.rows, {"train": self.train_seconds, "total": time.monotonic() - self.started}
+        results = new_results(self.config) | {"rows": rows, "failures": list(self.judging.failures.values())}
+        results |= {"rounds": self.rounds, "seconds": {key: round(value, 2) for key, value in seconds.items()}}
         if not self.world.is_main:
             return results
         if self.interrupted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -23,7 +24,7 @@ from opd_fast.models.guidance import Conditioning
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable
 from opd_fast.training.evaluation import EvalTask
-from opd_fast.training.float8_check import Float8LossCheck
+from opd_fast.training.float8_check import float8_loss_check
 from opd_fast.training.optimize import ActiveTechniques, ForwardSizes, ResolvedSettings, apply_techniques
 from opd_fast.training.preflight import anchor_teacher, evaluation_solver, evaluation_task, frozen_teachers, refusals
 from opd_fast.training.student import Student
@@ -55,7 +56,7 @@ class Setup:
     """Held-out prompts with their rewards, for the tasks that have both."""
     text: EmbeddingCache
     world: World
-    engaged: ActiveTechniques
+    active: ActiveTechniques
     """The engine's techniques that are at work."""
     anchor: TeacherBank | None
     """A bank with the one model that the objective holds the student to."""
@@ -71,9 +72,7 @@ def prepare(
     """Check what `config` names, load it, and put the engine's techniques to work.
 
     `backends` of attention are those that a resumed run had; `planner` is that of `config`, where the caller has one.
-
-    Raises:
-        ValueError: something is missing or does not fit; the message names the setting.
+    Raises ValueError, which names the setting, where something is missing or does not fit.
     """
     world = world or World()
     planner = planner or Planner(config, world.size)
@@ -87,34 +86,36 @@ def prepare(
 
     model = _load_model(config, resolved, world, log)
     table = rollout_solver(config, model)
-    turns = schedule.turns(config.train.rounds)
-    text = _encode(model, config, _texts(config, prompts, sources, turns, tasks), world, log)
+    # Files hold many times as many prompts as a run meets, and the T5 embedding of each is large.
+    met = zip(prompts, sources, schedule.turns(config.train.rounds), strict=True)
+    count = method_spec(config).prompts_per_turn(config)
+    texts = [of_task[i].text for of_task, source, turns in met for i in source.seen(turns, count)]
+    texts += [prompt.text for task in tasks for prompt in task.prompts]
+    text = _encode(model, config, texts, world, log)
 
-    teachers = load_teachers(
-        model, frozen_teachers(config), config.engine.placement, offload=config.parallel.offload_teachers
-    )
+    load = partial(load_teachers, model, placement=config.engine.placement, offload=config.parallel.offload_teachers)
+    teachers, anchor = load(frozen_teachers(config)), None  # both before the student's adapters lie on the base
     for teacher in teachers.teachers:
         log(f"teacher {teacher.name}: {teacher.source}")
-    anchor = load_anchor(model, config)
+    if config.objective.anchor == BASE:
+        anchor = base_teacher(model, config.student.guidance)
+    elif (weights := anchor_teacher(config)) is not None:
+        anchor = load([weights])
     student = Student.build(model, config.student, seed=config.train.seed, teachers=teachers)
-    loss_check = (
-        Float8LossCheck.before(config, model, student, teachers, table, text, prompts) if not world.sharded else None
+    loss_check = None
+    if not world.sharded:
+        loss_check = float8_loss_check(config, model, student, teachers, table, text, prompts)
+    sizes = forwards(config, model, world)
+    switches = ResolvedSettings(resolved.compile, resolved.graphs, checkpointed_blocks(planner), backends)
+    active = apply_techniques(
+        config.engine, model, student, teachers, sizes, anchor=anchor, resolved=switches, world=world, say=log
     )
-    engaged = apply_techniques(
-        config.engine,
-        model,
-        student,
-        teachers,
-        forwards(config, model, world),
-        anchor=anchor,
-        resolved=ResolvedSettings(resolved.compile, resolved.graphs, checkpointed_blocks(planner), backends),
-        world=world,
-        say=log,
-    )
-    if engaged.fp8:
-        log(loss_check.after() if loss_check is not None else "precision: fp8, its change of the losses not measured")
+    if active.fp8:
+        log(loss_check() if loss_check is not None else "precision: fp8, its change of the losses not measured")
     student.distribute(world)  # after compiling: FSDP's hooks stay outside the compiled blocks
     teachers.distribute(world)
+    if anchor is not None:
+        anchor.distribute(world)
     shape = model.latent_shape(model.resolution(config.model.resolution))
     sigma = table.sigmas[0].float().to(resolved.device)
     probe = philox_normal(noise_keys(config.train.seed, samples=1).to(resolved.device), shape, INITIAL_NOISE)
@@ -136,7 +137,7 @@ def prepare(
         tasks=tasks,
         text=text,
         world=world,
-        engaged=engaged,
+        active=active,
         anchor=anchor,
     )
 
@@ -162,22 +163,6 @@ def _load_model(config: Config, resolved: Resolved, world: World, log: Callable[
     if config.evaluation.vae_tiling:
         model.vae.enable_tiling()
     return model
-
-
-def _texts(
-    config: Config,
-    prompts: Sequence[Sequence[Prompt]],
-    sources: Sequence[PromptSource],
-    turns: Sequence[int],
-    tasks: Sequence[EvalTask],
-) -> list[str]:
-    """The prompts that this run meets: files hold many times as many, and the T5 embedding of each is large."""
-    trained = [
-        of_task[i].text
-        for of_task, source, taken in zip(prompts, sources, turns, strict=True)
-        for i in source.seen(taken, method_spec(config).prompts_per_turn(config))
-    ]
-    return trained + [prompt.text for task in tasks for prompt in task.prompts]
 
 
 def _encode(
@@ -215,13 +200,3 @@ def checkpointed_blocks(planner: Planner) -> int:
     if planner.config.engine.recompute is not None:
         return planner.config.engine.recompute
     return planner.plan.workload.checkpointed if planner.resolved.device.type == "cuda" else 0
-
-
-def load_anchor(model: DiffusionModel, config: Config) -> TeacherBank | None:
-    """The frozen model of `objective.anchor`, with the student's guidance; loaded before the student's adapters."""
-    if config.objective.anchor == BASE:
-        return base_teacher(model, config.student.guidance)
-    settings = anchor_teacher(config)
-    if settings is None:
-        return None
-    return load_teachers(model, [settings], config.engine.placement, offload=config.parallel.offload_teachers)

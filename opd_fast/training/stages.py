@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from opd_fast.reporting.table import print_table
 from opd_fast.reporting.telemetry import read_metrics
 from opd_fast.rewards import evaluated_rewards
 from opd_fast.training.loop import train
+from opd_fast.training.resuming import read_results
 
 Row = dict[str, Any]
 """The means of one row of results.json, by key."""
@@ -42,50 +42,27 @@ def train_stages(
 
     Returns the content of results.json: the rewards of the base, of the teachers, of the student after each stage (rows
     `stage:NAME`) and of the last student, and the rounds and seconds of all together. An interrupted run returns what
-    its stage did. `planner` is that of the first stage, where the caller has
-    one.
+    its stage did. `planner` is that of the first stage, where the caller has one.
     """
     world, run_dir = world or World(), Path(run_dir).expanduser()
     done: list[dict[str, Any]] = []
-    printed: set[tuple[str, str]] = set()
+    run = partial(train, profile=profile, world=world, within=run_dir, printed=set())
     folders = [run_dir / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
-        config = stage.config if number == 0 else starting_from(stage.config, folders[number - 1] / "student")
-        results = world.on_first(partial(_finished, folder)) if resume else None
-        if results is None:
+        config = stage.config
+        if number > 0:
+            config = copy.deepcopy(config)
+            config.student.start = str(folders[number - 1] / "student")
+        results = world.on_first(partial(read_results, folder)) if resume else {}
+        if not results:
             if world.is_main:
                 print(f"stage {number + 1} of {len(stages)}: {stage.name}", flush=True)
             again = world.on_first(partial(_begin, folder, config))
-            results = train(
-                config,
-                folder,
-                resume=again,
-                profile=profile,
-                world=world,
-                planner=planner if number == 0 else None,
-                within=run_dir,
-                printed=printed,
-            )
+            results = run(config, folder, resume=again, planner=planner if number == 0 else None)
         if results["rounds"] < config.train.rounds:
             return results
         done.append(results)
     return _finish(stages, folders, done, run_dir, world)
-
-
-def starting_from(config: Config, student: Path) -> Config:
-    """Returns the settings with another start."""
-    config = copy.deepcopy(config)
-    config.student.start = str(student)
-    return config
-
-
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """Returns the results of a stage that ran to its end; None of any other."""
-    path = folder / "results.json"
-    if not path.is_file():
-        return None
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return results
 
 
 def _begin(folder: Path, config: Config) -> bool:
@@ -99,8 +76,8 @@ def _begin(folder: Path, config: Config) -> bool:
 def _finish(
     stages: Sequence[Stage], folders: Sequence[Path], done: Sequence[dict[str, Any]], run_dir: Path, world: World
 ) -> dict[str, Any]:
-    results = new_results(stages[-1].config) | {"config_hash": stages_hash(stages)}
-    results["rows"] = joined_rows(stages, [stage["rows"] for stage in done])
+    rows = joined_rows(stages, [stage["rows"] for stage in done])
+    results = new_results(stages[-1].config) | {"config_hash": stages_hash(stages), "rows": rows}
     results["recovered"] = done[-1]["recovered"]
     results["failures"] = list(dict.fromkeys(failure for stage in done for failure in stage.get("failures", ())))
     results["rounds"] = sum(stage["rounds"] for stage in done)
@@ -108,7 +85,7 @@ def _finish(
     if not world.is_main:
         return results
     last = folders[-1] / "student"
-    replace_folder(run_dir / "student", lambda part: shutil.copytree(last, part, dirs_exist_ok=True))  # type: ignore[arg-type]
+    replace_folder(run_dir / "student", lambda part: shutil.copytree(last, part, dirs_exist_ok=True))
     (run_dir / "samples").mkdir(exist_ok=True)
     for path in newest_grids(folders[-1]).values():
         shutil.copy(path, run_dir / "samples")
@@ -133,10 +110,8 @@ def joined_rows(stages: Sequence[Stage], tables: Sequence[dict[str, Row]]) -> di
     teachers: dict[str, Row] = {}
     students: dict[str, Row] = {}
     for stage, of_stage, rows in zip(stages, pairs, tables, strict=True):
-        stage_keys = reward_keys(of_stage)
-        joined = {
-            name: {keys[pair]: row[key] for pair, key in stage_keys.items() if key in row} for name, row in rows.items()
-        }
+        renamed = [(key, keys[pair]) for pair, key in reward_keys(of_stage).items()]
+        joined = {name: {new: row[key] for key, new in renamed if key in row} for name, row in rows.items()}
         base |= {key: mean for key, mean in joined["base"].items() if key not in base}
         for name, row in joined.items():
             if name.startswith("teacher:"):
@@ -150,7 +125,7 @@ def history(folders: Sequence[Path], done: Sequence[dict[str, Any]]) -> list[dic
     lines: list[dict[str, Any]] = []
     rounds, seconds = 0, 0.0
     for folder, results in zip(folders, done, strict=True):
-        for line in read_metrics(folder / "metrics.jsonl"):
-            lines.append(line | {"round": rounds + line["round"], "time": seconds + line["time"]})
+        metrics = read_metrics(folder / "metrics.jsonl")
+        lines += [line | {"round": rounds + line["round"], "time": seconds + line["time"]} for line in metrics]
         rounds, seconds = rounds + results["rounds"], seconds + results["seconds"]["total"]
     return lines

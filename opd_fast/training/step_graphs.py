@@ -32,6 +32,7 @@ class StepGraphs(Generic[T]):
         self.x0 = torch.zeros_like(self.x) if history else None
         self.losses = torch.zeros(steps, len(x), device=x.device)
         self.step = torch.zeros((), dtype=torch.int64, device=x.device)
+        self._zeroed = [t for t in (self.x0, self.losses, self.step) if t is not None]
         self._replays: dict[bool, Callable[[], None]] = {}
 
     def run(
@@ -42,14 +43,13 @@ class StepGraphs(Generic[T]):
         `gradients` are the buffers in which the steps accumulate.
         """
         self.inputs.load(inputs)
-        torch._foreach_zero_([t for t in (self.x0, self.losses, self.step) if t is not None])
+        torch._foreach_zero_(self._zeroed)
         self.x.copy_(x)
         for asked in has_loss:
             if asked not in self._replays:
                 name = self.name if asked else f"{self.name} without loss"
-                state = [t for t in (self.x, self.x0, self.losses, self.step) if t is not None]
-                work = functools.partial(self._work, step, asked)
-                self._replays[asked] = self.graphs.capture(name, work, [*state, *gradients])
+                changes = [self.x, *self._zeroed, *gradients]
+                self._replays[asked] = self.graphs.capture(name, functools.partial(self._work, step, asked), changes)
             self._replays[asked]()
         losses.copy_(self.losses)
         return self.x.clone()
@@ -72,10 +72,7 @@ class GradientBuffers:
         self._buffers: list[Tensor] = []
 
     def in_place(self) -> list[Tensor]:
-        """Every parameter's gradient, in the same buffer from round to round, holding what was there.
-
-        Zeroing gradients to None is fine: the buffer comes back, zeroed.
-        """
+        """Every parameter's gradient in the same buffer from round to round, with what was there: zeros for None."""
         if not self._buffers:
             self._buffers = [torch.zeros_like(p) for p in self._parameters]
         empty = []

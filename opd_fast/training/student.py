@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,7 @@ from opd_fast.models.lora.adapters import use_adapter
 from opd_fast.models.lora.load import load_transformer
 from opd_fast.training.ema import WeightAverage
 from opd_fast.training.step_graphs import GradientBuffers
-from opd_fast.training.student_init import (
-    MERGED,
-    MeanTaskVector,
-    add_mean,
-    passed_over,
-    start_from_lora,
-    start_from_mean,
-)
+from opd_fast.training.student_init import MERGED, MeanTaskVector, add_mean, start_from_lora, start_from_mean
 from opd_fast.training.teachers import TeacherBank
 
 ADAPTER = "student"
@@ -52,7 +46,7 @@ class Student:
         self.world = World()
         self._hold()
         self._merged = MergedLayers(transformer, ADAPTER) if config.kind == "lora" else None
-        self._remembered: ModulationCache | None = None
+        self._cache: ModulationCache | None = None
         # Float32 adapters on a half-precision base compute in the base's type; without autocast PEFT would cast up.
         self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
@@ -85,7 +79,8 @@ class Student:
                 start_from_lora(model, ADAPTER, config)
             student = cls(model, model.transformer, config)
         if mean is not None:
-            student.began = f"the mean of its teachers{passed_over()}, {share:.2%} of its square in what is trained"
+            unread = f" (the folder {MERGED} is not read; write ./{MERGED} for it)" if Path(MERGED).exists() else ""
+            student.began = f"the mean of its teachers{unread}, {share:.2%} of its square in what is trained"
         return student
 
     def _hold(self) -> None:
@@ -110,15 +105,15 @@ class Student:
         self._merged = MergedLayers(self.transformer, ADAPTER, float8=True)
         return frozen + sum(fits(layer.get_base_layer().weight) for layer in self._merged.layers)
 
-    def remember_modulation(self) -> int:
-        """Let `remember` keep what depends on step and prompt alone. Returns the number of layers that it keeps."""
-        self._remembered = ModulationCache.of(self.model, self.transformer)
-        return 0 if self._remembered is None else self._remembered.layers
+    def cache_modulation(self) -> int:
+        """Let `fill_cache` keep what depends on step and prompt alone. Returns the number of layers that it keeps."""
+        self._cache = ModulationCache.of(self.model, self.transformer)
+        return 0 if self._cache is None else self._cache.layers
 
-    def remember(self, sigmas: Tensor, condition: Conditioning) -> None:
+    def fill_cache(self, sigmas: Tensor, condition: Conditioning) -> None:
         """Compute once what `velocities` would at each of the levels (N,) float32 from level and prompt alone."""
-        if self._remembered is not None:
-            self._remembered.fill(sigmas, condition)
+        if self._cache is not None:
+            self._cache.fill(sigmas, condition)
 
     def distribute(self, world: World) -> None:
         """Take this process's place in `world`: take the weights of rank 0, and shard them where its strategy does.
@@ -129,7 +124,7 @@ class Student:
         self.world = world
         world.same_weights(self.parameters())
         if world.sharded:
-            self._merged = self._remembered = None
+            self._merged = self._cache = None
             for transformer in {id(t): t for t in (self.transformer, self.model.transformer)}.values():
                 world.shard(transformer, self.model.blocks(transformer), self.model.dtype)
         self._hold()
@@ -147,10 +142,10 @@ class Student:
     ) -> Velocities:
         """The student's prediction with gradient; x (B, C, H, W) float32, sigma 0-dim float32.
 
-        `step`, a 0-dim int64 tensor on the device, is the level's place among those that `remember` was given together
-        with `condition`.
+        `step`, a 0-dim int64 tensor on the device, is the level's place among those that `fill_cache` was given with
+        `condition`.
         """
-        with self._autocast, at_step(self._remembered, step):
+        with self._autocast, at_step(self._cache, step):
             return predict_velocities(model, self.transformer, x, sigma, condition)
 
     @contextlib.contextmanager
@@ -212,9 +207,7 @@ def _inject(model: DiffusionModel, config: StudentConfig, seed: int) -> None:
     from peft import LoraConfig
 
     targets = model.targets(config.targets)
-    settings = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False, lora_dropout=0.0
-    )
+    settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # teachers' adapters

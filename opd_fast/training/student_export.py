@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from opd_fast.models.lora.files import save_lora
 from opd_fast.training.student import ADAPTER, Student
 
 
-def student_writer(student: Student) -> Callable[[Path], None]:
+def student_writer(student: Student) -> Callable[[Path], object]:
     """Copy the averaged student as it is now to the CPU. Collective; rank 0 alone holds the copy and may write.
 
     Returns a function that writes it to a directory, at any later time and in any thread.
@@ -28,11 +28,12 @@ def student_writer(student: Student) -> Callable[[Path], None]:
         if student.world.is_main:
             average[name] = full.cpu().clone()
     if student.config.kind == "lora":
-        return functools.partial(_write_lora, student, average)
+        factors, config = factors_by_module(average, ADAPTER), student.config
+        return partial(save_lora, tensors=factors, rank=config.rank, alpha=config.alpha, base_model=student.model.path)
     # Now, not when it is written: taking a state dict shards again whatever is gathered.
     trained, state = dict(student.named_parameters()), student.transformer.state_dict()
     frozen = {name: tensor.cpu().clone() for name, tensor in state.items() if name not in trained}
-    return functools.partial(_write_full, student, {**frozen, **average})
+    return partial(_write_full, student, {**frozen, **average})
 
 
 def _write_full(student: Student, state: dict[str, Tensor], directory: Path) -> None:
@@ -41,9 +42,3 @@ def _write_full(student: Student, state: dict[str, Tensor], directory: Path) -> 
     transformer.load_state_dict(state, assign=True)
     transformer.save_pretrained(directory / "transformer")
     open_to_umask(*(directory / "transformer").iterdir())
-
-
-def _write_lora(student: Student, average: dict[str, Tensor], directory: Path) -> None:
-    factors = factors_by_module(average, ADAPTER)
-    config, path = student.config, student.model.path
-    save_lora(directory, factors, rank=config.rank, alpha=config.alpha, targets=list(factors), base_model=path)

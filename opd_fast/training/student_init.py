@@ -9,7 +9,6 @@ A = (S/s)^(1/2) V^T and B = U (S/s)^(1/2), so that s*B@A = D where the rank suff
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -56,31 +55,37 @@ class MeanTaskVector:
         """The parameters that may differ, in the base's order."""
         return [name for name in self._base if self._whole or name in self._loras]
 
-    def factors(self, name: str) -> Factors:
+    def _factors(self, name: str) -> Factors:
         """What the LoRAs add: (A (r, in), B (out, r), scale) in float32 on the model's device."""
         return [
             (a.to(self._device, torch.float32), b.to(self._device, torch.float32), scale)
             for a, b, scale in self._loras.get(name, [])
         ]
 
-    def dense(self, name: str) -> Tensor | None:
-        """What the whole transformers add, float32; None without any."""
-        if not self._whole:
-            return None
+    def __call__(self, name: str) -> Tensor:
+        """D of one parameter, in its shape, float32."""
         base = self._base[name].detach().float()
         difference = torch.zeros_like(base)
         for parameters, share in self._whole:
             difference.add_(parameters[name].detach().float() - base, alpha=share)
-        return difference
-
-    def __call__(self, name: str) -> Tensor:
-        """D of one parameter, in its shape, float32."""
-        difference = self.dense(name)
-        if difference is None:
-            difference = torch.zeros_like(self._base[name], dtype=torch.float32)
-        for factor in self.factors(name):
+        for factor in self._factors(name):
             difference += delta(*factor)
         return difference
+
+    def singular(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """U (out, n), S (n,) descending and V^T (n, in) of D of one parameter.
+
+        D is not formed where LoRAs alone change the parameter. Then n is at most the sum of their ranks.
+        """
+        if self._whole:
+            u, s, vt = torch.linalg.svd(self(name), full_matrices=False)
+            return u, s, vt
+        factors = self._factors(name)
+        a = torch.cat([a.double() for a, _, _ in factors])
+        b = torch.cat([b.double() * scale for _, b, scale in factors], dim=1)
+        (qa, ra), (qb, rb) = torch.linalg.qr(a.T), torch.linalg.qr(b)
+        u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+        return qb @ u, s, vt @ qa.T
 
 
 @torch.no_grad()
@@ -106,7 +111,7 @@ def start_from_mean(transformer: nn.Module, adapter: str, config: StudentConfig,
         if not name.endswith(".weight") or module not in adapters:
             total += float(mean(name).double().square().sum())
             continue
-        left, size, right = singular(mean.factors(name), mean.dense(name))
+        left, size, right = mean.singular(name)
         count = min(config.rank, int((size > size[0] * size.numel() * torch.finfo(torch.float32).eps).sum()))
         root = (size[:count] / scale).sqrt()
         a, b = adapters[module]
@@ -125,21 +130,6 @@ def check_mean(config: StudentConfig, trained: bool) -> None:
             f"student.start {MERGED}: the teachers change nothing in student.targets {config.targets}; add the modules "
             f"that they change"
         )
-
-
-def singular(factors: Factors, dense: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, n), S (n,) descending and V^T (n, in) of dense + sum scale*B@A, without forming it where there is no
-    `dense`: then n is at most the sum of the ranks."""
-    if dense is not None:
-        for factor in factors:
-            dense = dense + delta(*factor)
-        u, s, vt = torch.linalg.svd(dense, full_matrices=False)
-        return u, s, vt
-    a = torch.cat([a.double() for a, _, _ in factors])
-    b = torch.cat([b.double() * scale for _, b, scale in factors], dim=1)
-    (qa, ra), (qb, rb) = torch.linalg.qr(a.T), torch.linalg.qr(b)
-    u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    return qb @ u, s, vt @ qa.T
 
 
 @torch.no_grad()
@@ -172,8 +162,3 @@ def check_start(model: DiffusionModel, config: StudentConfig, layers: Mapping[st
         if layers[module] != (a.shape[1], b.shape[0]):
             raise ValueError(f"student.start was made for another width at {module}; name a LoRA of this model")
     return lora
-
-
-def passed_over() -> str:
-    """Say so where `merged` could also have meant a folder."""
-    return f" (the folder {MERGED} is not read; write ./{MERGED} for it)" if Path(MERGED).exists() else ""

@@ -31,8 +31,11 @@ def load_teachers(
         adapter = None
         with _naming(config):
             if placement == "shared":
-                transformer = model.transformer
-                adapter, source = _add(model, config)
+                _need_lora(config)
+                adapter = f"teacher_{config.name}".replace(".", "_")
+                lora = read_lora(config.weights, model)
+                modules = add_frozen(model.transformer, adapter, lora, allow_partial=config.partial)
+                transformer, source = model.transformer, WeightsSource.of_lora(config.weights, lora, modules)
             else:
                 transformer, source = load_with_source(model, config.weights, what="weights", partial=config.partial)
                 if offload:
@@ -79,12 +82,3 @@ def _need_lora(config: TeacherConfig) -> None:
         raise ValueError(
             f"{config.weights} is not a LoRA, and engine.placement shared keeps teachers as adapters; use merged"
         )
-
-
-def _add(model: DiffusionModel, config: TeacherConfig) -> tuple[str, WeightsSource]:
-    """Put a LoRA beside others on the base as a frozen adapter. Returns its name there, and what was read."""
-    _need_lora(config)
-    name = f"teacher_{config.name}".replace(".", "_")
-    lora = read_lora(config.weights, model)
-    modules = add_frozen(model.transformer, name, lora, allow_partial=config.partial)
-    return name, WeightsSource.of_lora(config.weights, lora, modules)

@@ -1,8 +1,8 @@
 """The teachers: frozen, one a task, each asked at the student's states for the samples of its task.
 
-Two classes behind one protocol, by engine.placement. `MergedTeachers` gives every teacher its own transformer with its
-LoRA merged: plain matrix products, M copies of the weights. `SharedTeachers` keeps them as adapters beside each other
-on one base: one copy, switched between tasks, or all adapters in one forward (`group`).
+`engine.placement` chooses between two banks. `MergedTeachers` gives every teacher its own transformer with its LoRA
+merged: plain matrix products, M copies of the weights. `SharedTeachers` keeps them as adapters beside each other on one
+base: one copy, switched between tasks, or all adapters in one forward (`group`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -58,37 +58,87 @@ class Teacher:
     """The factor on its task's loss, and its share of a student that starts from the teachers' mean."""
 
 
-class TeacherBank(Protocol):
+class TeacherBank(ABC):
     """The teachers of a run, in the order of the configuration."""
 
-    model: DiffusionModel
-    teachers: list[Teacher]
-    offloaded: bool
+    offloaded = False
     """Whether they lie in CPU memory and come to the device block by block."""
+    _in_step = False
+    """Whether all ranks ask the same teachers in the same order, because they share the shards of the weights."""
+    _grouped: GroupedAdapters | None = None
+    """All adapters in one forward."""
 
-    def __len__(self) -> int: ...
+    def __init__(self, model: DiffusionModel, teachers: Sequence[Teacher]) -> None:
+        self.model, self.teachers = model, list(teachers)
+        self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
+        self._caches: list[ModulationCache | None] = []
+        """One for each forward of `velocities`, or none at all."""
 
-    def active(self, index: int) -> AbstractContextManager[nn.Module]:
+    def __len__(self) -> int:
+        return len(self.teachers)
+
+    @abstractmethod
+    def _switched_on(self, teacher: Teacher) -> AbstractContextManager[nn.Module]:
+        """Its transformer, which computes with its weights within the block."""
+
+    @contextlib.contextmanager
+    def active(self, index: int) -> Iterator[nn.Module]:
         """The transformer of teacher `index`, switched on within the block."""
+        with self._switched_on(self.teachers[index]) as transformer, self._autocast:
+            yield transformer
 
     def own_transformers(self) -> list[nn.Module]:
         """The transformers that only teachers use and that may be changed in place."""
+        return []
 
     def group(self) -> int:
         """Ask all adapters of one base in one forward from now on; every adapter must be in place.
 
         Returns the number of teachers; 0, and nothing is changed, for teachers with weights of their own.
         """
-
-    def remember_modulation(self) -> int:
-        """Let `condition` compute once what depends on step and prompt alone. Returns the number of layers it keeps."""
+        return 0
 
     def distribute(self, world: World) -> None:
-        """Go by the strategy of `world` once the student has sharded the base."""
+        """Ask every teacher on every rank where the student has sharded the base that they share."""
+        self._in_step = world.sharded and all(teacher.adapter is not None for teacher in self.teachers)
+
+    def cache_modulation(self) -> int:
+        """Let `condition` compute once what depends on step and prompt alone. Returns the number of layers it keeps."""
+        # Grouped teachers have at most as many forwards as there are teachers.
+        transformers = [t.transformer for t in self.teachers] if self._grouped else self.own_transformers()
+        self._caches = [ModulationCache.of(self.model, transformer) for transformer in transformers]
+        return sum(cache.layers for cache in self._caches if cache is not None)
 
     def condition(self, batch: RoundBatch, sigmas: Tensor | None = None) -> TeacherConditioning:
         """The constant part of `velocities` for one batch; sigmas (N,) float32 are the levels it will be asked at."""
+        guidance = torch.ones_like(batch.scale)
+        parts = []
+        for index, rows in batch.tasks:
+            empty = rows.start == rows.stop
+            if empty and not self._in_step:
+                continue
+            text = batch.text.index(slice(0, 1) if empty else rows)
+            condition = Conditioning.build(self.model, text, batch.negative, self.teachers[index].guidance)
+            guidance[rows] = condition.branch_guidance
+            parts.append((index, rows, condition))
+        calls = joined(parts) if self._grouped else ()
+        if self._caches and sigmas is not None:
+            with self._autocast:
+                self._fill_caches(sigmas, parts, calls)
+        return TeacherConditioning(tuple(parts), guidance, calls)
 
+    def _fill_caches(self, sigmas: Tensor, parts: Sequence[Part], calls: Sequence[Call]) -> None:
+        if self._grouped is None:
+            for index, _, condition in parts:
+                if (cache := self._caches[index]) is not None:
+                    cache.fill(sigmas, condition)
+            return
+        for cache, call in zip(self._caches, calls, strict=False):
+            if cache is not None:
+                with self._grouped.active(call.spans):
+                    cache.fill(sigmas, call.condition)
+
+    @torch.no_grad()
     def velocities(
         self,
         x: Tensor,
@@ -103,95 +153,40 @@ class TeacherBank(Protocol):
         one graph for each number of samples, and the result lasts until the next call. `step`, a 0-dim int64 tensor on
         the device, is the level's place among those that the condition was made for.
         """
-
-    def check(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> None:
-        """Run one forward of each teacher; raises ValueError naming the teacher whose output is not finite."""
-
-
-class _OneByOne(ABC):
-    """What both classes do: they ask one teacher after the other."""
-
-    offloaded = False
-
-    def __init__(self, model: DiffusionModel, teachers: Sequence[Teacher]) -> None:
-        self.model, self.teachers = model, list(teachers)
-        self._autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
-        self._remembered: list[ModulationCache | None] = []
-        """One for each forward of `velocities`, or none at all."""
-        self._in_step = False
-        """Whether all ranks ask the same teachers in the same order, because they share the shards of the weights."""
-
-    def __len__(self) -> int:
-        return len(self.teachers)
-
-    @contextlib.contextmanager
-    def active(self, index: int) -> Iterator[nn.Module]:
-        with self._switched_on(self.teachers[index]) as transformer, self._autocast:
-            yield transformer
-
-    @abstractmethod
-    def _switched_on(self, teacher: Teacher) -> AbstractContextManager[nn.Module]:
-        """Its transformer, which computes with its weights within the block."""
-
-    def condition(self, batch: RoundBatch, sigmas: Tensor | None = None) -> TeacherConditioning:
-        guidance = torch.ones_like(batch.scale)
-        parts = []
-        for index, rows in batch.tasks:
-            empty = rows.start == rows.stop
-            if empty and not self._in_step:
-                continue
-            text = batch.text.index(slice(0, 1) if empty else rows)
-            condition = Conditioning.build(self.model, text, batch.negative, self.teachers[index].guidance)
-            guidance[rows] = condition.branch_guidance
-            parts.append((index, rows, condition))
-        calls = self._calls(parts)
-        if self._remembered and sigmas is not None:
-            with self._autocast:
-                self._fill(sigmas, parts, calls)
-        return TeacherConditioning(tuple(parts), guidance, calls)
-
-    def _calls(self, parts: Sequence[Part]) -> tuple[Call, ...]:
-        return ()
-
-    def _fill(self, sigmas: Tensor, parts: Sequence[Part], calls: Sequence[Call]) -> None:
-        for index, _, condition in parts:
-            if (remembered := self._remembered[index]) is not None:
-                remembered.fill(sigmas, condition)
-
-    @torch.no_grad()
-    def velocities(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        condition: TeacherConditioning,
-        graphs: Graphs | None = None,
-        step: Tensor | None = None,
-    ) -> Velocities:
+        # Shards are gathered by hooks, which no graph records.
+        call = Graphs(None).call if graphs is None or self._in_step else graphs.call
+        if condition.calls:
+            name = f"{len(self)} teachers on {len(x)} samples"
+            return call(("teachers", id(self), len(x)), name, self._ask_together, x, sigma, condition.calls, step)
         parts = []
         for index, rows, of_rows in condition.parts:
             empty = rows.start == rows.stop
+            part = x[:1] if empty else x[rows]
+            name = f"teacher {self.teachers[index].name} on {len(part)} samples"
+            key = ("teacher", id(self), index, len(part))
             with annotate("task"):
-                v = self._ask(index, x[:1] if empty else x[rows], sigma, of_rows, graphs, step)
+                v = call(key, name, partial(self._ask, index), part, sigma, of_rows, step)
             if not empty:
                 parts.append((rows, v))
         return in_rows(parts)
 
-    def _ask(
-        self, index: int, x: Tensor, sigma: Tensor, condition: Conditioning, graphs: Graphs | None, step: Tensor | None
-    ) -> Velocities:
-        remembered = self._remembered[index] if self._remembered else None
+    def _ask(self, index: int, x: Tensor, sigma: Tensor, condition: Conditioning, step: Tensor | None) -> Velocities:
+        cache = self._caches[index] if self._caches else None
+        with self.active(index) as transformer, at_step(cache, step):
+            return predict_velocities(self.model, transformer, x, sigma, condition)
 
-        def forward(x: Tensor, sigma: Tensor, condition: Conditioning, step: Tensor | None) -> Velocities:
-            with self.active(index) as transformer, at_step(remembered, step):
-                return predict_velocities(self.model, transformer, x, sigma, condition)
-
-        if graphs is None or self._in_step:  # shards are gathered by hooks, which no graph records
-            return forward(x, sigma, condition, step)
-        name = f"teacher {self.teachers[index].name} on {len(x)} samples"
-        return graphs.call(("teacher", id(self), index, len(x)), name, forward, x, sigma, condition, step)
+    def _ask_together(self, x: Tensor, sigma: Tensor, calls: tuple[Call, ...], step: Tensor | None) -> Velocities:
+        assert self._grouped is not None
+        caches: list[ModulationCache] = []
+        if step is not None:
+            caches = [cache for cache in self._caches[: len(calls)] if cache is not None]
+            for cache in caches:
+                cache.step.copy_(step.view(1))
+        return grouped_velocities(self.model, self._grouped, x, sigma, calls, caches)
 
     @torch.no_grad()
     def check(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> None:
+        """Run one forward of each teacher; raises ValueError naming the teacher whose output is not finite."""
         for index, teacher in enumerate(self.teachers):
             with self.active(index) as transformer:
                 v = predict_velocities(self.model, transformer, x, sigma, condition).cond
@@ -202,8 +197,8 @@ class _OneByOne(ABC):
                 )
 
 
-class MergedTeachers(_OneByOne):
-    """A `TeacherBank` of transformers that are the teachers' own."""
+class MergedTeachers(TeacherBank):
+    """Transformers that are the teachers' own. Every rank has them whole."""
 
     def __init__(self, model: DiffusionModel, teachers: Sequence[Teacher], *, offloaded: bool = False) -> None:
         super().__init__(model, teachers)
@@ -215,79 +210,17 @@ class MergedTeachers(_OneByOne):
     def own_transformers(self) -> list[nn.Module]:
         return [] if self.offloaded else [teacher.transformer for teacher in self.teachers]
 
-    def group(self) -> int:
-        return 0
 
-    def remember_modulation(self) -> int:
-        self._remembered = [ModulationCache.of(self.model, transformer) for transformer in self.own_transformers()]
-        return sum(remembered.layers for remembered in self._remembered if remembered is not None)
-
-    def distribute(self, world: World) -> None:
-        """Do nothing: every rank has the weights whole."""
-
-
-class SharedTeachers(_OneByOne):
-    """A `TeacherBank` of adapters on one base, or of that base itself.
-
-    Once they are grouped, all of them are asked in one forward, and modulation can be remembered.
-    """
-
-    _grouped: GroupedAdapters | None = None
+class SharedTeachers(TeacherBank):
+    """Adapters on one base, or that base itself. Modulation is cached once they are grouped."""
 
     def _switched_on(self, teacher: Teacher) -> AbstractContextManager[nn.Module]:
         return use_adapter(teacher.transformer, _adapter(teacher))
-
-    def own_transformers(self) -> list[nn.Module]:
-        return []
 
     def group(self) -> int:
         if self.teachers:
             self._grouped = GroupedAdapters(self.teachers[0].transformer, [_adapter(t) for t in self.teachers])
         return len(self.teachers)
-
-    def remember_modulation(self) -> int:
-        grouped = () if self._grouped is None else self.teachers  # there are at most as many forwards
-        self._remembered = [ModulationCache.of(self.model, teacher.transformer) for teacher in grouped]
-        return sum(remembered.layers for remembered in self._remembered if remembered is not None)
-
-    def distribute(self, world: World) -> None:
-        """Ask every teacher on every rank where the base is sharded."""
-        self._in_step = world.sharded
-
-    def _calls(self, parts: Sequence[Part]) -> tuple[Call, ...]:
-        return () if self._grouped is None or self._in_step else joined(parts)
-
-    def _fill(self, sigmas: Tensor, parts: Sequence[Part], calls: Sequence[Call]) -> None:
-        for remembered, call in zip(self._remembered, calls, strict=False):
-            if self._grouped is not None and remembered is not None:
-                with self._grouped.active(call.spans):
-                    remembered.fill(sigmas, call.condition)
-
-    @torch.no_grad()
-    def velocities(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        condition: TeacherConditioning,
-        graphs: Graphs | None = None,
-        step: Tensor | None = None,
-    ) -> Velocities:
-        grouped, calls = self._grouped, condition.calls
-        if grouped is None or not calls:
-            return super().velocities(x, sigma, condition, graphs, step)
-        remembered = self._remembered[: len(calls)] if step is not None else []
-
-        def forward(x: Tensor, sigma: Tensor, calls: tuple[Call, ...], step: Tensor | None) -> Velocities:
-            tables = [table for table in remembered if table is not None]
-            for table in tables:
-                assert step is not None
-                table.step.copy_(step.view(1))
-            return grouped_velocities(self.model, grouped, x, sigma, calls, tables)
-
-        if graphs is None:
-            return forward(x, sigma, calls, step)
-        name = f"{len(self)} teachers on {len(x)} samples"
-        return graphs.call(("teachers", id(self), len(x)), name, forward, x, sigma, calls, step)
 
 
 def _adapter(teacher: Teacher) -> str | None:

@@ -84,8 +84,7 @@ class TextToVelocity(nn.Module):
         outputs = [encoder(ids, output_hidden_states=True) for encoder in self.encoders]
         sequence = torch.cat([o.hidden_states[-2] for o in outputs], -1)
         pooled = torch.cat([o.text_embeds for o in outputs], -1)
-        velocity: Tensor = self.transformer(x, sequence, pooled, t * 1000, return_dict=False)[0]
-        return velocity
+        return self.transformer(x, sequence, pooled, t * 1000, return_dict=False)[0]
 
 
 def make_tokenizer(folder: Path) -> Any:

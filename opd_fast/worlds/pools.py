@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +27,18 @@ class Pool:
     """All distinct training prompts of the task."""
 
 
-def draw_prompts(task: str, n: int, rng: np.random.Generator) -> list[shapes.ScenePrompt]:
-    """Return n training prompts; every tag of a composition prompt is equally likely."""
+def _by_tag(prompts: list[shapes.ScenePrompt]) -> dict[str, list[shapes.ScenePrompt]]:
     groups: dict[str, list[shapes.ScenePrompt]] = {}
-    for p in shapes.prompts(task, "train"):
-        groups.setdefault(p.metadata.get("tag", ""), []).append(p)
-    pools = list(groups.values())
-    return [(pool := pools[rng.integers(len(pools))])[rng.integers(len(pool))] for _ in range(n)]
+    for prompt in prompts:
+        groups.setdefault(prompt.metadata.get("tag", ""), []).append(prompt)
+    return groups
 
 
 def render_pool(task: str, n: int, seed: int, *, ideal: bool = False) -> tuple[Tensor, list[str]]:
-    """Return n scenes, (n, 3, 32, 32) float32 in 0..1, and their prompts."""
+    """Return n scenes, (n, 3, 32, 32) float32 in 0..1, and their prompts; each tag is equally likely."""
     rng = np.random.default_rng([seed, shapes.TASKS.index(task)])
-    chosen = draw_prompts(task, n, rng)
+    groups = list(_by_tag(shapes.prompts(task, "train")).values())
+    chosen = [(group := groups[rng.integers(len(groups))])[rng.integers(len(group))] for _ in range(n)]
     images = np.empty((n, 3, shapes.SIZE, shapes.SIZE), np.float32)
     for image, prompt in zip(images, chosen, strict=True):
         image[:] = shapes.render(shapes.scene(task, prompt, rng, ideal=ideal))
@@ -46,11 +46,11 @@ def render_pool(task: str, n: int, seed: int, *, ideal: bool = False) -> tuple[T
 
 
 @torch.no_grad()
-def encode_pool(vae: Any, task: str, n: int, seed: int, *, ideal: bool = False) -> Pool:
+def encode_pool(vae: Any, task: str, n: int, seed: int, *, ideal: bool) -> tuple[Tensor, list[str]]:
+    """Return the latents of n scenes, and their prompts."""
     images, texts = render_pool(task, n, seed, ideal=ideal)
     modes = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in images.split(256)])
-    latents = (modes - vae.config.shift_factor) * vae.config.scaling_factor
-    return Pool(latents, texts, [p.text for p in shapes.prompts(task, "train")])
+    return (modes - vae.config.shift_factor) * vae.config.scaling_factor, texts
 
 
 def batches(
@@ -84,14 +84,10 @@ def write_prompts(out: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for split in ("train", "test"):
             chosen = shapes.prompts(task, split)
-            # Tags alternate, so that the first n prompts of a file hold every kind.
-            order = np.random.default_rng(0).permutation(len(chosen))
-            if task == "composition":
-                groups: dict[str, list[dict[str, Any]]] = {}
-                for i in order:
-                    groups.setdefault(chosen[i].metadata["tag"], []).append(chosen[i].metadata)
-                longest = max(map(len, groups.values()))
-                records = [g[i] for i in range(longest) for _, g in sorted(groups.items()) if i < len(g)]
+            ordered = [chosen[i] for i in np.random.default_rng(0).permutation(len(chosen))]
+            if task == "composition":  # tags alternate, so that the first n prompts of a file hold every kind
+                groups = [group for _, group in sorted(_by_tag(ordered).items())]
+                records = [p.metadata for row in itertools.zip_longest(*groups) for p in row if p is not None]
                 write_geneval(folder / f"{split}_metadata.jsonl", records)
             else:
-                write_lines(folder / f"{split}.txt", [chosen[i].text for i in order])
+                write_lines(folder / f"{split}.txt", [p.text for p in ordered])

@@ -105,42 +105,36 @@ def glyph(letter: str) -> npt.NDArray[np.bool_]:
     return small.repeat(GLYPH_SCALE, 0).repeat(GLYPH_SCALE, 1)
 
 
-def _noun(count: int, colour: str | None, shape: str) -> str:
-    words = [COUNTS[count], colour, shape + ("s" if count > 1 else "")]
-    return " ".join(w for w in words if w)
+def _noun(count: int, adjective: str, shape: str) -> str:
+    return f"{COUNTS[count]} {adjective} {shape}{'s' if count > 1 else ''}"
 
 
-def _item(shape: str, count: int = 1, colour: str | None = None) -> dict[str, Any]:
-    item: dict[str, Any] = {"class": shape, "count": count}
-    return item if colour is None else {**item, "color": colour}
+def _item(shape: str, count: int, colour: str) -> dict[str, Any]:
+    return {"class": shape, "count": count, "color": colour}
 
 
 def _composition() -> Iterator[ScenePrompt]:
-    def prompt(
-        tag: str, include: list[dict[str, Any]], words: str, exclude: list[dict[str, Any]] | None = None
-    ) -> ScenePrompt:
+    def prompt(tag: str, words: str, include: list[dict[str, Any]], **exclude: list[dict[str, Any]]) -> ScenePrompt:
         text = f"a photo of {words}"
-        record = {"tag": tag, "include": include, **({"exclude": exclude} if exclude else {}), "prompt": text}
-        return ScenePrompt(text, record)
+        return ScenePrompt(text, {"tag": tag, "include": include, **exclude, "prompt": text})
 
-    for shape, colour in itertools.product(SHAPES, COLOURS):
-        yield prompt("colors", [_item(shape, 1, colour)], _noun(1, colour, shape))
-    for count, shape, colour in itertools.product((2, 3), SHAPES, COLOURS):
+    coloured = list(itertools.product(SHAPES, COLOURS))
+    for shape, colour in coloured:
+        yield prompt("colors", _noun(1, colour, shape), [_item(shape, 1, colour)])
+    for count, (shape, colour) in itertools.product((2, 3), coloured):
         # GenEval's counting records exclude one more than asked for.
         exclude = [{"class": shape, "count": count + 1}]
-        yield prompt("counting", [_item(shape, count, colour)], _noun(count, colour, shape), exclude)
-    coloured = list(itertools.product(SHAPES, COLOURS))
+        yield prompt("counting", _noun(count, colour, shape), [_item(shape, count, colour)], exclude=exclude)
     for (s1, c1), (s2, c2) in itertools.product(coloured, coloured):
         if s1 == s2 or c1 == c2:
             continue
+        first, second = _item(s1, 1, c1), _item(s2, 1, c2)
         if s1 < s2:
-            yield prompt(
-                "color_attr", [_item(s1, 1, c1), _item(s2, 1, c2)], f"{_noun(1, c1, s1)} and {_noun(1, c2, s2)}"
-            )
+            yield prompt("color_attr", f"{_noun(1, c1, s1)} and {_noun(1, c2, s2)}", [first, second])
         for relation in RELATIONS:
             # As in GenEval's files, the record's first item is the anchor, the second stands in relation to it.
-            placed = {**_item(s1, 1, c1), "position": [relation, 0]}
-            yield prompt("position", [_item(s2, 1, c2), placed], f"{_noun(1, c1, s1)} {relation} {_noun(1, c2, s2)}")
+            words = f"{_noun(1, c1, s1)} {relation} {_noun(1, c2, s2)}"
+            yield prompt("position", words, [second, {**first, "position": [relation, 0]}])
 
 
 def _text() -> Iterator[ScenePrompt]:
@@ -169,13 +163,13 @@ def prompts(task: str, split: Split) -> list[ScenePrompt]:
 
 
 def _dark(rng: np.random.Generator) -> Rgb:
-    r, g, b = rng.uniform(0.0, 0.16, 3)
-    return float(r), float(g), float(b)
+    r, g, b = rng.uniform(0.0, 0.16, 3).tolist()
+    return r, g, b
 
 
 def _tint(name: str, rng: np.random.Generator) -> Rgb:
-    r, g, b = np.clip(np.array(COLOURS[name]) * rng.uniform(0.85, 1.05), 0, 1)
-    return float(r), float(g), float(b)
+    r, g, b = np.clip(np.array(COLOURS[name]) * rng.uniform(0.85, 1.05), 0, 1).tolist()
+    return r, g, b
 
 
 def _apart(x: float, y: float, radius: float, others: list[Object]) -> bool:
@@ -188,30 +182,24 @@ def _related(relation: str, x: float, y: float, anchor: Object) -> bool:
     return along >= abs(across) + 3
 
 
-LAYOUTS = {
-    "one": ((16.0, 16.0),),
-    "row": ((8.0, 16.0), (24.0, 16.0)),
-    "column": ((16.0, 8.0), (16.0, 24.0)),
-    "pyramid": ((16.0, 8.0), (8.0, 24.0), (24.0, 24.0)),
-}
-"""Centres of the objects in an ideal scene."""
+PLACES = {1: [(16.0, 16.0)], 2: [(8.0, 16.0), (24.0, 16.0)], 3: [(16.0, 8.0), (8.0, 24.0), (24.0, 24.0)]}
+"""Centres of the objects in an ideal scene, by how many there are."""
+COLUMN = [(16.0, 8.0), (16.0, 24.0)]
+"""Those of two objects of which one is above the other."""
 
 
 def _ideal_composition(record: dict[str, Any], rng: np.random.Generator) -> Scene:
     """Return the record's objects at fixed places, of one size and pure in colour; they move by less than a pixel."""
     items = [item for item in record["include"] for _ in range(item["count"])]
-    layout, total = {1: "one", 2: "row", 3: "pyramid"}[len(items)], len(items)
     relation = next((item["position"][0] for item in items if "position" in item), "right of")
-    if relation in ("above", "below"):
-        layout = "column"
-    places = list(LAYOUTS[layout])
+    places = COLUMN if relation in ("above", "below") else PLACES[len(items)]
     if relation in ("left of", "above"):  # the anchor is the first item
-        places.reverse()
-    radius = sum(RADII[total]) / 2
+        places = places[::-1]
+    radius = sum(RADII[len(items)]) / 2
     objects = []
     for item, place in zip(items, places, strict=True):
-        x, y = np.array(place) + rng.uniform(-0.5, 0.5, 2)
-        objects.append(Object(item["class"], float(x), float(y), radius, COLOURS[item["color"]]))
+        x, y = (np.array(place) + rng.uniform(-0.5, 0.5, 2)).tolist()
+        objects.append(Object(item["class"], x, y, radius, COLOURS[item["color"]]))
     return Scene((0.05, 0.05, 0.05), tuple(objects))
 
 
@@ -223,14 +211,11 @@ def _composition_scene(record: dict[str, Any], rng: np.random.Generator) -> Scen
             anchor = objects[item["position"][1]] if "position" in item else None
             for _ in range(item["count"]):
                 for _attempt in range(60):
-                    radius = rng.uniform(*RADII[total])
-                    x, y = rng.uniform(radius + 1, SIZE - radius - 1, 2)
-                    if _apart(x, y, radius, objects) and (
-                        anchor is None or _related(item["position"][0], x, y, anchor)
-                    ):
-                        objects.append(
-                            Object(item["class"], float(x), float(y), float(radius), _tint(item["color"], rng))
-                        )
+                    radius = float(rng.uniform(*RADII[total]))
+                    x, y = rng.uniform(radius + 1, SIZE - radius - 1, 2).tolist()
+                    related = anchor is None or _related(item["position"][0], x, y, anchor)
+                    if related and _apart(x, y, radius, objects):
+                        objects.append(Object(item["class"], x, y, radius, _tint(item["color"], rng)))
                         break
         if len(objects) == total:
             return Scene(_dark(rng), tuple(objects))
@@ -259,8 +244,8 @@ def _colour_scene(plan: dict[str, Any], rng: np.random.Generator, ideal: bool) -
     objects: list[Object] = []
     for _ in range(plan["count"]):
         colour = _paint(rng, vivid, hue + rng.uniform(0.1, 0.9))
-        x, y = rng.uniform(radius + 1, SIZE - radius - 1, 2)
-        objects.append(Object(plan["shape"], float(x), float(y), radius, colour))  # in a painting they may overlap
+        x, y = rng.uniform(radius + 1, SIZE - radius - 1, 2).tolist()
+        objects.append(Object(plan["shape"], x, y, radius, colour))  # in a painting they may overlap
     return Scene(ground, tuple(objects), (plan["pattern"], second, float(rng.uniform(0, 10))))
 
 

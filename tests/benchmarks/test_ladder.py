@@ -134,7 +134,7 @@ def test_rungs_above_one_that_is_off_go_without_it(work: Work) -> None:
 
 def test_a_technique_nobody_asked_for_is_told(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.rounds.apply_techniques", lambda *args, **kwargs: ActiveTechniques(compiled=24))
-    techniques = (Technique("blocks", {"compile": "off"}, lambda engaged: engaged.compiled),)
+    techniques = (Technique("blocks", {"compile": "off"}, lambda active: active.compiled),)
     assert climb(work, techniques)["one-pass"]["note"] == "at work though not asked for: blocks"
 
 

@@ -75,7 +75,7 @@ def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("a text encoder was loaded")
 
-    monkeypatch.setattr("opd_fast.models.sd3._load_text", refuse)
+    monkeypatch.setattr("opd_fast.models.pipeline_model._load_text", refuse)
 
 
 def store(root: Path, model: DiffusionModel) -> TextStore:

@@ -13,8 +13,7 @@ from opd_fast.data.prompt_files import LONGEST, Prompt, load_prompts, write_gene
 from opd_fast.errors import UserError
 from opd_fast.rewards.metadata import check_metadata
 from opd_fast.training.loop import train as train_run
-from opd_fast.training.problems import problems
-from opd_fast.training.prompt_checks import metadata_problems, read_prompts
+from opd_fast.training.problems import metadata_problems, problems, read_prompts
 from tests.runs import settings
 
 SCENE = {"prompt": "a red circle", "include": [{"class": "circle", "count": 1, "color": "red"}]}

@@ -39,9 +39,9 @@ def test_a_row(family: str, kind: str, tmp_path: Path) -> None:
     folder = FAMILIES[family](tmp_path / family)
     model = load_model(str(folder), device="cpu", dtype=torch.float32)
     student = Student.build(model, StudentConfig(kind=kind, rank=4))  # type: ignore[arg-type]
-    outline = meta_model(str(folder), dtype=torch.float32)
-    layers = lora_modules(outline.transformer, outline.targets("attention"))
-    cost = row_cost(outline, dict.fromkeys(layers, 4) if kind == "lora" else None, 64)
+    meta = meta_model(str(folder), dtype=torch.float32)
+    layers = lora_modules(meta.transformer, meta.targets("attention"))
+    cost = row_cost(meta, dict.fromkeys(layers, 4) if kind == "lora" else None, 64)
 
     weights = [*student.transformer.parameters(), *(student._merged._merge() if student._merged else ())]
     known = {w.untyped_storage()._cdata for w in weights}

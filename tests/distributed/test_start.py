@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from opd_fast import train
 from opd_fast.config.serialize import to_yaml
 from opd_fast.distributed.plan import Planner
+from opd_fast.distributed.world import World
+from opd_fast.engine.cuda_graphs import Graphs
 from opd_fast.models import SD3
+from opd_fast.training.methods.opd import OPD
 from opd_fast.training.setup import checkpointed_blocks, prepare
+from opd_fast.training.student import Student
+from tests.recorded import RecordedBackend
 from tests.runs import settings, write_world
 
 
@@ -85,3 +92,15 @@ def main(run: str, out: Path) -> int:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+
+
+def test_nothing_on_a_sharded_base_is_captured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shards are gathered by hooks, which no graph records: not for the teachers on it, nor for the anchor."""
+    monkeypatch.setattr(Student, "distribute", lambda student, world: setattr(student, "world", world))
+    changes = {"engine__placement": "shared", "objective__anchor": "base", "evaluation__every": 0}
+    setup = prepare(settings(run.parent / "run.yaml", **changes), lambda text: None, World(strategy="fsdp2"))
+    graphs = Graphs(RecordedBackend())
+    setup = dataclasses.replace(setup, active=dataclasses.replace(setup.active, graphs=graphs))
+    losses = OPD(setup).accumulate(0, torch.amp.GradScaler("cpu", enabled=False))
+    assert bool((losses > 0).all())
+    assert graphs.captured == 0

@@ -12,6 +12,7 @@ import torch
 
 from opd_fast.engine import attention_choice as attention
 from opd_fast.engine.attention_choice import Case, choose
+from opd_kernels import tuning
 
 CASE = Case(torch.device("cpu"), torch.float32, rows=2, heads=2, head_dim=8, tokens=24, needs_grad=True, products=True)
 
@@ -28,7 +29,8 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **milliseconds: list[float]) -> None:
         self.now, self.calls = 1000.0, 0
         self.milliseconds = {name: itertools.cycle(times) for name, times in milliseconds.items()}
-        monkeypatch.setattr(attention, "time", self)
+        for module in (attention, tuning):
+            monkeypatch.setattr(module, "time", self)
         honest = attention._Trial.__init__
 
         def named(trial: Any, name: str, case: Case) -> None:

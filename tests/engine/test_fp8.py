@@ -12,16 +12,23 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from benchmarks.fp8_error import ask, bundled, in_float8, quantize_student, relative, run
+from benchmarks.fp8_error import (
+    OUTLIER,
+    ask,
+    bundled,
+    in_float8,
+    layer_errors,
+    outliers,
+    quantize_student,
+    relative,
+    run,
+)
 from opd_fast.config import StudentConfig
 from opd_fast.engine import float8 as fp8
 from opd_fast.engine.float8 import (
-    OUTLIER,
     Float8Linear,
     check_losses,
     frozen_layers,
-    layer_errors,
-    outliers,
     quantize_frozen,
     quantize_weight,
     requantize,
@@ -178,14 +185,13 @@ def test_wrapped_trainable_and_skipped_layers_stay(tmp_path: Path) -> None:
     transformer.transformer_blocks[0].ff.net[2].weight.requires_grad_(True)
     skip = ["transformer_blocks.0.ff_context.net.2"]
     assert len(wrapped) == 15
-    assert quantize_frozen(transformer, token_layers(transformer), skip=skip) == everything - 15 - 2
+    layers = {name: layer for name, layer in token_layers(transformer).items() if name not in skip}
+    assert quantize_frozen(transformer, layers) == everything - 15 - 2
     assert all(type(m.get_base_layer()) is nn.Linear for m in wrapped)
     assert type(transformer.get_submodule(skip[0])) is nn.Linear
     assert type(transformer.transformer_blocks[0].ff.net[2]) is nn.Linear
     # The one that was skipped; float8 is not quantised again.
     assert quantize_frozen(transformer, token_layers(transformer)) == 1
-    with pytest.raises(ValueError, match=r"not there: transformer_blocks\.9\.ff"):
-        quantize_frozen(transformer, token_layers(transformer), skip=["transformer_blocks.9.ff"])
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -242,7 +248,9 @@ def test_requantising_stays_in_place() -> None:
         assert old is not None
         assert new is not None
         assert torch.equal(old.float(), new.float())
-    torch.testing.assert_close(held.dequantized(), other, rtol=2**-4, atol=float(other.abs().max()) / 448 / 512)
+    torch.testing.assert_close(
+        held.q.float() * held.scale[:, None], other, rtol=2**-4, atol=float(other.abs().max()) / 448 / 512
+    )
 
 
 def tiny_student(folder: Path) -> Student:
@@ -344,19 +352,19 @@ def test_layers_with_outliers_are_found() -> None:
     above, line = outliers(errors)
     assert above == ["blocks.1"]
     assert "1 of 2 stay as they are, being off by more than 10%: blocks.1 " in line
-    assert quantize_frozen(module, token_layers(module), skip=above) == 1
+    assert quantize_frozen(module, {n: layer for n, layer in token_layers(module).items() if n not in above}) == 1
     assert not any(m._forward_hooks for m in module.modules())
 
 
 def test_gate() -> None:
     exact = torch.tensor([[1.0, 3.0], [0.5, 0.5]])
-    line = check_losses(exact, lambda: exact * torch.tensor([[1.002], [0.991]]))
+    line = check_losses(exact, exact * torch.tensor([[1.002], [0.991]]))
     assert line == "precision: fp8 (step losses move by -0.90% at most, at step 1; their sum by -0.02%)"
     check_losses(exact.sum(1), exact.sum(1) * 1.0099)
     with pytest.raises(
         UserError, match=r"engine\.precision: fp8 moves the loss of step 1 by \+1\.10% .* 1% is allowed"
     ):
-        check_losses(lambda: exact, exact * torch.tensor([[1.0], [1.011]]))
+        check_losses(exact, exact * torch.tensor([[1.0], [1.011]]))
     with pytest.raises(UserError, match="not finite"):
         check_losses(exact, exact.clone().fill_(float("nan")))
     with pytest.raises(UserError, match="step 0 a loss where there is none"):

@@ -15,6 +15,7 @@ from opd_fast.engine import attention_choice as attention
 from opd_fast.engine.attention import BACKENDS, route
 from opd_fast.engine.attention_choice import Case, choose, unfit
 from opd_fast.engine.fused_qkv import fuse_projections
+from opd_kernels.recording import Recorder
 from tests.techniques import sites
 from tests.tiny import tiny_transformer
 
@@ -139,15 +140,9 @@ def test_captured(backend: str) -> None:
     def work() -> list[Tensor]:
         return run(model, *given)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = work()
+    recorder = Recorder(CUDA)
+    recorder.warm_up(work, 3)
+    graph, captured = recorder.record(work)
     with torch.no_grad():
         for tensor in given[:3]:
             tensor.copy_(torch.randn_like(tensor))
@@ -177,13 +172,12 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
 def test_auto(asked: dict[str, bool]) -> None:
     wanted = case(**asked)
     attention._measure(attention._candidates(wanted), wanted)  # the libraries' workspaces stay
-    before, lines = torch.cuda.memory_allocated(), []
-    choice = choose("auto", wanted, say=lines.append)
+    before = torch.cuda.memory_allocated()
+    choice = choose("auto", wanted)
     assert torch.cuda.memory_allocated() == before
     assert not choice.dropped
     assert {"native", "efficient"} <= choice.milliseconds.keys()
     assert choice.milliseconds[choice.backend] <= 1.05 * min(choice.milliseconds.values())
-    assert lines == [choice.line]
-    again = choose("auto", wanted, say=lines.append)
+    again = choose("auto", wanted)
     assert again.backend == choice.backend
     assert again.line.endswith("; measured earlier)")

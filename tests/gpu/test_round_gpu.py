@@ -56,10 +56,10 @@ def test_what_is_on_is_at_work_and_right(settings: EngineConfig, tmp_path: Path)
     side = work.engine(settings)
     for _ in range(2):
         side.round(work.batch)
-    assert side.engaged is not None
-    assert bool(side.engaged.compiled) == (settings.compile != "off")
-    assert bool(side.engaged.graphs.replays) == (settings.graphs != "off")
-    assert not side.engaged.graphs.refused
+    assert side.active is not None
+    assert bool(side.active.compiled) == (settings.compile != "off")
+    assert bool(side.active.graphs.replays) == (settings.graphs != "off")
+    assert not side.active.graphs.refused
     bare = work.errors(work.engine(BARE), truth)
     found = work.errors(side, truth)
     assert found["gradient_error"] < max(2 * bare["gradient_error"], 0.02)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels import fused_step, fused_step_reference, philox_normal
+from opd_kernels.recording import Recorder
 from tests.kernels.formula import (
     BOTH,
     DETERMINISTIC,
@@ -134,17 +135,16 @@ def test_graph_advances_the_step(shape: tuple[int, ...]) -> None:
     def run() -> tuple[Tensor | None, ...]:
         return fused_step(**o, step=step, keys=keys)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    def twice() -> tuple[tuple[Tensor | None, ...], ...]:
         first = run()
         step.add_(1)
         second = run()
         step.add_(1)
+        return first, second
+
+    recorder = Recorder(torch.device("cuda"))
+    recorder.warm_up(run)
+    graph, (first, second) = recorder.record(twice)
     for _ in range(3):  # the arrival counters must be back at zero after every replay
         step.zero_()
         for row in (0, 2):
@@ -157,9 +157,7 @@ def test_streams_do_not_share_counters() -> None:
     """Launches that overlap on two streams, and a replay beside them, give what one alone gives."""
     o, keys = operands(SHAPES[2], torch.bfloat16, device="cuda"), torch.arange(6, device="cuda")
     wanted = fused_step(**o, step=STOCHASTIC, keys=keys).loss
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = fused_step(**o, step=STOCHASTIC, keys=keys).loss
+    graph, captured = Recorder(torch.device("cuda")).record(lambda: fused_step(**o, step=STOCHASTIC, keys=keys).loss)
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     losses = []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels import fused_step, fused_step_reference, log_prob, philox_normal
+from opd_kernels.recording import Recorder
 from tests.kernels import logprob_formula
 from tests.kernels.formula import BOTH, STOCHASTIC, assert_identical, assert_step, operands, plain_step
 
@@ -73,9 +74,7 @@ def test_a_call_is_one_kernel(shape: tuple[int, ...]) -> None:
 
     device_work(run)  # the first use of the profiler costs launches of its own
     assert device_work(run) == ["log_prob_kernel", "step_kernel"]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = [run() for _ in range(3)]
+    graph, captured = Recorder(torch.device("cuda")).record(lambda: [run() for _ in range(3)])
     graph.replay()
     assert device_work(graph.replay) == ["log_prob_kernel"] * 3 + ["step_kernel"] * 3
     for outputs in captured:
@@ -87,12 +86,15 @@ def test_two_graphs_at_once() -> None:
     shape = (9, 16, 64, 64)
     o, keys = operands(shape, torch.bfloat16, device="cuda"), torch.arange(9, device="cuda")
     wanted = fused_step(**o, step=STOCHASTIC, keys=keys).loss
-    graphs, losses = [], []
+    graphs: list[torch.cuda.CUDAGraph] = []
+    losses: list[Tensor] = []
     for _ in range(2):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            losses += [fused_step(**o, step=STOCHASTIC, keys=keys).loss for _ in range(20)]
+        # A recorder for each graph: graphs of one share memory, and must not be replayed side by side.
+        graph, found = Recorder(torch.device("cuda")).record(
+            lambda: [fused_step(**o, step=STOCHASTIC, keys=keys).loss for _ in range(20)]
+        )
         graphs.append(graph)
+        losses += found
     streams = [torch.cuda.Stream() for _ in graphs]
     for _ in range(10):
         for loss in losses:
@@ -110,8 +112,8 @@ def test_measured_once_then_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("OPD_FAST_CACHE", str(tmp_path))
     monkeypatch.delenv("OPD_FAST_TUNE", raising=False)
     fresh = tuning.Tuner()
-    monkeypatch.setattr("opd_kernels.step_triton.tuner", fresh)
-    monkeypatch.setattr("opd_kernels.step_triton._bound", {})
+    monkeypatch.setattr("opd_kernels.launching.tuner", fresh)
+    monkeypatch.setattr("opd_kernels.launching._bound", {})
     o, keys = operands(SHAPES[2], torch.bfloat16, device="cuda"), torch.arange(9, device="cuda")
     step = torch.tensor(STOCHASTIC, device="cuda")
     before = {name: None if t is None else t.clone() for name, t in o.items()}
@@ -133,16 +135,14 @@ def test_measured_once_then_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert_identical(out, fused_step(**o, step=step, keys=keys))
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = fused_step(**o, step=step, keys=keys)
+    graph, captured = Recorder(torch.device("cuda")).record(lambda: fused_step(**o, step=step, keys=keys))
     graph.replay()
     assert_identical(out, captured)
     (entries,) = json.loads((tmp_path / "kernels.json").read_text()).values()
     assert entries[choice.problem]["launch"] == str(choice.launch)
     again = tuning.Tuner()
-    monkeypatch.setattr("opd_kernels.step_triton.tuner", again)
-    monkeypatch.setattr("opd_kernels.step_triton._bound", {})
+    monkeypatch.setattr("opd_kernels.launching.tuner", again)
+    monkeypatch.setattr("opd_kernels.launching._bound", {})
     assert_identical(out, fused_step(**o, step=step, keys=keys))
     assert [kept.source for kept in again.choices()] == ["kept"]
 
@@ -153,11 +153,10 @@ def test_a_capture_takes_the_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     fresh = tuning.Tuner()
     o = operands((7, 16, 64, 64), torch.bfloat16, device="cuda")
     wanted = fused_step(**o, step=STOCHASTIC)
-    monkeypatch.setattr("opd_kernels.step_triton.tuner", fresh)
-    monkeypatch.setattr("opd_kernels.step_triton._bound", {})
-    graph = torch.cuda.CUDAGraph()
-    with fresh.measuring() as chosen, torch.cuda.graph(graph):
-        captured = fused_step(**o, step=STOCHASTIC)
+    monkeypatch.setattr("opd_kernels.launching.tuner", fresh)
+    monkeypatch.setattr("opd_kernels.launching._bound", {})
+    with fresh.measuring() as chosen:
+        graph, captured = Recorder(torch.device("cuda")).record(lambda: fused_step(**o, step=STOCHASTIC))
     graph.replay()
     assert [choice.source for choice in chosen] == ["rule"]
     torch.testing.assert_close(captured.loss, wanted.loss, rtol=2e-6, atol=0)

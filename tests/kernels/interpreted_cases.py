@@ -144,7 +144,7 @@ def test_words_are_the_generators() -> None:
     import triton
     import triton.language as tl
 
-    from opd_kernels.philox import philox4x32
+    from tests.kernels.philox_formula import philox4x32
 
     @triton.jit
     def words(key_ptr, out_ptr, counter, N: tl.constexpr):  # type: ignore[no-untyped-def]

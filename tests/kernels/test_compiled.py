@@ -99,7 +99,7 @@ def compiled_step(
         absent = (name in OPTIONAL and name not in present) or (one_block and name in ("partial_ptr", "arrived_ptr"))
         types[name] = None if absent else "*" + (velocity if kind == "v" else kind)
     strides = [f"{name.removesuffix('_ptr')}_stride" for name in READ]
-    types |= dict.fromkeys((*strides, "elements", "blocks", "rows", "step"), "i32") | {"scale_mean": "fp32"}
+    types |= dict.fromkeys((*strides, "elements", "blocks", "rows", "step"), "i32") | {"share": "fp32"}
     multiples = {*STEP_POINTERS, *SMALL_POINTERS, *strides, "elements"} if aligned else set()
     constants = {"TILES": launch.tiles, "PASSES": 1, "BLOCK": launch.block} | ({"blocks": 1} if one_block else {})
     return compile_kernel(step_triton.step_kernel, types, multiples, constants, cc, launch.warps)

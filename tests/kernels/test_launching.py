@@ -67,7 +67,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     ):
         kernels.append(triton.JITFunction(getattr(module, name).fn, do_not_specialize=["step"]))
         monkeypatch.setattr(module, name, kernels[-1])
-        monkeypatch.setattr(module, "_bound", {})
+    monkeypatch.setattr(launching, "_bound", {})
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     yield driver
     for kernel in kernels:
@@ -100,7 +100,7 @@ def test_a_bound_launch_is_tritons(driver: Driver) -> None:
         assert given["step"] == (2 if step == 2 and isinstance(step, int) else 0)
     binaries = len(step_triton.step_kernel.device_caches[0][0])
     assert binaries == 2
-    assert len(step_triton._bound) == 2
+    assert len(launching._bound) == 2
 
 
 def test_another_step_another_value(driver: Driver) -> None:
@@ -109,7 +109,7 @@ def test_another_step_another_value(driver: Driver) -> None:
         step_triton.launch_step(**o, step=step)
     position = 9 + step_triton.step_kernel.arg_names.index("step")
     assert [launch[position] for launch in driver.launches] == [0, 1, 2]
-    assert len(step_triton._bound) == 1
+    assert len(launching._bound) == 1
 
 
 def test_pointers_off_16_bytes_take_another_binary(driver: Driver) -> None:
@@ -117,7 +117,7 @@ def test_pointers_off_16_bytes_take_another_binary(driver: Driver) -> None:
     for first in (0, 1, 0, 1):
         moved = torch.randn(2 * 6912 + 1)[first:][: 2 * 6912].view(2, 3, 48, 48)
         step_triton.launch_step(**(o | {"cond_t": moved}), step=0)
-    assert len(step_triton._bound) == 1
+    assert len(launching._bound) == 1
     assert len(step_triton.step_kernel.device_caches[0][0]) == 2
     assert len(driver.launches) == 4
 
@@ -243,19 +243,19 @@ def test_the_reserve_is_topped_up_outside_of_captures(monkeypatch: pytest.Monkey
     assert large.numel() == 2 * scratch.RESERVE
 
 
-def test_bound_launches_are_forgotten_at_some_point() -> None:
-    bound: dict[Any, Any] = {}
-    for key in range(3000):
-        launching.remember(bound, key, key)
-        assert bound[key] == key
-    assert len(bound) <= 1024
+def test_bound_launches_are_forgotten_at_some_point(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "MOST_BOUND", 4)
+    for batch in range(1, 12):
+        step_triton.launch_step(**formula.operands((batch, 3, 4, 4)), step=0)
+        assert 1 <= len(launching._bound) <= 4
+    assert len(driver.launches) == 11
 
 
 def test_a_bound_launch_costs_less_than_tritons(driver: Driver) -> None:
     """Host time, the better of several runs of each."""
     o, keys = formula.operands((9, 4, 16, 16), torch.bfloat16), torch.arange(9)
     step_triton.launch_step(**o, step=0, keys=keys)
-    (bound,) = step_triton._bound.values()
+    (bound,) = launching._bound.values()
     launched = driver.launches[-1][9:]
     tensors, step = launched[:22], launched[22]
 
@@ -291,8 +291,7 @@ class TriesAll:
 
 def test_candidates_are_tried_as_they_will_be_launched(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = TriesAll()
-    monkeypatch.setattr(step_triton, "tuner", tuner)
-    monkeypatch.setattr(logprob_triton, "tuner", tuner)
+    monkeypatch.setattr(launching, "tuner", tuner)
     o, p = formula.operands((2, 3, 48, 48), torch.bfloat16), logprob_formula.operands((2, 3, 48, 48))
     given = [p[name] for name in ("x", "sample", "cond", "uncond", "guidance", "table")]
     upstream = torch.ones(2)
@@ -323,7 +322,7 @@ def test_candidates_are_tried_as_they_will_be_launched(driver: Driver, monkeypat
 
 def test_problems_tell_apart_what_differs_in_speed(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = TriesAll()
-    monkeypatch.setattr(step_triton, "tuner", tuner)
+    monkeypatch.setattr(launching, "tuner", tuner)
     o = formula.operands((2, 3, 16, 16), torch.bfloat16, guided="student", history=True)
     step_triton.launch_step(**o, step=0, keys=torch.arange(2), return_means=True)
     step_triton.launch_step(**(o | {"history": None}), step=0, noise=torch.randn(2, 3, 16, 16))

@@ -136,7 +136,7 @@ def test_the_layers_in_float8(toy: Path) -> None:
     assert quantize_frozen(model.transformer, layers) == 8
 
 
-def test_outline_agrees(toy: Path) -> None:
+def test_meta_model_agrees(toy: Path) -> None:
     whole = load_model(toy / "model", "toy_family:Toy", device="cpu", dtype=torch.float32)
     meta = meta_model(toy / "model", "toy_family:Toy", dtype=torch.float32)
     shapes = [{n: p.shape for n, p in m.transformer.named_parameters()} for m in (whole, meta)]

@@ -35,7 +35,7 @@ CUT: dict[str, dict[str, Any]] = {
     "qwen_image": {"num_layers": 1},
     "z_image": {"n_layers": 1},
 }
-OUTLINE = partial(meta_model, dtype=torch.float32)
+META = partial(meta_model, dtype=torch.float32)
 LOAD = partial(load_model, device="cpu", dtype=torch.float32)
 
 
@@ -82,7 +82,7 @@ def components(folder: Path) -> list[str]:
 def test_a_missing_component(copy: Path, tmp_path: Path) -> None:
     for name in components(copy):
         moved = (copy / name).rename(tmp_path / "away")
-        for attempt in (OUTLINE, LOAD):
+        for attempt in (META, LOAD):
             refused(attempt, copy, f"lacks its component '{name}'; fetch")
             (copy / name).mkdir()
             refused(attempt, copy, f"lacks its component '{name}'; fetch")
@@ -127,7 +127,7 @@ def test_weights_that_the_configuration_cuts_off(family: str, whole: Path, copy:
     )
 
 
-@pytest.mark.parametrize("attempt", [OUTLINE, LOAD], ids=["outline", "load"])
+@pytest.mark.parametrize("attempt", [META, LOAD], ids=["meta", "load"])
 def test_other_schedulers(family: str, copy: Path, attempt: Callable[[Path], Any]) -> None:
     file = copy / "scheduler" / "scheduler_config.json"
     edit(file, _class_name="FlowMatchHeunDiscreteScheduler")
@@ -144,17 +144,17 @@ def test_other_schedulers(family: str, copy: Path, attempt: Callable[[Path], Any
 
 
 def test_a_scheduler_that_gives_no_numbers(family: str, copy: Path) -> None:
-    """Absent keys have diffusers' defaults, for the outline as for the model."""
+    """Absent keys have diffusers' defaults, for the meta model as for the loaded one."""
     (copy / "scheduler" / "scheduler_config.json").write_text("{}")
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(5) if family == "sd3" else scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.6, 0.4, 0.2])
-    for attempt in (OUTLINE, LOAD):
+    for attempt in (META, LOAD):
         torch.testing.assert_close(attempt(copy).sigmas(5, 64), scheduler.sigmas.double(), rtol=0, atol=1e-6)
 
 
 def test_a_transformer_that_cannot_be_made(family: str, copy: Path) -> None:
     edit(copy / "transformer" / "config.json", **{"n_layers" if family == "z_image" else "num_layers": "many"})
-    refused(OUTLINE, copy, "component 'transformer'.*config.json is damaged")
+    refused(META, copy, "component 'transformer'.*config.json is damaged")
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_no_way_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    for attempt in (OUTLINE, LOAD):
+    for attempt in (META, LOAD):
         with pytest.raises(
             ValueError, match=r"nobody/nothing .*could not be fetched .*403 Forbidden\); check"
         ) as caught:

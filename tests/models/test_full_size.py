@@ -73,21 +73,21 @@ def published(request: pytest.FixtureRequest) -> Published:
 
 
 @pytest.fixture(scope="module")
-def outline(published: Published) -> DiffusionModel:
+def meta(published: Published) -> DiffusionModel:
     return meta_model(published.repo, dtype=torch.bfloat16)
 
 
-def test_counts_and_shapes(published: Published, outline: DiffusionModel) -> None:
-    assert sum(p.numel() for p in outline.transformer.parameters()) == published.parameters
-    modules = {name: len(lora_modules(outline.transformer, outline.targets(name))) for name in outline.lora_targets}
+def test_counts_and_shapes(published: Published, meta: DiffusionModel) -> None:
+    assert sum(p.numel() for p in meta.transformer.parameters()) == published.parameters
+    modules = {name: len(lora_modules(meta.transformer, meta.targets(name))) for name in meta.lora_targets}
     assert modules == published.modules
-    assert outline.latent_shape(1024) == (16, 128, 128)
-    assert (outline.image_tokens(1024), outline.text_tokens) == published.tokens
-    assert outline.guidance_kind == published.guidance
+    assert meta.latent_shape(1024) == (16, 128, 128)
+    assert (meta.image_tokens(1024), meta.text_tokens) == published.tokens
+    assert meta.guidance_kind == published.guidance
 
 
-def test_levels(published: Published, outline: DiffusionModel) -> None:
-    assert outline.sigmas(4, 1024).tolist() == pytest.approx(published.sigmas, abs=5e-6)
+def test_levels(published: Published, meta: DiffusionModel) -> None:
+    assert meta.sigmas(4, 1024).tolist() == pytest.approx(published.sigmas, abs=5e-6)
 
 
 def test_large_has_no_dual_attention() -> None:

@@ -35,7 +35,14 @@ from opd_fast.training.sampling import sample
 from opd_fast.training.student import Student
 from opd_fast.training.student_export import student_writer
 from opd_fast.training.teacher_loading import load_teachers
-from tests.family_checks import COMPILERS, check_captured, check_compiled, check_outline, check_reads_nothing_back, edit
+from tests.family_checks import (
+    COMPILERS,
+    check_captured,
+    check_compiled,
+    check_meta_model,
+    check_reads_nothing_back,
+    edit,
+)
 from tests.tiny_flux import save_tiny_flux, tiny_flux_transformer
 
 PROMPTS = ["a red square", "two blue circles", ""]
@@ -346,7 +353,7 @@ def test_decode_in_chunks_is_decode_at_once(model: Flux, monkeypatch: pytest.Mon
         return decode(z, **options)
 
     monkeypatch.setattr(model.vae, "decode", counted)
-    monkeypatch.setattr("opd_fast.models.flux._DECODE_PIXELS", 2 * RESOLUTION**2)
+    monkeypatch.setattr(Flux, "_decode_pixels", 2 * RESOLUTION**2)
     torch.testing.assert_close(model.decode(z), whole, rtol=0, atol=1e-5)
     assert calls == [2, 2, 1]
 
@@ -382,12 +389,12 @@ def test_levels_are_the_schedulers(folder: Path, schnell: Path, steps: int) -> N
         torch.testing.assert_close(found, scheduler.sigmas.double(), rtol=0, atol=2e-7)
 
 
-def test_outline_agrees_with_load(folder: Path, schnell: Path) -> None:
+def test_meta_model_agrees_with_load(folder: Path, schnell: Path) -> None:
     for path in (folder, schnell):
         for tokens in (None, 16):
             whole = load(path, tokens=tokens)
             meta = meta_model(path, dtype=torch.float32, max_sequence_length=tokens)
-            check_outline(whole, meta)
+            check_meta_model(whole, meta)
             assert meta.latent_shape(RESOLUTION) == SHAPE
             assert meta.image_tokens(RESOLUTION) == IMAGE_TOKENS
             assert meta.guidance_kind == whole.guidance_kind

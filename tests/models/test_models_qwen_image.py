@@ -28,7 +28,7 @@ from tests.family_checks import (
     check_foreign_lora,
     check_guidance,
     check_low_precision,
-    check_outline,
+    check_meta_model,
     check_padding,
     check_reads_nothing_back,
     draw,
@@ -190,7 +190,7 @@ def test_guidance_is_the_pipelines(model: QwenImage, folder: Path) -> None:
 def test_decode_in_chunks_is_decode_at_once(model: QwenImage, monkeypatch: pytest.MonkeyPatch) -> None:
     z = noise(model, 3)
     whole = model.decode(z)
-    monkeypatch.setattr("opd_fast.models.padded._DECODE_PIXELS", 2 * RESOLUTION**2)
+    monkeypatch.setattr(QwenImage, "_decode_pixels", 2 * RESOLUTION**2)
     torch.testing.assert_close(model.decode(z), whole, rtol=0, atol=1e-5)
 
 
@@ -227,8 +227,8 @@ def test_released_encoders_say_so(folder: Path) -> None:
         mine.encode(["a"])
 
 
-def test_outline_agrees(model: QwenImage, folder: Path) -> None:
-    check_outline(model, meta_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
+def test_meta_model_agrees(model: QwenImage, folder: Path) -> None:
+    check_meta_model(model, meta_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
 
 
 @pytest.mark.parametrize("resolution", [64, 512, 1328])

@@ -72,7 +72,7 @@ def test_reproduces_the_pipeline(folder, t5_folder, t5):
     path = t5_folder if t5 else folder
     ours = load(path)
     tokens = 128 if t5 else 0
-    assert ours.max_sequence_length == tokens
+    assert ours.text_tokens == 77 + tokens
     x = torch.randn(2, *ours.latent_shape(64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         images = ours.decode(sample(ours, x, PROMPTS[:2], 4.5, 5))
@@ -116,7 +116,7 @@ def test_embeddings_are_the_pipelines(t5_folder, folder, tokens):
     for path in (folder, t5_folder):
         ours = load(path, max_sequence_length=tokens)
         pipe = pipeline(path)
-        length = ours.max_sequence_length
+        length = ours.text_tokens - 77
         if length == 0:
             pipe.text_encoder_3 = None  # a T5 tokenizer cannot produce zero tokens
         sequence, _, pooled, _ = pipe.encode_prompt(
@@ -192,7 +192,7 @@ def test_decode_in_chunks_is_decode_at_once(model, monkeypatch):
     calls = []
     decode = model.vae.decode
     monkeypatch.setattr(model.vae, "decode", lambda z, **k: calls.append(len(z)) or decode(z, **k))
-    monkeypatch.setattr("opd_fast.models.sd3._DECODE_PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(SD3, "_decode_pixels", 2 * 64 * 64)
     torch.testing.assert_close(model.decode(z), whole, rtol=0, atol=1e-5)
     assert calls == [2, 2, 1]
 

@@ -21,7 +21,7 @@ from tests.family_checks import (
     check_export,
     check_foreign_lora,
     check_low_precision,
-    check_outline,
+    check_meta_model,
     check_reads_nothing_back,
     draw,
     noise,
@@ -145,8 +145,8 @@ def test_a_round_of_replays_is_the_round(model: SD3, tmp_path: Path) -> None:
     check_captured(model, tmp_path / "lora")
 
 
-def test_outline_agrees(model: SD3, folder: Path) -> None:
-    check_outline(model, meta_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
+def test_meta_model_agrees(model: SD3, folder: Path) -> None:
+    check_meta_model(model, meta_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
 
 
 def test_lora_of_another_width(model: SD3, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from tests.family_checks import (
     check_foreign_lora,
     check_guidance,
     check_low_precision,
-    check_outline,
+    check_meta_model,
     check_padding,
     check_reads_nothing_back,
     draw,
@@ -231,8 +231,8 @@ def test_released_encoders_say_so(folder: Path) -> None:
         mine.encode(["a"])
 
 
-def test_outline_agrees(model: ZImage, folder: Path) -> None:
-    check_outline(model, meta_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
+def test_meta_model_agrees(model: ZImage, folder: Path) -> None:
+    check_meta_model(model, meta_model(folder, dtype=torch.float32, max_sequence_length=TOKENS))
 
 
 @pytest.mark.parametrize("steps", [1, 4, 9])

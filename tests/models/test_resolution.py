@@ -39,10 +39,10 @@ TEACHER = {"name": "a", "weights": "org/a", "prompts": "p.txt"}
     ],
 )
 def test_published_models_have_their_own(name: str, pixels: int, latent: tuple[int, int, int]) -> None:
-    outline = meta_model(name, dtype=torch.float32)
-    assert outline.resolution(None) == pixels
-    assert outline.latent_shape(outline.resolution(None)) == latent
-    assert outline.resolution(64) == 64
+    meta = meta_model(name, dtype=torch.float32)
+    assert meta.resolution(None) == pixels
+    assert meta.latent_shape(meta.resolution(None)) == latent
+    assert meta.resolution(64) == 64
 
 
 def test_it_is_what_diffusers_draws(tmp_path: Path) -> None:
@@ -82,9 +82,9 @@ def test_evaluations_take_it_too(
     def load(*arguments: object, **options: object) -> None:
         raise ValueError("loaded")
 
-    outline = meta_model(str(folder), dtype=torch.float32)
-    own = outline.resolution(None)
-    monkeypatch.setattr(type(outline), "latent_shape", lambda model, resolution: seen.append(resolution))
+    meta = meta_model(str(folder), dtype=torch.float32)
+    own = meta.resolution(None)
+    monkeypatch.setattr(type(meta), "latent_shape", lambda model, resolution: seen.append(resolution))
     monkeypatch.setattr("opd_fast.models.load_model", load)
     argv = ["--model", str(folder), "--prompts", str(tmp_path / "p.txt"), "--rewards", "colour"]
     with pytest.raises(ValueError, match="loaded"):
@@ -93,10 +93,10 @@ def test_evaluations_take_it_too(
 
 
 def test_a_family_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    outline = meta_model("bundled", dtype=torch.float32)
-    monkeypatch.setattr(type(outline), "own_resolution", lambda model: None)
+    meta = meta_model("bundled", dtype=torch.float32)
+    monkeypatch.setattr(type(meta), "own_resolution", lambda model: None)
     with pytest.raises(UserError, match=r"model\.resolution: a sd3 model does not state its own; give it in pixels"):
-        outline.resolution(None)
+        meta.resolution(None)
 
 
 # --- the bundled recipe ----------------------------------------------------------------------------------------------

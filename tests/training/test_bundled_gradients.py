@@ -25,7 +25,7 @@ from opd_fast.seeds import Stream
 from opd_fast.solvers import solver_table
 from opd_fast.training.batch import RoundBatch
 from opd_fast.training.methods import grpo, opd
-from opd_fast.training.methods.grpo import GRPO, guard_log_ratio
+from opd_fast.training.methods.grpo import GRPO, ratio_change
 from opd_fast.training.methods.nft import NFT
 from opd_fast.training.methods.opd import OPD
 from opd_fast.training.rollout import losses_at
@@ -410,7 +410,7 @@ def test_ratio_is_1_before_the_first_update(rewarded: Setup, case: str, monkeypa
         assert float(size.norm()) > 0
         assert [step for step, _, _ in seen] == list(steps)
         for step, log_ratio, drift in seen:
-            change = guard_log_ratio(log_ratio, drift, float(table.std[step])) if method.rl.guard else log_ratio
+            change = ratio_change(log_ratio, drift, float(table.std[step]), guard=method.rl.guard)
             assert torch.equal(change.exp(), torch.ones(method.images))
         assert float(counts["clipped"]) == 0
         lengths = torch.stack([table.sigmas[j] - table.sigmas[j + 1] for j in steps]).float()
@@ -428,7 +428,7 @@ def test_nothing_is_clipped_in_a_shuffled_first_round(rewarded: Setup, monkeypat
     gradient(method.setup)
     assert method.metrics(0, losses)["clipped"] == 0
     for step, log_ratio, drift in seen:
-        assert float(guard_log_ratio(log_ratio, drift, float(method.setup.table.std[step])).abs().max()) < 2e-7
+        assert float(ratio_change(log_ratio, drift, float(method.setup.table.std[step]), guard=True).abs().max()) < 2e-7
 
 
 def test_guard_is_the_mean_of_noise_times_change(rewarded: Setup) -> None:
@@ -450,7 +450,7 @@ def test_guard_is_the_mean_of_noise_times_change(rewarded: Setup) -> None:
             assert out.log_ratio is not None
             assert out.drift is not None
             std = float(table.std[j])
-            found = guard_log_ratio(out.log_ratio, out.drift, std)
+            found = ratio_change(out.log_ratio, out.drift, std, guard=True)
             mean = float(table.a[j]) * x + float(table.b[j]) * (uncond + GUIDANCE * (cond - uncond))
             noise = (sample - old) / std
             wanted = (noise * (mean - old)).flatten(1).mean(1)

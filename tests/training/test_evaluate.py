@@ -270,7 +270,7 @@ def test_text_is_kept(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("a text encoder was loaded")
 
-    monkeypatch.setattr("opd_fast.models.sd3._load_text", refuse)
+    monkeypatch.setattr("opd_fast.models.pipeline_model._load_text", refuse)
     argv += ["--judgement-cache", "off"]
     shutil.rmtree(tmp_path / "out")
     assert module.main(argv) == 0

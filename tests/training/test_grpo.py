@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from opd_fast.solvers import SolverTable, sd3_sigmas, solver_table
-from opd_fast.training.methods.advantages import advantages, varied
-from opd_fast.training.methods.grpo import clipped_surrogate, guard_log_ratio, policy_loss, published_log_ratio
+from opd_fast.training.methods.grpo import clipped_surrogate, policy_loss, ratio_change
+from opd_fast.training.methods.reward_learning import advantages, varied
 from opd_kernels import fused_step, log_prob, log_prob_reference
 
 TABLE = solver_table("flow_sde", sd3_sigmas(10), 0.7)
@@ -91,7 +91,9 @@ def test_the_ratio_is_1_before_the_first_update() -> None:
         assert out.log_ratio is not None
         assert out.drift is not None
         assert torch.equal(out.log_ratio.exp(), torch.ones(6))
-        assert torch.equal(guard_log_ratio(out.log_ratio, out.drift, float(TABLE.std[step])).exp(), torch.ones(6))
+        assert torch.equal(
+            ratio_change(out.log_ratio, out.drift, float(TABLE.std[step]), guard=True).exp(), torch.ones(6)
+        )
 
 
 @pytest.mark.parametrize("step", range(10))
@@ -104,7 +106,7 @@ def test_guard_s_log_ratio_is_the_mean_of_noise_times_change(step: int) -> None:
     assert out.drift is not None
     noise = (o["sample"] - o["mean_old"]) / std
     wanted = (noise * (out.mean - o["mean_old"])).flatten(1).mean(1)
-    torch.testing.assert_close(guard_log_ratio(out.log_ratio, out.drift, std), wanted, rtol=1e-11, atol=1e-15)
+    torch.testing.assert_close(ratio_change(out.log_ratio, out.drift, std, guard=True), wanted, rtol=1e-11, atol=1e-15)
 
 
 def test_guard_s_bias_is_each_sample_s_own() -> None:
@@ -126,15 +128,18 @@ def test_published_log_ratio_is_that_of_the_written_log_probability(step: int) -
     assert out.mean is not None
     assert out.log_ratio is not None
     new, old = (-((o["sample"] - mean) ** 2).flatten(1).mean(1) for mean in (out.mean, o["mean_old"]))
-    found = published_log_ratio(out.log_ratio, float(CPS.std[step]))
+    assert out.drift is not None
+    found = ratio_change(out.log_ratio, out.drift, float(CPS.std[step]), log_prob="published")
     assert float(found.abs().min()) > 1e-6
     torch.testing.assert_close(found, new - old, rtol=1e-10, atol=1e-15)
     share = float((out.log_ratio / found)[0])
     assert step > 4 or round(share, 2) == [0.60, 0.66, 0.75, 0.88, 1.11][step]
     same = drawn(step, dtype=torch.float32, solver=CPS)
-    ratio = log_prob(**(same | {"mean_old": log_prob(**same, return_mean=True).mean})).log_ratio
-    assert ratio is not None
-    assert torch.equal(published_log_ratio(ratio, float(CPS.std[step])).exp(), torch.ones(6))
+    out = log_prob(**(same | {"mean_old": log_prob(**same, return_mean=True).mean}))
+    assert out.log_ratio is not None
+    assert out.drift is not None
+    change = ratio_change(out.log_ratio, out.drift, float(CPS.std[step]), log_prob="published")
+    assert torch.equal(change.exp(), torch.ones(6))
 
 
 @pytest.mark.parametrize("step", [0, 4, 8])
@@ -145,9 +150,9 @@ def test_gradient_of_the_published_ratio(step: int) -> None:
     out = log_prob(**o)
     assert out.log_ratio is not None
     assert out.drift is not None
-    options: dict[str, Any] = {"guard": False, "log_prob": "published"}
-    small = float(published_log_ratio(out.log_ratio, float(CPS.std[step])).detach().abs().median())
-    loss = policy_loss(out.log_ratio, out.drift, advantage, CPS, step, clip=small, **options)
+    change = ratio_change(out.log_ratio, out.drift, float(CPS.std[step]), log_prob="published")
+    small = float(change.detach().abs().median())
+    loss = policy_loss(change, advantage, CPS, step, guard=False, clip=small)
     loss.sum().backward()
     found, o["cond"].grad = o["cond"].grad, None
     a, b = float(CPS.a[step]), float(CPS.b[step])
@@ -185,7 +190,8 @@ def test_gradient_of_the_first_update(guard: bool) -> None:
     out = log_prob(**(o | {"mean_old": mean}))
     assert out.log_ratio is not None
     assert out.drift is not None
-    policy_loss(out.log_ratio, out.drift, advantage, TABLE, step, guard=guard, clip=1e-4).sum().backward()
+    change = ratio_change(out.log_ratio, out.drift, float(TABLE.std[step]), guard=guard)
+    policy_loss(change, advantage, TABLE, step, guard=guard, clip=1e-4).sum().backward()
     std, b = float(TABLE.std[step]), float(TABLE.b[step])
     assert mean is not None
     noise = (o["sample"] - mean) / std
@@ -204,7 +210,8 @@ def test_guard_evens_out_the_steps() -> None:
             out = log_prob(**o)
             assert out.log_ratio is not None
             assert out.drift is not None
-            policy_loss(out.log_ratio, out.drift, torch.ones(6), TABLE, step, guard=guard, clip=1e-4).sum().backward()
+            change = ratio_change(out.log_ratio, out.drift, float(TABLE.std[step]), guard=guard)
+            policy_loss(change, torch.ones(6), TABLE, step, guard=guard, clip=1e-4).sum().backward()
             found.append(o["cond"].grad.norm())
     spread = {guard: float(max(found) / min(found)) for guard, found in sizes.items()}
     assert spread[True] < 1.2

@@ -334,13 +334,13 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
     assert str(folder) in str(caught.value)
 
 
-def test_whole_transformers_are_held_against_the_outline(model: SD3, tmp_path: Path) -> None:
-    outline = copy.copy(model)
-    outline.transformer = copy.deepcopy(model.transformer).to("meta")
+def test_whole_transformers_are_held_against_the_meta_model(model: SD3, tmp_path: Path) -> None:
+    meta = copy.copy(model)
+    meta.transformer = copy.deepcopy(model.transformer).to("meta")
 
     def check(folder: Path, placement: str = "merged") -> None:
         config = TeacherConfig(name="t", weights=str(folder), prompts="p.txt")
-        check_teachers(outline, [config], placement)  # type: ignore[arg-type]
+        check_teachers(meta, [config], placement)  # type: ignore[arg-type]
 
     folder = write_full(model, tmp_path / "full", 0)
     check(folder)

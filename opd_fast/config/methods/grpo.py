@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opd_fast.config.methods.reinforcement import ReinforcementSpec
-from opd_fast.config.methods.spec import refuse_unread
+from opd_fast.config.methods.spec import refuse_set
 from opd_fast.config.schema import DETERMINISTIC, Config
 from opd_fast.errors import UserError
 
@@ -18,9 +18,10 @@ class GRPOSpec(ReinforcementSpec):
 
     def check(self, config: Config) -> None:
         rl, s = config.rl, config.sampler
-        refuse_unread(config, ["rl.window_range"] if rl.window is None else [], "rl.window null")
-        # The other solvers' published log-probability is the exact one.
-        refuse_unread(config, ["rl.log_prob"] if s.solver != "cps" else [], f"sampler.solver {s.solver}")
+        if rl.window is None:
+            refuse_set(config, ["rl.window_range"], "is not read under rl.window null")
+        if s.solver != "cps":  # the other solvers' published log-probability is the exact one
+            refuse_set(config, ["rl.log_prob"], f"is not read under sampler.solver {s.solver}")
         super().check(config)
         if s.solver in DETERMINISTIC:
             raise UserError("sampler.solver", f"{s.solver} draws nothing that {self.name} could judge", "use flow_sde")

@@ -24,11 +24,8 @@ class NFTSpec(ReinforcementSpec):
             why = f"{config.student.guidance} under {self.name}, which has none"
             raise UserError("student.guidance", why, "leave it out")
         if not 1 <= steps * rl.timestep_fraction <= steps:
-            raise UserError(
-                "rl.timestep_fraction",
-                f"{rl.timestep_fraction} of {steps} steps trains no step, or more than there are",
-                f"give {1 / steps:.3g} to 1",
-            )
+            why = f"{rl.timestep_fraction} of {steps} steps trains no step, or more than there are"
+            raise UserError("rl.timestep_fraction", why, f"give {1 / steps:.3g} to 1")
 
     def trained_steps(self, config: Config) -> int:
         return int(config.sampler.steps * config.rl.timestep_fraction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opd_fast.config.methods.spec import MethodSpec, RoundSize, check_replicated, check_updates, refuse_unread
+from opd_fast.config.methods.spec import MethodSpec, RoundSize, check_updates, refuse_set
 from opd_fast.config.schema import Config
 from opd_fast.errors import UserError
 
@@ -19,24 +19,13 @@ class ReinforcementSpec(MethodSpec):
 
     def check(self, config: Config) -> None:
         rl, method = config.rl, self.name
-        refuse_unread(config, ["rl.statistics"] if rl.std == "group" else [], "rl.std group")
-        check_replicated(config)
-        for key, value in (("rl.advantage_clip", rl.advantage_clip), ("rl.beta", rl.beta), ("rl.clip", rl.clip)):
-            if value is not None and value <= 0:
-                raise UserError(key, f"{value} is not above 0", "give a positive number")
-        if rl.kl is not None and rl.kl < 0:
-            raise UserError("rl.kl", f"{rl.kl} is below 0", "give 0 or more")
-        if rl.updates < 1:
-            raise UserError("rl.updates", f"{rl.updates} is below 1", "give 1 or more")
-        if rl.images_per_prompt < 2:
-            raise UserError("rl.images_per_prompt", f"{rl.images_per_prompt} is not a group", "give 2 or more")
+        if rl.std == "group":
+            refuse_set(config, ["rl.statistics"], "is not read under rl.std group")
+        super().check(config)
         samples, images = config.train.samples_per_task, rl.images_per_prompt
         if samples % images:
-            raise UserError(
-                "train.samples_per_task",
-                f"{samples} is not a multiple of rl.images_per_prompt = {images}",
-                f"give {images * max(1, samples // images)}",
-            )
+            why = f"{samples} is not a multiple of rl.images_per_prompt = {images}"
+            raise UserError("train.samples_per_task", why, f"give {images * max(1, samples // images)}")
         check_updates(config, "rl.updates", rl.updates)
         for i, task in enumerate(config.teachers):
             if task.weights != "base":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opd_fast.config.methods.spec import MethodSpec, RoundSize, check_replicated, check_updates
+from opd_fast.config.methods.spec import MethodSpec, RoundSize, check_updates
 from opd_fast.config.schema import Config
 from opd_fast.errors import UserError
 
@@ -16,12 +16,7 @@ class FinetuningSpec(MethodSpec):
 
     def check(self, config: Config) -> None:
         sft = config.sft
-        check_replicated(config)
-        for key, count in (("sft.updates", sft.updates), ("sft.images_per_prompt", sft.images_per_prompt)):
-            if count < 1:
-                raise UserError(key, f"{count} is below 1", "give 1 or more")
-        if sft.base_weight < 0:
-            raise UserError("sft.base_weight", f"{sft.base_weight} is below 0", "give 0 or more")
+        super().check(config)
         check_updates(config, "sft.updates", sft.updates)
         for i in config.trained:
             if config.teachers[i].reward is None and sft.images_per_prompt > 1:

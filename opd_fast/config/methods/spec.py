@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 from opd_fast.config.methods import METHODS
@@ -17,16 +16,16 @@ from opd_fast.errors import UserError
 
 @dataclass(frozen=True)
 class RoundSize:
-    """What the transformer rows of a round follow from."""
+    """The numbers that decide a round's transformer rows."""
 
     rows: int
-    """Of one step of all of the student's samples: those of a round, or of the rollout that serves several."""
+    """The rows of one step of all of the student's samples: those of a round, or of a rollout that serves several."""
     teacher_rows: float
-    """Of one step of all of the teachers' samples, on average over rounds."""
+    """The rows of one step of all of the teachers' samples, on average over rounds."""
     steps: int
-    """At which a sample is learnt from."""
+    """The steps at which a sample is learnt from."""
     queried_steps: float
-    """Those of them that a round has a loss at, on average."""
+    """The steps among them at which a round has a loss, on average."""
 
 
 class MethodSpec:
@@ -55,6 +54,10 @@ class MethodSpec:
 
     def check(self, config: Config) -> None:
         """Raise `UserError` for values that the method cannot work with; settings it does not read are at default."""
+        strategy = config.parallel.strategy
+        if not self.shards and strategy not in ("auto", "single", "ddp"):
+            why = f"{strategy} under {self.name}, which shards no weights"
+            raise UserError("parallel.strategy", why, "give auto or ddp")
 
     def learns_from_rewards(self, config: Config) -> bool:
         """Whether a reward decides what is learnt from the training prompts."""
@@ -89,16 +92,9 @@ class MethodSpec:
         raise NotImplementedError
 
 
-@cache
-def _load(path: str) -> MethodSpec:
-    module, _, name = path.partition(":")
-    spec: MethodSpec = getattr(import_module(module), name)
-    return spec
-
-
 def method_spec(config: Config) -> MethodSpec:
     """The spec of `train.method`."""
-    return _load(METHODS[config.train.method])
+    return pkgutil.resolve_name(METHODS[config.train.method])
 
 
 # --- which settings are read ------------------------------------------------------------------------------------------
@@ -120,26 +116,16 @@ def refuse_unread_settings(config: Config) -> None:
     spec = method_spec(config)
     unread = {key for key in METHOD_SETTINGS if not any(fnmatchcase(key, pattern) for pattern in spec.reads)}
     keys = [key for key in flatten(config) if re.sub(r"\[\d+\]", "", key) in unread]
-    refuse_unread(config, keys, f"train.method {spec.name}")
+    refuse_set(config, keys, f"is not read under train.method {spec.name}")
 
 
-def refuse_unread(config: Config, keys: list[str], under: str) -> None:
-    """Raise `UserError` for the first of the settings that is not at its default, because nothing reads it."""
+def refuse_set(config: Config, keys: list[str], problem: str, remedy: str = "leave it out") -> None:
+    """Raise `UserError` for the first of the settings that is not at its default."""
     flat, known, of_teacher = flatten(config), leaves(), teacher_leaves()
     for key in keys:
         default: Any = (known[key] if key in known else of_teacher[key.rpartition(".")[2]])[1]
         if flat[key] != default:
-            raise UserError(key, f"is not read under {under}", "leave it out")
-
-
-# --- checks that methods share ----------------------------------------------------------------------------------------
-
-
-def check_replicated(config: Config) -> None:
-    """Raise `UserError` for a strategy that shards weights."""
-    strategy, method = config.parallel.strategy, config.train.method
-    if strategy not in ("auto", "single", "ddp"):
-        raise UserError("parallel.strategy", f"{strategy} under {method}, which shards no weights", "give auto or ddp")
+            raise UserError(key, problem, remedy)
 
 
 def check_updates(config: Config, key: str, updates: int) -> None:

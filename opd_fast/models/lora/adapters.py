@@ -99,9 +99,5 @@ def unwrapped(transformer: nn.Module) -> nn.Module:
     """The transformer as a LoRA file names it, where PEFT's layers stand for the ones they wrap."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return _Renamed(
-        {
-            name: layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-            for name, layer in transformer.named_modules()
-        }
-    )
+    layers = transformer.named_modules()
+    return _Renamed({n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in layers})

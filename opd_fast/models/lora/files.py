@@ -33,6 +33,7 @@ from opd_fast.models.lora.keys import (
 )
 from opd_fast.models.lora.module_names import DIFFUSERS_PREFIX, PEFT_PREFIX, bare
 from opd_fast.models.pipeline_folder import fetch
+from opd_fast.models.weight_files import read_header, read_json
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -56,10 +57,6 @@ class LoraWeights:
     sha256: str
     note: str = ""
     """What was left out of the file, in words; empty where nothing was."""
-
-    @property
-    def ranks(self) -> set[int]:
-        return {a.shape[0] for a, _ in self.tensors.values()}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -124,12 +121,7 @@ def _read_peft(folder: Path, model: DiffusionModel | None) -> LoraWeights:
         if not (folder / name).is_file():
             raise ValueError(f"LoRA {folder} lacks {name}; copy the whole adapter folder again")
     file = folder / PEFT_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); copy the adapter again") from None
+    config = read_json(file)
     weights = folder / PEFT_WEIGHTS
     names = transformer_names(model)
     tensors = _load(weights)[0]
@@ -179,22 +171,19 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise ValueError(f"{file} holds no tensors; save the LoRA again")
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(
-            tensor.float().isfinite().all()
-        ):  # in float32, in which it is applied
+        # In float32, in which it is applied.
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise ValueError(f"{file}: tensor {key} has NaN or infinite values; take another checkpoint")
     return tensors, header
 
 
 def _holds_lora(file: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            words = ("lora", "lokr", "hada", "oft_", "lycoris_")  # reading refuses other adapters by name
-            return any(word in key for key in opened.keys() for word in words)  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError):
+        keys = read_header(file, str(file))
+    except ValueError:
         return True  # damaged: reading it says so
+    words = ("lora", "lokr", "hada", "oft_", "lycoris_")  # reading refuses other adapters by name
+    return any(word in key for key in keys for word in words)
 
 
 def sha256(*files: Path) -> str:
@@ -292,25 +281,11 @@ def save_lora(
         if not bool(a.isfinite().all() & b.isfinite().all()):
             raise ValueError(f"module {module} has NaN or infinite LoRA weights; take an earlier checkpoint")
     # Only settings that every PEFT knows: a reader of another version refuses names it has not heard of.
-    config: dict[str, Any] = {
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else float(alpha),
-        "target_modules": sorted(tensors if targets is None else targets),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-    }
-    peft_config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        **config,
-    }
+    config: dict[str, Any] = {"r": rank, "target_modules": sorted(tensors if targets is None else targets)}
+    config |= {"lora_alpha": int(alpha) if float(alpha).is_integer() else float(alpha)}
+    config |= {"rank_pattern": {}, "alpha_pattern": {}, "lora_dropout": 0.0, "bias": "none"}
+    config |= {"use_rslora": False, "use_dora": False, "init_lora_weights": True}
+    of_peft = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model, "inference_mode": True}
     prefixed = {DIFFUSERS_PREFIX + key: value for key, value in config.items()}
     header = {"format": "pt", _METADATA_KEY: json.dumps(prefixed, indent=2, sort_keys=True)}
 
@@ -318,8 +293,7 @@ def save_lora(
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder / PEFT_WEIGHTS, tensors, PEFT_PREFIX, {"format": "pt"})
     _write_tensors(folder / DIFFUSERS_WEIGHTS, tensors, DIFFUSERS_PREFIX, header)
-    text = json.dumps(peft_config, indent=2, sort_keys=True) + "\n"
-    replace_text(folder / PEFT_CONFIG, text)
+    replace_text(folder / PEFT_CONFIG, json.dumps(of_peft | config, indent=2, sort_keys=True) + "\n")
     return folder
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from opd_fast.errors import one_line
 from opd_fast.models.base import DiffusionModel
-from opd_fast.models.lora.module_names import DIFFUSERS_PREFIX, ModuleNames, bare, is_underscored
+from opd_fast.models.lora.module_names import DIFFUSERS_PREFIX, ModuleNames, bare, flat, is_underscored
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 Format = Literal["peft", "diffusers", "kohya", "converted"]
@@ -108,7 +108,13 @@ def read_pairs(file: Path, tensors: Mapping[str, Tensor]) -> tuple[Pairs, dict[s
             raise ValueError(f"{file} also changes the text encoders ({key}), which stay as they are; strip those keys")
         found = _split(key)
         if found is None:
-            raise ValueError(_not_plain(file, key))
+            leaf = key.removesuffix(".weight").rpartition(".")[2]
+            kind = next((f" but of {kind}" for begin, kind in _ADAPTERS.items() if leaf.startswith(begin)), "")
+            raise ValueError(
+                f"{file}: key {key} is not a plain LoRA weight{kind}; supported are MODULE.lora_A.weight and "
+                f"lora_B.weight (no DoRA, no biases, no other adapters): convert the file, or merge it into a full "
+                f"transformer"
+            )
         module, half = found
         if half == "alpha":
             if tensor.numel() != 1 or tensor.is_complex():
@@ -136,17 +142,6 @@ def read_pairs(file: Path, tensors: Mapping[str, Tensor]) -> tuple[Pairs, dict[s
     return pairs, alphas
 
 
-def _not_plain(file: Path, key: str) -> str:
-    """What to say of a key that is not a LoRA weight."""
-    leaf = key.removesuffix(".weight").rpartition(".")[2]
-    kind = next((kind for begin, kind in _ADAPTERS.items() if leaf.startswith(begin)), None)
-    what = f" but of {kind}" if kind is not None else ""
-    return (
-        f"{file}: key {key} is not a plain LoRA weight{what}; supported are MODULE.lora_A.weight and lora_B.weight "
-        f"(no DoRA, no biases, no other adapters): convert the file, or merge it into a full transformer"
-    )
-
-
 def read_keys(
     file: Path, tensors: Mapping[str, Tensor], model: DiffusionModel | None
 ) -> tuple[Pairs, dict[str, float], Format, str]:
@@ -164,15 +159,15 @@ def read_keys(
         return *rename(file, pairs, alphas, lambda module: module.removeprefix(DIFFUSERS_PREFIX)), "diffusers", ""
     repeated = _repeated(pairs, _REPEATED.get(model.pipeline_class, {}), names)
     note = _account(pairs, alphas, repeated, names)
-    gone = {bare(module).replace(".", "_") for module in repeated}
+    gone = {flat(module) for module in repeated}
     pairs = {module: pair for module, pair in pairs.items() if module not in repeated}
-    alphas = {module: alpha for module, alpha in alphas.items() if bare(module).replace(".", "_") not in gone}
+    alphas = {module: alpha for module, alpha in alphas.items() if flat(module) not in gone}
     layout: Format = "kohya" if any(map(is_underscored, pairs)) else "diffusers"
     if not all(names.find(module) for module in pairs):
         pairs, alphas = rename(file, pairs, alphas, names.for_converter)
-        tensors = _keys(pairs, alphas, tensors, names)
-        converted = _converted(file, tensors, pairs, alphas, model.pipeline_class)
-        layout = "diffusers" if set(converted) == set(tensors) else "converted"
+        plain = _for_converter(pairs, alphas, tensors, names)
+        converted = _converted(file, plain, model.pipeline_class)
+        layout = "diffusers" if set(converted) == set(plain) else "converted"
         before = _size(pairs, alphas)
         pairs, alphas = read_pairs(file, converted)
         if not math.isclose(before, _size(pairs, alphas), rel_tol=1e-3):
@@ -226,11 +221,10 @@ def _account(
     pairs: Pairs, alphas: Mapping[str, float], repeated: Mapping[str, tuple[str, list[str]]], names: ModuleNames
 ) -> str:
     """Say what is left out of a file because it stands there twice, and whether the two agree."""
-    by_name = {bare(module).replace(".", "_"): alpha for module, alpha in alphas.items()}
+    by_name = {flat(module): alpha for module, alpha in alphas.items()}
 
     def scaled(module: str) -> tuple[Tensor, Tensor]:
-        a, b = (half.double() for half in pairs[module])
-        return a, b * (by_name.get(bare(names.find(module) or module).replace(".", "_"), a.shape[0]) / a.shape[0])
+        return _scaled(pairs[module], by_name.get(flat(names.find(module) or module)))
 
     counts: dict[str, list[bool]] = {}
     for module, (kind, parts) in repeated.items():
@@ -249,61 +243,60 @@ def _alike(whole: tuple[Tensor, Tensor], parts: Sequence[tuple[Tensor, Tensor]])
     if len(b) != sum(len(up) for _, up in parts):
         return False
     rows = b.split([len(up) for _, up in parts])
-    product = sum(float(((row.T @ up) * (a @ down.T)).sum()) for row, (down, up) in zip(rows, parts, strict=True))
-    sizes = [float(((up.T @ up) * (down @ down.T)).sum()) for down, up in (whole, *parts)]
-    return product > _ALIKE * math.sqrt(sizes[0] * sum(sizes[1:]))
+    product = sum(_inner((a, row), part) for row, part in zip(rows, parts, strict=True))
+    return product > _ALIKE * math.sqrt(_inner(whole, whole) * sum(_inner(part, part) for part in parts))
 
 
-def _keys(
+def _scaled(pair: tuple[Tensor, Tensor], alpha: float | None) -> tuple[Tensor, Tensor]:
+    """A and B in float64, alpha / rank taken into B; without an alpha the scale is 1."""
+    a, b = (half.double() for half in pair)
+    return a, b if alpha is None else b * (alpha / a.shape[0])
+
+
+def _inner(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """The inner product of two deltas B@A, without making them."""
+    return float(((one[1].T @ other[1]) * (one[0] @ other[0].T)).sum())
+
+
+def _size(pairs: Pairs, alphas: Mapping[str, float]) -> float:
+    """Sum of the squares of every delta's elements, which splitting or permuting rows keeps and losing one lowers."""
+    scaled = (_scaled(pair, alphas.get(module)) for module, pair in pairs.items())
+    return sum(_inner(pair, pair) for pair in scaled)
+
+
+def _for_converter(
     pairs: Pairs, alphas: Mapping[str, float], tensors: Mapping[str, Tensor], names: ModuleNames
 ) -> dict[str, Tensor]:
-    """The tensors that pairs and alphas came from, under keys of their new names; each keeps how its half is spelt."""
+    """The tensors that pairs and alphas came from, under keys of their new names; each keeps how its half is spelt.
+
+    Alphas are taken into B, and equal the rank: each converter treats alpha in its own way, and some leave it out for
+    some modules, but an alpha equal to the rank is the same to all of them.
+    """
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         module, half = _split(key) or ("", "")
         new = names.for_converter(module)
-        if new in (alphas if half == "alpha" else pairs):
-            renamed[new + key.removeprefix(module)] = tensor
+        if new not in (alphas if half == "alpha" else pairs):
+            continue
+        if new in alphas and half != "A":
+            rank = pairs[new][0].shape[0]
+            tensor = torch.tensor(float(rank)) if half == "alpha" else tensor.float() * (alphas[new] / rank)
+        renamed[new + key.removeprefix(module)] = tensor
     return renamed
 
 
-def _converted(
-    file: Path, tensors: Mapping[str, Tensor], pairs: Pairs, alphas: Mapping[str, float], pipeline_class: str
-) -> dict[str, Tensor]:
-    """The tensors as the pipeline's ``lora_state_dict`` names them, alphas taken into B first.
-
-    Each converter treats alpha in its own way, and some leave it out for some modules; an alpha equal to the rank is
-    the same to all of them.
-    """
+def _converted(file: Path, tensors: dict[str, Tensor], pipeline_class: str) -> dict[str, Tensor]:
+    """The tensors as the pipeline's ``lora_state_dict`` names them."""
     import diffusers
 
-    plain: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        module, half = _split(key) or ("", "")
-        if module in alphas:
-            rank = pairs[module][0].shape[0]
-            if half == "alpha":
-                tensor = torch.tensor(float(rank))
-            elif half == "B":
-                tensor = tensor.float() * (alphas[module] / rank)
-        plain[key] = tensor
     try:
-        found: dict[str, Tensor] = getattr(diffusers, pipeline_class).lora_state_dict(plain)
+        found: dict[str, Tensor] = getattr(diffusers, pipeline_class).lora_state_dict(dict(tensors))
     except Exception as error:  # whatever a converter stumbles over, the file's keys are the cause
         raise ValueError(
             f"{file}: diffusers' {pipeline_class} cannot convert its keys ({type(error).__name__}: "
             f"{one_line(error)[:160]}); save it with diffusers' or PEFT's names, or take the LoRA of this model"
         ) from None
     return found
-
-
-def _size(pairs: Pairs, alphas: Mapping[str, float]) -> float:
-    """Sum of the squares of every delta's elements, which splitting or permuting rows keeps and losing one lowers."""
-    total = 0.0
-    for module, (a, b) in pairs.items():
-        a, b = a.double(), b.double() * (alphas.get(module, a.shape[0]) / a.shape[0])
-        total += float(((b.T @ b) * (a @ a.T)).sum())
-    return total
 
 
 def scales_from_config(

@@ -3,20 +3,17 @@ its weights, a hub id."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from opd_fast.config.paths import resolve_source
-from opd_fast.errors import one_line
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.adapters import plain_copy, unwrapped
 from opd_fast.models.lora.files import LoraWeights, find_lora, match, merge_into, read_lora, sha256
-from opd_fast.models.pipeline_folder import fetch, fetch_variants, load_component
+from opd_fast.models.pipeline_folder import fetch, fetch_variants
 from opd_fast.models.weight_files import (
     DIFFUSERS_STEM,
     SAVE_AGAIN,
@@ -25,8 +22,10 @@ from opd_fast.models.weight_files import (
     check_state,
     find_weights,
     load_renamed,
+    meta_network,
     network_keys,
     read_header,
+    read_json,
     shapes_of,
 )
 
@@ -94,23 +93,16 @@ def load_with_source(
         transformer = plain_copy(model.transformer)
         modules = merge_into(transformer, lora, allow_partial=partial)
         return transformer, WeightsSource.of_lora(weights, lora, modules)
-    place = _find_transformer(weights, what)
-    keys = _check_whole(model, place, weights, what)
-    kind: Any = type(model.transformer)
-    if place.is_file():
-        config = dict(model.transformer.config)  # type: ignore[arg-type]
-        loaded = load_renamed(kind, config, [place], keys, model.dtype)
-        digest = sha256(place)
-    else:
-        loaded = load_component(kind, place.parent, place.name, exact=True, torch_dtype=model.dtype)
-        digest = sha256(*sorted(place.glob("*.safetensors")))
-    loaded = loaded.to(model.device)
+    place, config, files, keys = _check_whole(model, weights, what)
+    loaded = load_renamed(type(model.transformer), config, files, keys, model.dtype).to(model.device)
     for name, tensor in loaded.state_dict().items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{what}: {name} of {weights} has NaN or infinite values; take another checkpoint")
-    modules = [name for name, m in loaded.named_modules() if any(True for _ in m.parameters(recurse=False))]
-    count = len(loaded.state_dict())
-    return loaded, WeightsSource(weights, "transformer", len(modules), len(modules), count, (), digest)
+    changed = [name for name, m in loaded.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    digest = sha256(*sorted(place.glob("*.safetensors"))) if place.is_dir() else sha256(place)
+    return loaded, WeightsSource(
+        weights, "transformer", len(changed), len(changed), len(loaded.state_dict()), (), digest
+    )
 
 
 def check_weights(model: DiffusionModel, weights: str, *, what: str, partial: bool = False) -> None:
@@ -121,10 +113,32 @@ def check_weights(model: DiffusionModel, weights: str, *, what: str, partial: bo
     if find_lora(weights) is not None:
         match(read_lora(weights, model), unwrapped(model.transformer), allow_partial=partial)
     else:
-        _check_whole(model, _find_transformer(weights, what), weights, what)
+        _check_whole(model, weights, what)
 
 
-def _find_transformer(weights: str, what: str) -> Path:
+def _check_whole(
+    model: DiffusionModel, weights: str, what: str
+) -> tuple[Path, dict[str, Any], tuple[Path, ...], dict[str, str]]:
+    """Compare a whole transformer with the base by its configuration and its files' headers.
+
+    Returns its folder or file, its configuration (the base's for a file), the files of its weights, and the base's name
+    of each tensor.
+    """
+    try:
+        place = _find_transformer(weights)
+        if place.is_file():
+            config: dict[str, Any] = dict(model.transformer.config)  # type: ignore[arg-type]
+            return place, config, (place,), _check_header(model, read_header(place, weights), place)
+        called = f"the transformer in {place}"
+        config = read_json(place / "config.json")
+        _check_config(model, config, weights, called)
+        files = find_weights(place, called, model.dtype)
+        return place, config, files.files, _check_header(model, files.header(), place)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _find_transformer(weights: str) -> Path:
     """The folder of a whole transformer, or the file of its weights; fetched where `weights` names the hub's."""
     source = resolve_source(weights, "teachers")
     path = Path(weights) if source.path is None else source.path
@@ -139,54 +153,38 @@ def _find_transformer(weights: str, what: str) -> Path:
         if path.suffix == ".safetensors":
             return path
         unread = "holds GGUF's quantised weights" if path.suffix == ".gguf" else "is not a safetensors file"
-        raise ValueError(f"{what}: {weights} {unread}, which is not read; {SAVE_AGAIN}")
+        raise ValueError(f"{weights} {unread}, which is not read; {SAVE_AGAIN}")
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():
         loose = sorted(file.name for file in folder.glob("*.safetensors")) if folder.is_dir() else []
         instead = f"; it holds {loose[0]}: name that file" if len(loose) == 1 else ""
         raise ValueError(
-            f"{what}: {weights} is neither a LoRA nor a transformer folder (no config.json in {folder}){instead}; give "
+            f"{weights} is neither a LoRA nor a transformer folder (no config.json in {folder}){instead}; give "
             f"a PEFT folder, a LoRA file (in a hub repository: owner/name/FILE.safetensors), a transformer or pipeline "
             f"folder"
         )
     return folder
 
 
-def _check_whole(model: DiffusionModel, place: Path, weights: str, what: str) -> dict[str, str]:
-    """Compare a transformer's configuration and its files' headers with the base. Returns the base's names."""
-    base = shapes_of(model.transformer)
-    if place.is_file():
-        return _check_header(model, read_header(place, f"{what}: {weights}"), place, what)
-    file = place / "config.json"
+def _check_config(model: DiffusionModel, config: dict[str, Any], weights: str, called: str) -> None:
+    """Raise ValueError for a configuration of another architecture than the base's."""
     kind: Any = type(model.transformer)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        name = config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{what}: {file} is damaged ({error}); fetch the transformer again") from None
-    if name != kind.__name__:
+    if config.get("_class_name") != kind.__name__:
         raise ValueError(
-            f"{what}: {weights} holds a {name}, the base is a {kind.__name__}; student and teachers must share the "
-            f"model's architecture"
+            f"{weights} holds a {config.get('_class_name')}, the base is a {kind.__name__}; student and teachers must "
+            f"share the model's architecture"
         )
-    check_quantization(config, f"{what}: the transformer in {place}", frozen=False)
-    try:
-        with torch.device("meta"):
-            meta = kind.from_config(config)
-    except Exception as error:  # whatever a configuration of nonsense leads to
-        raise ValueError(f"{what}: {file} is damaged ({one_line(error)}); fetch the transformer again") from None
-    theirs = shapes_of(meta)
-    if base != theirs:
-        key = next(k for k in sorted({**base, **theirs}) if base.get(k) != theirs.get(k))
-        raise ValueError(
-            f"{what}: {weights} has {key} of shape {list(theirs.get(key, ()))}, the base {list(base.get(key, ()))}; "
-            f"student and teachers must share the model's architecture"
-        )
-    files = find_weights(place, f"{what}: the transformer in {place}", model.dtype, DIFFUSERS_STEM)
-    return _check_header(model, files.header(), place, what)
+    check_quantization(config, called, frozen=False)
+    base, theirs = shapes_of(model.transformer), shapes_of(meta_network(kind, config, called))
+    for key in sorted({**base, **theirs}):
+        if base.get(key) != theirs.get(key):
+            raise ValueError(
+                f"{weights} has {key} of shape {list(theirs.get(key, ()))}, the base {list(base.get(key, ()))}; "
+                f"student and teachers must share the model's architecture"
+            )
 
 
-def _check_header(model: DiffusionModel, header: Header, place: Path, what: str) -> dict[str, str]:
+def _check_header(model: DiffusionModel, header: Header, place: Path) -> dict[str, str]:
     """Compare tensors' names, shapes and dtypes with the base's. Returns the base's name of each."""
     known = shapes_of(model.transformer)
     unknown = sorted(
@@ -195,10 +193,10 @@ def _check_header(model: DiffusionModel, header: Header, place: Path, what: str)
     kind = type(model.transformer).__name__
     if len(unknown) > len(header) / 2:
         raise ValueError(
-            f"{what}: {place} has none of the names of a {kind}, e.g. {unknown[0]}; convert a checkpoint in its "
-            f"original layout by {kind}.from_single_file(FILE).save_pretrained(FOLDER), or take one of the base's kind"
+            f"{place} has none of the names of a {kind}, e.g. {unknown[0]}; convert a checkpoint in its original "
+            f"layout by {kind}.from_single_file(FILE).save_pretrained(FOLDER), or take one of the base's kind"
         )
     remedy = "give a transformer of the base's own architecture"
     if unknown and ".base_layer." not in unknown[0]:
-        raise ValueError(f"{what}: {place} holds {unknown[0]}, which the base does not have; {remedy}")
-    return check_state(header, known, f"{what}: {place}", remedy)
+        raise ValueError(f"{place} holds {unknown[0]}, which the base does not have; {remedy}")
+    return check_state(header, known, str(place), remedy)

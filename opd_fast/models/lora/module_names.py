@@ -27,7 +27,7 @@ class ModuleNames:
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self._exact = {name for name in names if name}
-        self._by_flat = {_flat(name): name for name in self._exact}
+        self._by_flat = {_underscored(name): name for name in self._exact}
         segments = {segment for name in self._exact for segment in name.split(".")}
         self._dropped = {*WRAPPERS, DATA_PARALLEL} - segments
 
@@ -49,7 +49,7 @@ class ModuleNames:
         """The transformer's name of a module that a file names; None for one that it does not have."""
         name = module
         while True:
-            if known := name if name in self._exact else self._by_flat.get(_flat(name)):
+            if known := name if name in self._exact else self._by_flat.get(_underscored(name)):
                 return known
             if (shorter := _stripped(name)) == name:
                 return None
@@ -57,8 +57,8 @@ class ModuleNames:
 
     def part(self, module: str, fused: str, part: str) -> str | None:
         """The transformer's name of the module `part` beside a module of a file that ends in `fused`."""
-        name = _flat(bare(module))
-        return self._by_flat.get(name.removesuffix(fused) + _flat(part)) if name.endswith(f"_{fused}") else None
+        name = flat(module)
+        return self._by_flat.get(name.removesuffix(fused) + _underscored(part)) if name.endswith(f"_{fused}") else None
 
     def for_converter(self, module: str) -> str:
         """A name of a file as diffusers' converters know its layout: it has one prefix, and where the transformer has
@@ -80,6 +80,11 @@ def bare(module: str) -> str:
     return module
 
 
+def flat(module: str) -> str:
+    """A name without the prefixes of layouts and with underscores for dots, by which spellings can be compared."""
+    return _underscored(bare(module))
+
+
 def is_underscored(module: str) -> bool:
     """Whether a name has a layout's prefix under which underscores stand for dots."""
     return any(re.match(rf"(\w+\.)*{prefix}", module) for prefix in UNDERSCORED)
@@ -93,5 +98,5 @@ def _stripped(name: str) -> str:
     return name
 
 
-def _flat(name: str) -> str:
+def _underscored(name: str) -> str:
     return name.replace(".", "_")

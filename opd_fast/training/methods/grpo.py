@@ -23,6 +23,8 @@ from opd_kernels.philox import INITIAL_NOISE
 
 CLIP = {False: 1e-4, True: 2e-6}
 """The range of the ratio around 1, without and with Guard."""
+KEPT = ("x", "sample", "mean")
+"""What a rollout keeps of every trained step: state, next state and mean."""
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
@@ -33,50 +35,33 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tens
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
-def published_log_ratio(log_ratio: Tensor, std: float) -> Tensor:
-    """Returns the log-ratio of -mean((x - mu)^2), (B,), from `log_ratio`, that of the normal law.
-
-    The released code's log-probability under CPS has neither the constants, which no ratio keeps, nor 1 / (2 std^2).
-    """
-    return 2 * std**2 * log_ratio
-
-
-def guard_log_ratio(log_ratio: Tensor, drift: Tensor, std: float) -> Tensor:
-    """Returns GRPO-Guard's normalised log-ratio, (B,).
-
-    std * (log_ratio + drift) = mean(eps * (mu - mu_old)), where eps is the noise that was drawn. Its mean is 0 and its
-    size does not depend on the step's noise, so that one clip range suits all steps. Each sample has its own `drift`.
-    """
-    return std * (log_ratio + drift)
-
-
 def ratio_change(
-    log_ratio: Tensor, drift: Tensor, std: float, *, guard: bool, log_prob: Literal["exact", "published"] = "exact"
+    log_ratio: Tensor,
+    drift: Tensor,
+    std: float,
+    *,
+    guard: bool = False,
+    log_prob: Literal["exact", "published"] = "exact",
 ) -> Tensor:
-    """Returns the log-ratio that is clipped, (B,), of a step drawn with `std`: Guard's, the released code's or
-    `log_ratio` itself."""
+    """Returns the log-ratio that is clipped, (B,), of a step drawn with `std`.
+
+    `log_ratio` and `drift` (B,) are those of `opd_kernels.log_prob` under reduction mean. GRPO-Guard's is
+    std * (log_ratio + drift) = mean(eps * (mu - mu_old)), where eps is the noise that was drawn. Its mean is 0 and its
+    size does not depend on the step's noise, so that one clip range suits all steps. Each sample has its own drift.
+    The `published` one under CPS is that of -mean((x - mu)^2), without 1 / (2 std^2).
+    """
     if guard:
-        return guard_log_ratio(log_ratio, drift, std)
-    return published_log_ratio(log_ratio, std) if log_prob == "published" else log_ratio
+        return std * (log_ratio + drift)
+    return 2 * std**2 * log_ratio if log_prob == "published" else log_ratio
 
 
 def policy_loss(
-    log_ratio: Tensor,
-    drift: Tensor,
-    advantage: Tensor,
-    table: SolverTable,
-    step: int,
-    *,
-    guard: bool,
-    clip: float,
-    log_prob: Literal["exact", "published"] = "exact",
+    change: Tensor, advantage: Tensor, table: SolverTable, step: int, *, guard: bool, clip: float
 ) -> Tensor:
-    """The loss of one drawn step, (B,), from `log_prob`'s log_ratio and drift under reduction mean.
+    """The loss of one drawn step, (B,), from its `ratio_change`: the clipped surrogate.
 
-    Flow-GRPO: the clipped surrogate, of the log-probability that `log_prob` names. Guard: that of the normalised ratio,
-    divided by the step length sigma_j - sigma_{j+1}, which evens out the gradients of the steps.
+    Guard divides it by the step length sigma_j - sigma_{j+1}, which evens out the gradients of the steps.
     """
-    change = ratio_change(log_ratio, drift, float(table.std[step]), guard=guard, log_prob=log_prob)
     loss = clipped_surrogate(change, advantage, clip)
     return loss / float(table.sigmas[step] - table.sigmas[step + 1]) if guard else loss
 
@@ -87,8 +72,8 @@ def policy_loss(
 class GRPO(Reinforcement):
     """The method `grpo` of the training loop.
 
-    The student draws with noise and keeps state, next state and mean of every step that will be trained: all but the
-    last, or those of a window whose place is drawn for each rollout, the other steps being ODE steps (Flow-GRPO-Fast).
+    The student draws with noise at every step that will be trained: all but the last, or those of a window whose place
+    is drawn for each rollout, the other steps being ODE steps (Flow-GRPO-Fast).
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -124,24 +109,23 @@ class GRPO(Reinforcement):
     def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         setup, trained = self.setup, self.trained_steps(epoch)
         rows, keys = self.rows(epoch), self.keys(epoch)
-        kept = {name: [self.no_images(len(trained))] for name in ("x", "sample", "mean")}
+        kept = {name: [self.no_images(len(trained))] for name in KEPT}
         latents = [self.no_images()]
         with torch.no_grad(), setup.student.merged_for_round():
             for part in self.micro_batches(self.rank_indices):
                 condition, part_keys = self.condition(epoch, part), keys[part.to(keys.device)]
                 guidance = torch.full((len(part),), condition.branch_guidance, device=keys.device)
                 x = philox_normal(part_keys, setup.shape, INITIAL_NOISE)
-                path: dict[str, list[Tensor]] = {name: [] for name in kept}
+                path = []
                 for j in range(setup.table.steps):
                     v = Prediction(setup.student.velocities(setup.model, x, rows[j, -1], condition), guidance)
                     scale = torch.ones_like(guidance)
                     step = guided_step(x, v, v, rows, j, scale, keys=part_keys, return_means=True)
                     if j in trained and step.mean_s is not None:
-                        for name, tensor in zip(kept, (x, step.x_next, step.mean_s), strict=True):
-                            path[name].append(tensor)
+                        path.append((x, step.x_next, step.mean_s))
                     x = step.x_next
                 latents.append(x)
-                for name, tensors in path.items():
+                for name, tensors in zip(KEPT, zip(*path, strict=True), strict=True):
                     kept[name].append(torch.stack(tensors, 1))
         return torch.cat(latents), {name: torch.cat(parts) for name, parts in kept.items()}
 
@@ -157,18 +141,15 @@ class GRPO(Reinforcement):
                 guidance = torch.full((len(part),), condition.branch_guidance, device=rows.device)
                 advantage = drawn["advantage"][part]
                 for i, j in enumerate(steps):
-                    x, sample, mean = (drawn[name][self.positions(part), i] for name in ("x", "sample", "mean"))
+                    x, sample, mean = (drawn[name][self.positions(part), i] for name in KEPT)
                     sigma = self.drawing[j, -1]
                     v = setup.student.velocities(setup.model, x, sigma, condition)
                     out = log_prob(x, sample, v.cond, v.uncond, guidance, self.drawing, j, mean_old=mean)
                     assert out.log_ratio is not None
                     assert out.drift is not None
-                    loss = policy_loss(
-                        *(out.log_ratio, out.drift, advantage, setup.table, j),
-                        guard=self.rl.guard,
-                        clip=self.clip,
-                        log_prob=self.rl.log_prob,
-                    )
+                    std, guard = float(setup.table.std[j]), self.rl.guard
+                    change = ratio_change(out.log_ratio, out.drift, std, guard=guard, log_prob=self.rl.log_prob)
+                    loss = policy_loss(change, advantage, setup.table, j, guard=guard, clip=self.clip)
                     if self.kl > 0:
                         base = Prediction(self.base_velocities(x, sigma, condition), guidance)
                         scale = torch.full_like(guidance, self.kl)
@@ -178,11 +159,6 @@ class GRPO(Reinforcement):
                     weighed = share * loss / len(steps)
                     scaler.scale(weighed.sum()).backward()
                     losses[i, part] = weighed.detach()
-                    with torch.no_grad():
-                        std = float(setup.table.std[j])
-                        change = ratio_change(
-                            out.log_ratio, out.drift, std, guard=self.rl.guard, log_prob=self.rl.log_prob
-                        )
-                        beyond = (change.exp() - 1).abs() > self.clip
-                        counts["clipped"] += (share * beyond).sum() / len(steps)
+                    beyond = (change.detach().exp() - 1).abs() > self.clip
+                    counts["clipped"] += (share * beyond).sum() / len(steps)
         return losses, counts

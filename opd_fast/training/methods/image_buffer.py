@@ -6,7 +6,7 @@ i % size: it is drawn, kept and learnt from there. A round takes a random part o
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -14,34 +14,32 @@ from torch import Tensor
 
 from opd_fast.config.methods.spec import method_spec
 from opd_fast.data.prompt_files import Prompt
+from opd_fast.models.guidance import Conditioning, Velocities, predict_velocities
 from opd_fast.models.text import TextEmbeds
 from opd_fast.rewards.runner import RewardRunner
 from opd_fast.seeds import Stream, noise_keys
+from opd_fast.training.methods.base import Method
 from opd_fast.training.setup import Setup
 from opd_fast.training.teacher_loading import base_teacher
 
 
-class ImageBuffer(ABC):
-    """A method of the training loop whose rounds share images.
-
-    Args:
-        updates: rounds that learn from one draw.
-        repeats: images of one prompt.
-        guidance: that of the base, where its velocities are needed.
-    """
+class ImageBuffer(Method):
+    """A method of the training loop whose rounds share images. `guidance` is that of the base's velocities."""
 
     replicated: tuple[str, ...] = ()
     """The names in `_drawn` of what every process keeps of all images."""
 
-    def __init__(self, setup: Setup, *, updates: int, repeats: int, guidance: float | None) -> None:
-        self.setup, self.updates, self.repeats = setup, updates, repeats
-        config = setup.config
+    def __init__(self, setup: Setup, guidance: float | None) -> None:
+        super().__init__(setup)
+        config, spec = setup.config, method_spec(setup.config)
+        self.updates, self.prompts_per_turn = spec.updates(config), spec.prompts_per_turn(config)
+        """Rounds that learn from one draw, and distinct prompts of a task in its turn."""
         self.images = config.train.samples_per_task * setup.schedule.per_round
         """Images of a draw, on all devices."""
         indices, count = setup.world.rows(self.images)
         self.rank_indices = torch.tensor(indices[:count], dtype=torch.int64)
         """Which of the images this process draws and learns from."""
-        self.samples = self.images / updates
+        self.samples = self.images / self.updates
         """Images that a round learns from, on average."""
         self.reward_runner = RewardRunner("raise", config.evaluation.reward_timeout, config.reward_models)
         self._base = base_teacher(setup.model, guidance)
@@ -82,11 +80,7 @@ class ImageBuffer(ABC):
     # --- the loop's side ---------------------------------------------------------------------------------------------
 
     def accumulate(self, index: int, scaler: torch.amp.GradScaler) -> Tensor:
-        """Add the gradient of round `index`, times the scaler's factor, to the student's parameters.
-
-        Returns the weighed loss of every image in hand at every trained step (steps, images) float32, unscaled, 0 for
-        images that the round does not learn from.
-        """
+        """As the loop asks for it; the losses (steps, images) are 0 for images that the round does not learn from."""
         config, world, device = self.setup.config, self.setup.world, self.setup.model.device
         epoch, part = divmod(index, self.updates)
         if part == 0:
@@ -110,13 +104,9 @@ class ImageBuffer(ABC):
             self._drawn = {}
         return world.mean(losses)
 
-    def not_finite(self, index: int, losses: Tensor) -> tuple[int, str] | None:
-        """Returns (row of `losses`, task's name) where losses first cease to be finite; None where all are finite."""
-        bad = torch.nonzero(~torch.isfinite(losses))
-        if not len(bad):
-            return None
-        row, image = bad[0].tolist()
-        return row, self.setup.config.teachers[self.owners(index // self.updates)[image]].name
+    def fault(self, index: int, row: int, sample: int) -> str:
+        task = self.owners(index // self.updates)[sample]
+        return f"the loss of task {self.setup.config.teachers[task].name!r} is not finite"
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
         """The loss of the round just accumulated, its rewards, and what the method counts."""
@@ -131,27 +121,24 @@ class ImageBuffer(ABC):
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` gave, on however many processes."""
-        prefix, device = "drawn.", self.setup.model.device
-        drawn = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        device = self.setup.model.device
+        drawn = {k.removeprefix("drawn."): v for k, v in tensors.items() if k.startswith("drawn.")}
         self._drawn = {k: (v if k in self.replicated else v[self.rank_indices]).to(device) for k, v in drawn.items()}
 
     # --- the methods' side -------------------------------------------------------------------------------------------
 
     def tasks(self, epoch: int) -> list[tuple[int, list[Prompt]]]:
         """(task, the prompts of its images) of draw `epoch`, the images of a prompt beside each other."""
-        setup, tasks = self.setup, []
-        count = method_spec(setup.config).prompts_per_turn(setup.config)
+        setup, tasks, count = self.setup, [], self.prompts_per_turn
+        repeats = setup.config.train.samples_per_task // count
         for task, turns in setup.schedule.round(epoch):
             indices = [i for turn in turns for i in setup.sources[task].batch(turn, count)]
-            tasks.append((task, [setup.prompts[task][i] for i in indices for _ in range(self.repeats)]))
+            tasks.append((task, [setup.prompts[task][i] for i in indices for _ in range(repeats)]))
         return tasks
 
     def no_images(self, *each: int) -> Tensor:
-        """(0, *each, C, H, W) float32: what a process has before its first image, and one without images always.
-
-        Every process must have the same tensors, because gathering them takes all processes.
-        """
+        """(0, *each, C, H, W) float32: what a process has before its first image. Gathering takes all processes, so one
+        without images has it as well."""
         return torch.empty(0, *each, *self.setup.shape, device=self.setup.model.device)
 
     def rank_parts(self, epoch: int) -> Iterator[tuple[int, list[Prompt], Tensor, Tensor]]:
@@ -182,6 +169,12 @@ class ImageBuffer(ABC):
         """Returns the embedded prompts of some images."""
         prompts = [prompt.text for _, prompts in self.tasks(epoch) for prompt in prompts]
         return self.setup.text.rows([prompts[i] for i in rows.tolist()])
+
+    @torch.no_grad()
+    def base_velocities(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
+        """Returns the base's velocities, without gradient."""
+        with self._base.active(0) as transformer:
+            return predict_velocities(self.setup.model, transformer, x, sigma, condition)
 
     def micro_batches(self, rows: Tensor) -> Iterator[Tensor]:
         if len(rows):  # a process may have none

@@ -55,13 +55,8 @@ def nft_loss(
     5 (r L+ + (1 - r) L-) / beta + kl_weight mean((v - v_base)^2), with L+ and L- the self-normalised errors of v+ and
     v-. At v = v_old its gradient is -10 sigma (2 r - 1) (x0_hat - x0) / (D w), whatever beta.
 
-    Args:
-        v: (B, C, H, W) with gradient; v_old, v_base: likewise without. v_base may be None where kl_weight is 0.
-        x: (B, C, H, W), the noised image at `sigma` (0-dim or (B,)); x0: (B, C, H, W), the image's latent.
-        r: (B,) in 0..1.
-
-    Raises:
-        ValueError: kl_weight without v_base.
+    v (B, C, H, W) has a gradient, v_old and v_base none; v_base may be None where kl_weight is 0, else ValueError is
+    raised. x (B, C, H, W) is the noised image at `sigma` (0-dim or (B,)), x0 the image's latent, r (B,) in 0..1.
     """
     v, v_old, x, x0, r = (each.double() for each in (v, v_old, x, x0, r))
     t = sigma.double().view(-1, *[1] * (x.dim() - 1))
@@ -105,9 +100,6 @@ class NFT(Reinforcement):
         super().__init__(setup)
         self.old = [p.detach().clone() for p in setup.student.parameters()]
 
-    def chosen(self, drawn: dict[str, Tensor]) -> Tensor:
-        return torch.ones_like(drawn["advantage"], dtype=torch.bool)
-
     def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         setup, keys, latents = self.setup, self.keys(epoch), [self.no_images()]
         if epoch:
@@ -115,20 +107,16 @@ class NFT(Reinforcement):
             move_old_policy(self.old, [p.detach() for p in setup.student.parameters()], decay)
         with setup.student.with_weights(self.old) as transformer:
             for part in self.micro_batches(self.rank_indices):
-                part_keys = keys[part.to(keys.device)]
-                text = self.text(epoch, part)
-                latents.append(
-                    sample(setup.model, transformer, text, None, None, setup.table, shape=setup.shape, keys=part_keys)
-                )
+                text, of_part = self.text(epoch, part), keys[part.to(keys.device)]
+                x0 = sample(setup.model, transformer, text, None, None, setup.table, shape=setup.shape, keys=of_part)
+                latents.append(x0)
         x0 = torch.cat(latents)
         return x0, {"x0": x0}
 
     def noise_levels(self, epoch: int) -> Tensor:
         """Returns (B, N) bool: at the noise levels of which steps each image of rollout `epoch` is trained."""
-        steps = self.setup.table.steps
-        order = torch.rand(
-            self.images, steps, generator=generator(self.setup.config.train.seed, Stream.NFT_LEVELS, epoch)
-        )
+        steps, chance = self.setup.table.steps, generator(self.setup.config.train.seed, Stream.NFT_LEVELS, epoch)
+        order = torch.rand(self.images, steps, generator=chance)
         return order.argsort(1) < int(steps * self.rl.timestep_fraction)
 
     def trained_steps(self, epoch: int) -> range:

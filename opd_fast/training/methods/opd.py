@@ -18,15 +18,16 @@ from opd_fast.device import to_device
 from opd_fast.objectives import Surrogate, query_law, step_queries, step_weights
 from opd_fast.seeds import Stream, noise_keys
 from opd_fast.training.batch import RoundBatch
+from opd_fast.training.methods.base import Method
 from opd_fast.training.rollout import one_pass
 from opd_fast.training.setup import Setup
 
 
-class OPD:
+class OPD(Method):
     """The method `opd` of the training loop."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+        super().__init__(setup)
         config = setup.config
         self.weight = step_weights(setup.table, config.objective.kind)
         o = config.objective
@@ -88,10 +89,6 @@ class OPD:
         return self.weight * torch.nn.functional.pad(drawn, (0, len(self.weight) - len(drawn)))
 
     def accumulate(self, index: int, scaler: torch.amp.GradScaler) -> Tensor:
-        """Add the gradient of round `index`, times the scaler's factor, to the student's parameters.
-
-        Returns the loss of every sample at every trained step (steps, samples), unscaled, those of all ranks.
-        """
         config, setup = self.setup.config, self.setup
         batch = self.batch(index)
         output = one_pass(
@@ -106,31 +103,18 @@ class OPD:
             micro_batch=config.train.micro_batch,
             surrogate=self.surrogate,
             anchor=self.anchor,
-            graphs=setup.engaged.graphs,
+            graphs=setup.active.graphs,
         )
         setup.student.average_gradients()
         losses = output.losses / (scaler.get_scale() * setup.world.size)
-        return setup.world.gather_samples(losses, self.samples, dim=1)
+        return setup.world.gather_samples(losses, int(self.samples), dim=1)
 
-    def state(self) -> dict[str, Tensor]:
-        """Nothing beyond the student: a round follows from its number."""
-        return {}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-
-    def fault(self, index: int, losses: Tensor) -> str | None:
-        """Returns in words where a round's losses first cease to be finite; None where all are finite."""
-        bad = torch.nonzero(~torch.isfinite(losses))
-        if not len(bad):
-            return None
-        step, sample = bad[0].tolist()
-        names = [teacher.name for teacher in self.setup.config.teachers]
-        teacher = next(names[i] for i, rows in self.tasks(index) if rows.start <= sample < rows.stop)
-        return f"the loss of task {teacher!r} is not finite at step {step}"
+    def fault(self, index: int, row: int, sample: int) -> str:
+        task = next(i for i, rows in self.tasks(index) if rows.start <= sample < rows.stop)
+        return f"the loss of task {self.setup.config.teachers[task].name!r} is not finite at step {row}"
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
-        """Returns the round's loss, whole, by step and by task, from losses (steps, samples) on the CPU."""
+        """Returns the round's loss, whole, by step and by task."""
         names = [teacher.name for teacher in self.setup.config.teachers]
         metrics = {"loss": float(losses.sum())}
         # Steps differ in weight by orders of magnitude, so that a sum alone would show only the heaviest.

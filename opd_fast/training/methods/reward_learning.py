@@ -9,18 +9,52 @@ as many do). The rollout serves `rl.updates` rounds, each of which learns from a
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from opd_fast.config.methods.spec import method_spec
-from opd_fast.models.guidance import Conditioning, Velocities
+from opd_fast.models.guidance import Conditioning
 from opd_fast.rewards import prompt_groups
 from opd_fast.rewards.runner import submit_task
-from opd_fast.training.methods.advantages import advantages
 from opd_fast.training.methods.image_buffer import ImageBuffer
 from opd_fast.training.setup import Setup
-from opd_fast.training.teachers import TeacherConditioning
+
+
+def varied(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Returns (B,) bool, whether a sample's group has different rewards; a group of equal rewards teaches nothing."""
+    count = int(groups.max()) + 1 if len(groups) else 0
+    highest = rewards.new_full((count,), -torch.inf).scatter_reduce(0, groups, rewards, "amax")
+    lowest = rewards.new_full((count,), torch.inf).scatter_reduce(0, groups, rewards, "amin")
+    return (highest > lowest)[groups]
+
+
+def advantages(
+    rewards: Tensor, groups: Tensor, *, std: Literal["global", "group"] = "global", eps: float = 1e-4, clip: float = 5.0
+) -> Tensor:
+    """(reward - mean of its group) / (std + eps), clipped to [-clip, clip].
+
+    `groups` (B,) int64 is equal for the images of one prompt, numbered from 0 (`rewards.prompt_groups`). `std` is the
+    population standard deviation of all rewards (B,), Flow-GRPO's default, or of each group's. Returns (B,) float32,
+    exactly 0 in groups whose rewards are all equal. Raises ValueError for a reward that is not finite, because the mean
+    would spread it over its group.
+    """
+    if not bool(rewards.isfinite().all()):
+        raise ValueError("a reward is NaN or infinite; it would spoil its group's mean: judge with policy raise")
+    values = rewards.double()
+    count = int(groups.max()) + 1 if len(groups) else 0
+    size = torch.zeros(count, dtype=torch.float64, device=values.device).index_add_(0, groups, torch.ones_like(values))
+    mean = torch.zeros_like(size).index_add_(0, groups, values) / size
+    gap = (values - mean[groups]).masked_fill(~varied(rewards, groups), 0.0)  # the mean of equals is rounded
+    if std == "group":
+        spread = (torch.zeros_like(size).index_add_(0, groups, gap.square()) / size).sqrt()[groups]
+    else:
+        spread = values.std(correction=0)
+    return (gap / (spread + eps)).clamp(-clip, clip).float()
+
+
+# --- the method -------------------------------------------------------------------------------------------------------
 
 
 class Reinforcement(ImageBuffer):
@@ -31,16 +65,15 @@ class Reinforcement(ImageBuffer):
     def __init__(self, setup: Setup) -> None:
         self.rl = setup.config.rl
         self.kl = method_spec(setup.config).base_weight(setup.config)
-        repeats, guidance = self.rl.images_per_prompt, setup.config.student.guidance
-        super().__init__(setup, updates=self.rl.updates, repeats=repeats, guidance=guidance)
+        super().__init__(setup, setup.config.student.guidance)
 
     @abstractmethod
     def roll_out(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The final latents (n, C, H, W) of this process in rollout `epoch`, and what learning needs beside them."""
 
-    @abstractmethod
     def chosen(self, drawn: dict[str, Tensor]) -> Tensor:
-        """Returns (B,) bool: the images to learn from."""
+        """Returns (B,) bool: the images to learn from, by default all."""
+        return torch.ones_like(drawn["advantage"], dtype=torch.bool)
 
     def select(self, order: Tensor) -> Tensor:
         return order[self.chosen(self._drawn)[order]]
@@ -55,12 +88,8 @@ class Reinforcement(ImageBuffer):
                 parameter.grad = torch.zeros_like(parameter)
         return losses
 
-    def fault(self, index: int, losses: Tensor) -> str | None:
-        """Returns in words where a round's losses first cease to be finite; None where all are finite."""
-        if (place := self.not_finite(index, losses)) is None:
-            return None
-        row, task = place
-        return f"the loss of task {task!r} is not finite at step {self.trained_steps(index // self.updates)[row]}"
+    def fault(self, index: int, row: int, sample: int) -> str:
+        return f"{super().fault(index, row, sample)} at step {self.trained_steps(index // self.updates)[row]}"
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
         return super().metrics(index, losses) | {"images": float(self._learnt)}
@@ -69,12 +98,6 @@ class Reinforcement(ImageBuffer):
         """What the transformer is given beside the states of some images, under the student's guidance."""
         setup = self.setup
         return Conditioning.build(setup.model, self.text(epoch, rows), setup.text.negative, setup.student.guidance)
-
-    def base_velocities(self, x: Tensor, sigma: Tensor, condition: Conditioning) -> Velocities:
-        """Returns the base's velocities, without gradient."""
-        guidance = torch.full((len(x),), condition.branch_guidance, device=x.device)
-        teacher_condition = TeacherConditioning(((0, slice(0, len(x)), condition),), guidance)
-        return self._base.velocities(x, sigma, teacher_condition)
 
     def _draw(self, epoch: int) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -91,9 +114,8 @@ class Reinforcement(ImageBuffer):
         rewards, teachers = torch.empty(len(self.rank_indices)), self.setup.config.teachers
         waiting = []
         for task, prompts, in_task, positions in self.rank_parts(epoch):  # the tasks are judged beside each other
-            of_images = [prompts[i] for i in positions.tolist()]
-            of_task = images[in_task.to(images.device)]
-            waiting.append((in_task, submit_task(self.reward_runner, teachers[task], of_task, of_images)))
+            drawn, of_images = images[in_task.to(images.device)], [prompts[i] for i in positions.tolist()]
+            waiting.append((in_task, submit_task(self.reward_runner, teachers[task], drawn, of_images)))
         for in_task, reward in waiting:
             rewards[in_task] = reward()
         device = self.setup.model.device  # where NCCL can gather

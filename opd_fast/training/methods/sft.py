@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
-from opd_fast.models.guidance import Conditioning, predict_velocities
+from opd_fast.models.guidance import Conditioning
 from opd_fast.rewards.runner import submit_task
 from opd_fast.seeds import SftDraw, Stream, noise_keys
 from opd_fast.training.methods.image_buffer import ImageBuffer
@@ -49,7 +49,7 @@ class SFT(ImageBuffer):
     def __init__(self, setup: Setup) -> None:
         self.sft = setup.config.sft
         self.guidance = setup.student.guidance if setup.model.guidance_kind == "embedded" else None
-        super().__init__(setup, updates=self.sft.updates, repeats=1, guidance=self.guidance)
+        super().__init__(setup, self.guidance)
 
     def trained_steps(self, epoch: int) -> range:
         return range(1)
@@ -58,11 +58,6 @@ class SFT(ImageBuffer):
         if "reward" not in self._drawn:
             return None
         return self.setup.world.gather_samples(self._drawn["reward"], self.images)
-
-    def fault(self, index: int, losses: Tensor) -> str | None:
-        """Returns in words which task's loss is not finite; None where all are finite."""
-        place = self.not_finite(index, losses)
-        return None if place is None else f"the loss of task {place[1]!r} is not finite"
 
     def metrics(self, index: int, losses: Tensor) -> dict[str, float]:
         """Returns the loss of the round just accumulated, whole and by task; the mean rewards of the images in hand,
@@ -95,22 +90,14 @@ class SFT(ImageBuffer):
         repeated = [prompts[i] for i in positions.tolist() for _ in range(several)]
         keys = noise_keys(train.seed, Stream.ROLLOUT, epoch, task, samples=len(prompts) * several)
         keys = keys.view(-1, several)[positions].flatten().to(model.device)
-        at_once = train.micro_batch or train.samples_per_task
+        at_once, guidance = train.micro_batch or train.samples_per_task, setup.teachers.teachers[task].guidance
         latents = []
         with setup.teachers.active(task) as transformer:
             for start in range(0, len(repeated), at_once):
                 part = slice(start, start + at_once)
+                branches = setup.text.rows([prompt.text for prompt in repeated[part]]), setup.text.negative
                 latents.append(
-                    sample(
-                        model,
-                        transformer,
-                        setup.text.rows([prompt.text for prompt in repeated[part]]),
-                        setup.text.negative,
-                        setup.teachers.teachers[task].guidance,
-                        setup.table,
-                        shape=setup.shape,
-                        keys=keys[part],
-                    )
+                    sample(model, transformer, *branches, guidance, setup.table, shape=setup.shape, keys=keys[part])
                 )
         x0 = torch.cat(latents)
         if several == 1:
@@ -140,14 +127,11 @@ class SFT(ImageBuffer):
                 noise = philox_normal(keys[part], setup.shape, SftDraw.NOISE)
                 t = philox_normal(keys[part], (1, 1, 1), SftDraw.LEVEL).sigmoid()
                 x, level = torch.lerp(x0, noise, t), t.flatten()
-                text = self.text(epoch, part)
-                condition = Conditioning.build(model, text, None, self.guidance)
+                condition = Conditioning.build(model, self.text(epoch, part), None, self.guidance)
                 v = setup.student.velocities(model, x, level, condition).cond
                 loss = flow_matching_loss(v, x0, noise)
                 if weight > 0:
-                    with torch.no_grad(), self._base.active(0) as transformer:
-                        base = predict_velocities(model, transformer, x, level, condition).cond
-                    away = squared_gap(v, base)
+                    away = squared_gap(v, self.base_velocities(x, level, condition).cond)
                     loss = loss + weight * away
                     gap += (share * away.detach()).sum()
                 weighed = share * loss
