@@ -284,6 +284,7 @@ def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
 
 def _row_names(loras: Sequence[str | None]) -> list[str]:
     """The last parts of the LoRAs' names that tell them apart, and `base`."""
+    loras = [None if lora is None else str(Path(lora)) for lora in loras]
     depth = 1
     while True:
         names = [BASE if lora is None else "/".join(Path(lora).parts[-depth:]) for lora in loras]

@@ -68,6 +68,7 @@ RUN: dict[str, str] = {
     "judges.md: # hpsv3_server.py": "rewards.test_documented_judges:test_the_server_of_hpsv3",
     "judges.md: # judged.yaml": "rewards.test_documented_judges:test_the_settings_of_a_run",
     "judges.md: # my_judges.py": "rewards.test_documented_judges:test_a_judge_of_ones_own",
+    "table.md: python -m opd_fast.evaluate --model": "evaluation.test_page:test_the_table",
     "CONTRIBUTING.md: make test": "test_make_runs_what_continuous_integration_runs",
     "architecture.md: --- opd_fast/solvers.py": "test_strangers_changes:test_a_solver",
     "architecture.md: --- opd_fast/objectives.py": "test_strangers_changes:test_an_objective",
@@ -80,6 +81,8 @@ RUN: dict[str, str] = {
 
 NODES = "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:29500"
 NOT_RUN: dict[str, str] = {
+    "table.md: python -m opd_fast.train sd35-teacher-ocr": "SD3.5-Medium; tests/rewards train with these rewards, and "
+    "test_recipes reads the recipe",
     "evaluation.md: OUT/results.json": "a list of files, which the page's commands leave",
     'README.md: python -m venv .venv && . .venv/bin/activate && pip install -e ".[test]"': "it runs these very tests; "
     ".ci/run takes it from the page, word for word",

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from opd_fast.data.text_store import TextStore, row_layout
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.text import TextEmbeds
-from opd_fast.reporting.telemetry import PLAIN_SECONDS
 
 
 class EmbeddingCache:
@@ -103,33 +99,3 @@ def _allocate(like: TextEmbeds, count: int, device: torch.device, limit: int) ->
     width = sum(math.prod(t.shape[1:]) * t.element_size() for t in like.tensors.values())
     device = device if width * count <= limit else torch.device("cpu")
     return TextEmbeds(**{k: t.new_empty(count, *t.shape[1:], device=device) for k, t in like.tensors.items()})
-
-
-@contextlib.contextmanager
-def encoding_progress() -> Iterator[Callable[[int, int], None]]:
-    """Yield ``progress`` for ``EmbeddingCache.build``: a bar on a terminal, and a line every few seconds elsewhere.
-
-    Nothing is shown where nothing is encoded.
-    """
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    console = Console(stderr=True)
-    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True)
-    task = bar.add_task("prompts", total=None)
-    printed = time.monotonic()
-
-    def advance(done: int, total: int) -> None:
-        nonlocal printed
-        if console.is_terminal:
-            bar.start()
-            bar.update(task, completed=done, total=total)
-        elif time.monotonic() - printed >= PLAIN_SECONDS:
-            printed = time.monotonic()
-            print(f"encoded {done}/{total} prompts", file=sys.stderr, flush=True)
-
-    try:
-        yield advance
-    finally:
-        if console.is_terminal:  # elsewhere it would end with an empty line
-            bar.stop()

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError
 from opd_fast.evaluation.judge import ROWS, Judged
 from opd_fast.evaluation.judgements import read_identity, read_scores
 from opd_fast.evaluation.request import Request
 from opd_fast.reporting.reward_keys import reward_keys
+from opd_fast.rewards.geneval_rules import by_tag
 
 AVERAGE = "min-max mean over the listed rows"
 RESAMPLES = 2000
@@ -52,15 +54,9 @@ class Cell:
 
     def by_tag(self) -> dict[str, float]:
         """Return the mean of each `tag` of the prompts' metadata, and `mean of tags`; empty where there are no tags."""
-        tags = [str(prompt["metadata"].get("tag", "")) for prompt in self.prompts]
-        if not all(tags):
-            return {}
-        of_image = np.array([tags[i % len(tags)] for i in range(len(self.values))])
-        found = {}
-        for tag in dict.fromkeys(tags):
-            values = self.values[of_image == tag]
-            found[tag] = float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-        return found | {"mean of tags": float(np.mean(list(found.values())))}
+        prompts = [Prompt(prompt["text"], prompt["metadata"]) for prompt in self.prompts]
+        found = by_tag(self.values, [prompts[i % len(prompts)] for i in range(len(self.values))])
+        return {} if found is None else found.tags | {"mean of tags": found.overall}
 
 
 Table = dict[str, dict[Column, Cell]]

@@ -105,7 +105,7 @@ class _Work:
                 for task in self.request.tasks
             }
             if any(left.values()):
-                self.sampler = self.sampler or open_sampler(self.request)
+                self.sampler = self.sampler or open_sampler(self.request, shown=self.world.is_main)
                 with self.sampler.row(row) as draw:
                     for task in self.request.tasks:
                         self._draw(row.name, task, left[task.name], draw, runner)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opd_fast.config.paths import resolve_source
 from opd_fast.data.prompt_files import Prompt
-from opd_fast.data.text_embeddings import EmbeddingCache, encoding_progress
+from opd_fast.data.text_embeddings import EmbeddingCache
 from opd_fast.data.text_store import TextStore
 from opd_fast.distributed.resolve import pick_device, pick_dtype
 from opd_fast.errors import UserError, one_line
@@ -20,6 +20,7 @@ from opd_fast.evaluation.request import ModelRow, Request
 from opd_fast.models import FAMILIES, find_family, load_model, meta_model
 from opd_fast.models.lora.load import check_weights, load_transformer
 from opd_fast.models.pipeline_folder import read_index, resolve_pipeline
+from opd_fast.reporting.progress import progress_of
 from opd_fast.solvers import solver_table
 from opd_fast.training.evaluation import ImageSampler
 
@@ -75,15 +76,15 @@ def unguided(request: Request) -> float:
     return find_family(request.family, lambda: resolve_pipeline(request.model)).unguided
 
 
-def open_sampler(request: Request) -> Sampler:
-    """Load what all rows share. Raises ValueError for what is missing or damaged."""
-    return FamilySampler(request) if is_family(request) else PipelineSampler(request)
+def open_sampler(request: Request, *, shown: bool = True) -> Sampler:
+    """Load what all rows share, and where `shown` print how far that is. Raises ValueError for what cannot be loaded."""
+    return FamilySampler(request, shown) if is_family(request) else PipelineSampler(request)
 
 
 class FamilySampler:
     """Draws with the engine's own families; text is encoded once for all rows."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, shown: bool) -> None:
         self.request = request
         device = pick_device()
         self.model = load_model(
@@ -98,7 +99,7 @@ class FamilySampler:
             self.model.vae.enable_tiling()
         store = TextStore.open(request.text_cache, self.model, "text-cache")
         prompts = [prompt.text for task in request.tasks for prompt in task.prompts]
-        with encoding_progress() as encoded:
+        with progress_of("encoded", "prompts", shown=shown) as encoded:
             self.text = EmbeddingCache.build(self.model, prompts, progress=encoded, store=store)
         self.model.release_text_encoders()
         resolution = self.model.resolution(request.resolution)

@@ -24,25 +24,23 @@ def progress_of(done_what: str, what: str, *, shown: bool = True) -> Iterator[Ca
     from rich.progress import MofNCompleteColumn, Progress
 
     console = Console(stderr=True)
-    if not shown or not console.is_terminal:
-        printed = time.monotonic()
-
-        def line(done: int, total: int) -> None:
-            nonlocal printed
-            if shown and time.monotonic() - printed >= PLAIN_SECONDS:
-                printed = time.monotonic()
-                print(f"{done_what} {done}/{total} {what}", file=sys.stderr, flush=True)
-
-        yield line
-        return
     bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True)
     task = bar.add_task(what, total=None)
+    printed = time.monotonic()
 
     def advance(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
+        nonlocal printed
+        if not shown:
+            return
+        if console.is_terminal:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+        elif time.monotonic() - printed >= PLAIN_SECONDS:
+            printed = time.monotonic()
+            print(f"{done_what} {done}/{total} {what}", file=sys.stderr, flush=True)
 
     try:
         yield advance
     finally:
-        bar.stop()
+        if console.is_terminal:  # elsewhere it would end with an empty line
+            bar.stop()

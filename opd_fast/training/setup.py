@@ -13,7 +13,7 @@ from opd_fast.config import Config
 from opd_fast.config.methods.spec import method_spec
 from opd_fast.data.prompt_files import Prompt, load_prompts
 from opd_fast.data.schedule import PromptSource, TaskSchedule
-from opd_fast.data.text_embeddings import EmbeddingCache, encoding_progress
+from opd_fast.data.text_embeddings import EmbeddingCache
 from opd_fast.data.text_store import TextStore
 from opd_fast.distributed.plan import Planner, branches, rollout_solver, task_schedule
 from opd_fast.distributed.resolve import Resolved
@@ -21,6 +21,7 @@ from opd_fast.distributed.world import World
 from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.guidance import Conditioning
+from opd_fast.reporting.progress import progress_of
 from opd_fast.seeds import noise_keys
 from opd_fast.solvers import SolverTable
 from opd_fast.training.evaluation import EvalTask
@@ -173,7 +174,7 @@ def _encode(
     # One process of a machine writes the store, the others read it. Waiting for it takes all processes, those included
     # whose machine can keep no store.
     stored = world.any(store is not None, model.device)
-    with world.local_main_first() if stored else nullcontext(), encoding_progress() as progress:
+    with world.local_main_first() if stored else nullcontext(), progress_of("encoded", "prompts") as progress:
         text = EmbeddingCache.build(model, texts, progress=progress, store=store)
     model.release_text_encoders()
     read = f", read {len(text) - text.encoded} from {store.folder}" if store is not None else ""

@@ -17,13 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from opd_fast.config.command_line import read_config
-from opd_fast.data import text_embeddings, text_store
+from opd_fast.data import text_store
 from opd_fast.data.prompt_files import load_prompts
-from opd_fast.data.text_embeddings import EmbeddingCache, encoding_progress
+from opd_fast.data.text_embeddings import EmbeddingCache
 from opd_fast.data.text_store import TextStore, cache_root, text_files, text_key
 from opd_fast.errors import UserError
 from opd_fast.models import DiffusionModel, TextEmbeds, load_model
 from opd_fast.models.text import TextEncoders
+from opd_fast.reporting import progress as progress_module
+from opd_fast.reporting.progress import progress_of
 from opd_fast.training.setup import prepare
 from tests.runs import settings, write_world
 from tests.tiny import save_tiny
@@ -505,16 +507,16 @@ def test_a_run_reads_what_the_run_before_it_kept(tmp_path: Path, monkeypatch: py
 
 def test_progress_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    with encoding_progress() as progress:
+    with progress_of("encoded", "prompts") as progress:
         progress(1, 3)
     assert capsys.readouterr().err == ""  # over before anyone waits
-    monkeypatch.setattr(text_embeddings, "PLAIN_SECONDS", 0.0)
-    with encoding_progress() as progress:
+    monkeypatch.setattr(progress_module, "PLAIN_SECONDS", 0.0)
+    with progress_of("encoded", "prompts") as progress:
         progress(1, 3)
     assert capsys.readouterr().err == "encoded 1/3 prompts\n"
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with encoding_progress() as progress:
+    with progress_of("encoded", "prompts") as progress:
         assert capsys.readouterr().err == ""
         progress(2, 3)
         progress(3, 3)

@@ -79,3 +79,26 @@ def test_any_pipeline(tmp_path: Path) -> None:
         tmp_path / "runs" / "table" / "images" / "words, guidance 4.5" / "geneval" / "00000" / "samples" / "0000.png"
     )
     assert image.is_file()
+
+
+def test_the_table(tmp_path: Path) -> None:
+    """docs/table.md: the paper's table, of small weights and the bundled rewards."""
+    write_world(tmp_path)
+    for name, lines in (("geneval", PROMPTS["plain"]), ("ocr", PROMPTS["words"])):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "test.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "data" / "drawbench.tsv").write_text("Prompts\tCategory\na red circle\tColors\n")
+    shutil.copytree(tmp_path / "words", tmp_path / "runs" / "mine" / "student")
+    small = {
+        "stabilityai/stable-diffusion-3.5-medium": tmp_path / "pipeline",
+        "--resolution 512 --steps 40": "--resolution 32 --steps 2",
+        "quanhaol/DiffusionOPD/GenEvalTeacher/lora": tmp_path / "words",
+        "quanhaol/DiffusionOPD/OCRTeacher/lora": tmp_path / "plain",
+        "geneval_accuracy,ocr,": "colour,text,",
+        "pickscore+clipscore+hps+aesthetic+image_reward+unified_reward": "colour --out out",
+    }
+    run(replaced(block("table.md: python -m opd_fast.evaluate --model"), small))
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    names = [f"{name}, guidance {g}" for name in ("base", "words", "plain", "student") for g in ("none", "4.5")]
+    assert list(rows) == names
+    assert set(rows[names[0]]) == {"geneval/colour", "text", "drawbench/colour"}
