@@ -77,7 +77,7 @@ def unguided(request: Request) -> float:
 
 
 def open_sampler(request: Request, *, shown: bool = True) -> Sampler:
-    """Load what all rows share, and where `shown` print how far that is. Raises ValueError for what cannot be loaded."""
+    """Load what all rows share, and print how far that is where `shown`. Raises ValueError for what is missing."""
     return FamilySampler(request, shown) if is_family(request) else PipelineSampler(request)
 
 
