@@ -1,6 +1,6 @@
 """GenEval's colours: CLIP ViT-L/14 names the colour of a detected object, zero-shot.
 
-Source: `evaluation/evaluate_images.py` of github.com/djghosh13/geneval with open_clip's `ViT-L-14`, `openai`, and
+Source: evaluation/evaluate_images.py of github.com/djghosh13/geneval with open_clip's `ViT-L-14`, `openai`, and
 clip_benchmark's zero-shot classifier. What is not the object is painted #999, the picture is cut to the object's box,
 and its vector is compared with those of ten colours, each the mean of three sentences that name the object's class.
 """

@@ -1,9 +1,9 @@
 """GenEval's rules: from the objects found in an image to partial, strict and accuracy; and the means per tag.
 
 Nothing here looks at pixels. GenEval (arXiv 2310.11513) checks a record's clauses: how many objects of a class, in
-which colour, in which relation. `accuracy` is the benchmark (`evaluation/evaluate_images.py` of
+which colour, in which relation. `accuracy` is the benchmark (evaluation/evaluate_images.py of
 github.com/djghosh13/geneval), `partial` and `strict` are Flow-GRPO's (arXiv 2505.05470;
-`reward_server/gen_eval.py` of github.com/yifan123/reward-server).
+reward_server/gen_eval.py of github.com/yifan123/reward-server).
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ class TagMeans(NamedTuple):
 
 
 def by_tag(values: Iterable[float], prompts: Sequence[Prompt]) -> TagMeans | None:
-    """Group values by the prompts' `metadata["tag"]` and average them, as GenEval's `summary_scores.py` does.
+    """Group values by the prompts' `metadata["tag"]` and average them, as GenEval's summary_scores.py does.
 
     Args:
         values: one for each prompt; NaN stands for one that is missing and is left out.

@@ -1,6 +1,6 @@
 """Asks a public GenEval server, of Flow-GRPO's protocol, for judgements.
 
-The server is github.com/yifan123/reward-server (`app_geneval.py`, port 18085). A request is a POST to `/` of a pickled
+The server is github.com/yifan123/reward-server (app_geneval.py, port 18085). A request is a POST to `/` of a pickled
 dict: `images`, a list of JPEG files as bytes; `meta_datas`, their records; `only_strict`, whether the benchmark's
 accuracy may be left out. The answer is a pickled dict of lists: `scores` (partial), `rewards` (accuracy),
 `strict_rewards`, and two groupings by tag that are not read here. After a failure the server answers 500 with a

@@ -144,7 +144,7 @@ def test_a_run_is_refused_before_it_loads(
     small_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = broken(small_world, tmp_path)
-    for part in ("opd_fast.training.setup.load_model", "opd_fast.models.load_model"):
+    for part in ("opd_fast.training.setup.load_model", "opd_fast.evaluation.samplers.load_model"):
         monkeypatch.setattr(part, lambda *a, **k: pytest.fail("the model was loaded"))
     said = (
         f"teachers[0].eval_prompts: {tmp_path / 'held-out.txt'}, line 3, which the reward text judges, has no target; "

@@ -85,7 +85,7 @@ def test_evaluations_take_it_too(
     meta = meta_model(str(folder), dtype=torch.float32)
     own = meta.resolution(None)
     monkeypatch.setattr(type(meta), "latent_shape", lambda model, resolution: seen.append(resolution))
-    monkeypatch.setattr("opd_fast.models.load_model", load)
+    monkeypatch.setattr("opd_fast.evaluation.samplers.load_model", load)
     argv = ["--model", str(folder), "--prompts", str(tmp_path / "p.txt"), "--rewards", "colour"]
     with pytest.raises(ValueError, match="loaded"):
         evaluate.main([*argv, "--out", str(tmp_path / "out")])

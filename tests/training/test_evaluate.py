@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_told_before_weights_are_read(
     folder = save_tiny_flux(tmp_path / "schnell", schnell=True)
     wide = tiny_flux_transformer(num_attention_heads=4)
     write_random_lora(wide, tmp_path / "lora", rank=2, alpha=2.0, targets=["attn.to_q"], std=0.1)
-    monkeypatch.setattr("opd_fast.models.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("opd_fast.evaluation.samplers.load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     for options, said in (
         (["--guidance", "3.5"], "error: guidance: 3.5 with a flux model that has none; give 1"),
         (["--lora", str(tmp_path / "lora")], "take the LoRA of this model"),
