@@ -231,6 +231,13 @@ def test_every_file_is_named_as_it_is() -> None:
     assert not gone
 
 
+def test_the_bundled_evaluation() -> None:
+    text, found, run = page("docs/evaluation.md"), result("evaluate-bundled"), result("bundled-ode")
+    states(text, f"this took {found['seconds']:.0f} s on two CPU cores, for {found['drawn']} images")
+    for row, means in run["rows"].items():
+        assert found["rows"][row] == pytest.approx(means, abs=1e-6), row
+
+
 def test_the_ways_to_wait() -> None:
     text, ways = page("docs/engine.md"), result("waiting")["ways"]
     default = "libgomp's default"

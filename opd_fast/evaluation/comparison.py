@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,22 @@ def merged(tables: Mapping[str, Table]) -> Table:
 def _images(cell: Cell) -> str:
     identity = read_identity(cell.folder)
     return str(cell.folder) if identity is None else str(identity["images"])
+
+
+def image_lines(table: Table) -> Iterator[dict[str, Any]]:
+    """Yield a line for every image of every row: row, task, prompt, sample, the prompt's text, and its scores."""
+    for row, cells in table.items():
+        by_task: dict[str, dict[str, Cell]] = {}
+        for column, cell in cells.items():
+            by_task.setdefault(column.task, {})[column.reward] = cell
+        for task, of_task in by_task.items():
+            prompts = next(iter(of_task.values())).prompts
+            for index in range(len(next(iter(of_task.values())).values)):
+                sample, prompt = divmod(index, len(prompts))
+                scores = {name: float(cell.values[index]) for name, cell in of_task.items()}
+                kept = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+                where = {"row": row, "task": task, "prompt": prompt, "sample": sample}
+                yield where | {"text": prompts[prompt]["text"], "scores": kept}
 
 
 def to_results(table: Table, failures: Sequence[str]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def print_comparison(results: dict[str, Any], best: Mapping[str, set[str]], cons
     for row, means in results["rows"].items():
         cells = []
         for name in names:
-            cell = number(means.get(name)) + half_width(results["intervals"][row].get(name))
+            cell = "\n".join(filter(None, (number(means.get(name)), half_width(results["intervals"][row].get(name)))))
             cells.append(f"[bold]{cell}[/bold]" if row in best.get(name, ()) else cell)
         if results["average"]:
             cells.append(number(results["average"].get(row)))
@@ -81,11 +81,11 @@ def print_tags(results: dict[str, Any], console: Any) -> None:
 
 
 def half_width(interval: Sequence[float | None] | None) -> str:
-    """Return `±x` of an interval; empty where it has no ends."""
+    """Return `±x`, half of an interval; empty where it has no ends."""
     if interval is None or any(end is None or not math.isfinite(end) for end in interval):
         return ""
     low, high = (float(end) for end in interval if end is not None)
-    return f" ±{(high - low) / 2:.3f}"
+    return f"±{(high - low) / 2:.3f}"
 
 
 def columns_of(results: dict[str, Any]) -> list[str]:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from opd_fast import evaluate, scale
+from opd_fast import scale
 from opd_fast.config.command_line import SWITCHES, Command, parse
 from opd_fast.config.options import Option, read, settle
 from opd_fast.config.run_dir import prepare_run_dir
 from opd_fast.config.serialize import changed, leaves, to_dict
 from opd_fast.errors import UserError
+from opd_fast.evaluation import command_line
 
 TEACHERS = [{"name": name, "weights": f"org/{name}", "prompts": "p.txt"} for name in ("a-b", "7", "c.d")]
 
@@ -149,7 +150,7 @@ def test_switches_take_hyphens_and_underscores(tmp_path: Path) -> None:
     assert {"--run-dir", "--resume", "--dry-run"} <= set(SWITCHES)
 
 
-@pytest.mark.parametrize("options", [evaluate.OPTIONS, scale.OPTIONS], ids=["evaluate", "scale"])
+@pytest.mark.parametrize("options", [command_line.OPTIONS, scale.OPTIONS], ids=["evaluate", "scale"])
 def test_doors_document_hyphens_and_take_both(options: tuple[Option, ...]) -> None:
     for option in options:
         assert "_" not in option.name
@@ -163,7 +164,7 @@ def test_doors_read_both(tmp_path: Path) -> None:
     required = ["--prompts", "p.txt", "--rewards", "text"]
     for _ in "-_":
         argv = [f"--images{_}per{_}prompt", "3", f"--text{_}cache", "off", f"--reward{_}timeout", "null", "--eta=0.5"]
-        found = evaluate._settings([*required, *argv])
+        found = command_line.read_settings([*required, *argv])
         assert (found.images_per_prompt, found.text_cache, found.reward_timeout, found.eta) == (3, "off", None, 0.5)
 
 

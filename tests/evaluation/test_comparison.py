@@ -94,7 +94,7 @@ def test_what_is_printed(tmp_path: Path) -> None:
     text = out.getvalue()
     assert best_keys(rows) == {"a": {"student"}, "b": {"base"}}
     bold = [line for line in text.splitlines() if "\x1b[1m" in line]
-    assert any("\x1b[1m0.500 ±0.000\x1b[0m" in line for line in bold)
+    assert any("\x1b[1m0.500\x1b[0m" in line for line in bold)
     assert not any("\x1b[1m0.200" in line for line in bold)
     assert "last column: min-max mean over the listed rows" in text
     assert "down" in text

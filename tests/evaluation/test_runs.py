@@ -19,7 +19,7 @@ from opd_fast.evaluation.judgements import Judgements, read_scores
 from opd_fast.evaluation.samplers import FamilySampler
 from opd_fast.training.evaluation import ImageSampler
 from opd_fast.training.loop import train
-from tests.runs import settings, write_world
+from tests.runs import PROMPTS, settings, write_world
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,11 @@ def test_a_run_is_judged_as_it_judged_itself(run: Path, tmp_path: Path) -> None:
     for row, means in own["rows"].items():
         assert found["rows"][row] == pytest.approx(means, abs=1e-6), row
     assert found["drawn"] == 4 * 6
+    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 * 6
+    of_student = [line["scores"]["colour"] for line in lines if (line["row"], line["task"]) == ("student", "plain")]
+    assert sum(of_student) / 3 == pytest.approx(found["rows"]["student"]["colour"])
+    assert lines[4]["text"] == PROMPTS["plain"][1]
     assert (out / "report.html").read_text().count("data:image/png;base64,") > 6
 
 
