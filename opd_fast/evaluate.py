@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
         if settings.runs:
             return _compare(settings, world, began)
         request = _of_model(settings, pairs) if pairs else _of_bundle(settings)
+        request = replace(request, out=world.on_first(lambda: request.out))  # its time is that of the first process
         results, table, out = _evaluate(settings, request, world, began)
         if world.is_main:
             _show(settings, request, results, table, out)
@@ -143,18 +144,15 @@ def _task_name(source: str, tasks: Sequence[EvalTask]) -> str:
     return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
-def _row_names(loras: Sequence[str | None]) -> list[str]:
-    """The last parts of the LoRAs' names that tell them apart, and `base`."""
-    loras = [None if lora is None else str(Path(lora)) for lora in loras]
-    depth = 1
-    while True:
+def _row_names(loras: Sequence[str | None], key: str = "lora") -> list[str]:
+    """The last parts of paths that tell them apart, and `base` for None; `key` names them in errors."""
+    names: list[str] = []
+    for depth in range(1, 1 + max(len(Path(lora or BASE).parts) for lora in loras)):
         names = [BASE if lora is None else "/".join(Path(lora).parts[-depth:]) for lora in loras]
-        if len(set(names)) == len(set(loras)):
-            break
-        depth += 1
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise UserError("lora", f"{twice[0]} stands twice", "name it once")
-    return names
+        if len(set(names)) == len(names):
+            return names
+    twice = next(name for i, name in enumerate(names) if name in names[:i])
+    raise UserError(key, f"{twice} stands twice", "name each once")
 
 
 def _shown(guidance: float | None) -> str:
@@ -282,7 +280,7 @@ def _compare(settings: SimpleNamespace, world: World, began: float) -> int:
     tables: dict[str, Table] = {}
     failures: list[str] = []
     request: Request | None = None
-    for folder, name in zip(settings.runs, _row_names([str(run) for run in settings.runs]), strict=True):
+    for folder, name in zip(settings.runs, _row_names([str(run) for run in settings.runs], "RUN"), strict=True):
         if (folder / "evaluation.json").is_file() and not (folder / "config.yaml").is_file():
             tables[name] = read_evaluation(folder)
             continue

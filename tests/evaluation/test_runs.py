@@ -214,6 +214,9 @@ def test_several_runs_stand_in_one_table(run: Path, tmp_path: Path, capsys: pyte
     assert list(again["average"].values()) == list(found["average"].values())
 
 
+NAMED = ("--prompts", "bundled/colour", "--rewards", "colour")
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -221,6 +224,9 @@ def test_several_runs_stand_in_one_table(run: Path, tmp_path: Path, capsys: pyte
         (["unfinished"], "error: RUN: unfinished has not begun and has no student yet; finish it with --resume"),
         (["RUN", "--model", "bundled"], "error: model: is not read beside a run, whose settings say it"),
         (["RUN", "--guidance", "1,4"], "error: guidance: 1,4 beside a run; give one number"),
+        (["--model", "bundled", "--lora", "a,a", *NAMED], "error: lora: a stands twice; name each once"),
+        (["--model", "bundled", "--lora", "base,./base", *NAMED], "error: lora: base stands twice; name each once"),
+        (["unfinished", "./unfinished"], "error: RUN: unfinished stands twice; name each once"),
         (["RUN", "--guidance", "much"], "error: guidance: 'much' is not a number"),
         (["RUN", "--rewards", "colr"], "unknown reward 'colr'"),
         (["RUN", "--rewards", "text"], "which the reward text judges, has no target"),
