@@ -315,6 +315,20 @@ def test_half_of_a_tokenizer_is_not_one(folder: Path, cache: Path) -> None:
         (cache / name).unlink()
 
 
+def test_weights_of_which_a_shard_is_absent_are_not_there(cache: Path) -> None:
+    needs = ("config.json", "model*.safetensors|pytorch_model*.bin")
+    (cache / "config.json").write_text("{}")
+    for number in (1, 3, 2):
+        assert find_model("detector", "owner/name", fetch=False, needs=needs) is None
+        (cache / f"model-0000{number}-of-00003.safetensors").write_bytes(b"")
+    assert find_model("detector", "owner/name", fetch=False, needs=needs) == cache
+    (cache / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"lacks model\*\.safetensors or .*hf download owner/name"):
+        find_model("detector", "owner/name", needs=needs)
+    (cache / "model.safetensors").write_bytes(b"")
+    assert find_model("detector", "owner/name", needs=needs) == cache
+
+
 @pytest.mark.parametrize("file", ["HPS_v2.1_compressed.pt", "sac+logos.pth", "weights.bin", "model.safetensors"])
 def test_one_file_of_a_repository(cache: Path, file: str) -> None:
     with pytest.raises(UserError, match="hf download owner/name"):
