@@ -23,7 +23,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the channels in 0..1: what CLIPProcessor and open_clip subtract and divide by, for all models named here."""
 
 TOKENIZER_FILES = ("*.json", "*.txt")
-TOKENIZER_NEEDS = ("tokenizer.json|merges.txt",)
+TOKENIZER_NEEDS = ("tokenizer.json|vocab.json", "tokenizer.json|merges.txt")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 """What is fetched, and what is read too where it is there."""
 MODEL_FILES = (*TOKENIZER_FILES, _WEIGHTS[0])

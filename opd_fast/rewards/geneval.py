@@ -26,7 +26,7 @@ from opd_fast.rewards.clip_model import check_clip, load_clip
 from opd_fast.rewards.geneval_colours import ColourNamer
 from opd_fast.rewards.geneval_detector import Detector, check_detector, find_detector
 from opd_fast.rewards.geneval_rules import Judgement, colours_asked, judge, kept_objects, record_fault
-from opd_fast.rewards.geneval_server import BATCH, GenEvalServer, parse_address
+from opd_fast.rewards.geneval_server import BATCH, GenEvalServer
 from opd_fast.rewards.model_reward import ModelReward
 
 REMEMBERED = 16_384
@@ -62,7 +62,7 @@ class Judge:
     def check(self) -> None:
         """Find what is missing. Raises UserError."""
         if self.models.geneval_server is not None:
-            parse_address(self.models.geneval_server)
+            self._connect(self.models.geneval_server)
             return
         check_detector(self.models.detector)
         check_clip("clip", self.models.clip)
@@ -78,13 +78,16 @@ class Judge:
                 return
             self._known.clear()
             if (address := self.models.geneval_server) is not None:
-                self._server = GenEvalServer(address, self.models.requests, self.models.retries)
+                self._server = self._connect(address)
             else:
                 exact = torch.float32 if self.models.dtype == "auto" else dtype
                 self._detector = Detector.load(find_detector(self.models.detector), device, exact)
                 clip = load_clip("clip", self.models.clip, device, dtype)
                 self._colours = ColourNamer(clip, device, self.models.batch)
             self._loaded = device, dtype
+
+    def _connect(self, address: str) -> GenEvalServer:
+        return GenEvalServer(address, self.models.requests, self.models.retries, self.models.request_timeout)
 
     def judge(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Judgement]:
         """Judge images (B, 3, H, W) float in 0..1 against the records in the prompts' metadata.

@@ -15,64 +15,48 @@ lists and dicts.
 
 from __future__ import annotations
 
-import contextlib
-import http.client
+import dataclasses
 import io
 import pickle
 import pickletools
-import socket
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from opd_fast.errors import UserError, one_line, short
 from opd_fast.rewards.geneval_rules import Judgement
+from opd_fast.rewards.server_client import RetryableError, ServerClient, ServerError
 
 KEY = "reward_models.geneval_server"
 BATCH = 64
 """Images of a request."""
-TIMEOUT = 120.0
-"""Seconds for a whole request; the server's own limit is the same."""
-PAUSE = 1.0
-"""Seconds before a request is sent again; they double each time."""
-LAST_START = 1.5
-"""Times the limit after which no other try begins: a server that answers nothing is named after two tries, within the
-300 s that an evaluation gives a reward."""
+PATIENCE = 1.5
+"""Times the time limit after which no further attempt begins. A server that answers nothing is then reported after two
+attempts, within the 300 s that an evaluation gives a reward."""
 LARGEST = 4 << 20
 """Bytes of an answer; the largest real one, of 64 images, takes under 20 KB."""
 REMEDY = "start the server (github.com/yifan123/reward-server), or set it to null for the detector in this process"
 
 
-class _Failed(Exception):
-    """A request got no judgements; `again` says whether another try may get them."""
-
-    def __init__(self, problem: str, *, again: bool = True) -> None:
-        super().__init__(problem)
-        self.again = again
-
-
 class GenEvalServer:
-    """A server's client. One that failed gets a single try for each request until it answers again.
+    """A server's client. After a failure each request gets a single attempt, until the server has answered a call.
 
     Args:
         address: such as http://127.0.0.1:18085.
-        requests: that are under way at once.
-        retries: times that a request is sent again after it failed.
-        timeout: seconds for one try.
+        requests: the most requests under way at once.
+        retries: how often a request is sent again after it failed.
+        timeout: seconds for one attempt.
 
     Raises:
-        UserError: the address is none of http or https.
+        UserError: the address has another form.
     """
 
-    def __init__(self, address: str, requests: int = 8, retries: int = 2, timeout: float = TIMEOUT) -> None:
-        self.host, self.port, self.path, self.secure = parse_address(address)
-        self.address, self.requests, self.retries, self.timeout = address, requests, retries, timeout
+    def __init__(self, address: str, requests: int = 8, retries: int = 2, timeout: float = 120.0) -> None:
+        limits = (requests, retries, timeout, PATIENCE * timeout)
+        kind = "application/octet-stream"
+        self._client = ServerClient(KEY, address, REMEDY, *limits, kind, LARGEST, sends_key=False)
         self._failed = False
 
     def judge(self, images: np.ndarray[Any, Any], records: Sequence[Mapping[str, Any]]) -> list[Judgement]:
@@ -85,76 +69,22 @@ class GenEvalServer:
         Raises:
             UserError: the server cannot be reached, is too slow, fails, or answers something else.
         """
-        starts = range(0, len(images), BATCH)
-        with ThreadPoolExecutor(max_workers=max(1, min(self.requests, len(starts)))) as pool:
-            parts = list(pool.map(lambda i: self._ask(images[i : i + BATCH], records[i : i + BATCH]), starts))
-        return [judgement for part in parts for judgement in part]
+        parts = [slice(start, start + BATCH) for start in range(0, len(images), BATCH)]
 
-    def _ask(self, images: np.ndarray[Any, Any], records: Sequence[Mapping[str, Any]]) -> list[Judgement]:
-        body = encode_request(images, records)
-        tries = 1 if self._failed else 1 + self.retries
-        start = time.monotonic()
-        for attempt in range(1, tries + 1):
-            try:
-                judgements = decode_answer(self._post(body), len(images))
-            except _Failed as failure:
-                early = time.monotonic() - start < LAST_START * self.timeout
-                if failure.again and attempt < tries and early:
-                    time.sleep(PAUSE * 2 ** (attempt - 1))
-                    continue
-                self._failed = True
-                after = f" after {attempt} tries" if attempt > 1 else ""
-                raise UserError(KEY, f"{self.address} {failure}{after}", REMEDY) from failure
-            self._failed = False
-            return judgements
-        raise AssertionError("unreachable")
+        def body(number: int) -> bytes:
+            return encode_request(images[parts[number]], records[parts[number]])
 
-    def _post(self, body: bytes) -> bytes:
-        """Send a request and return the answer's body. Raises _Failed."""
-        kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=self.timeout)
-        late = threading.Event()
+        def read(number: int, answer: bytes) -> list[Judgement]:
+            return decode_answer(answer, len(images[parts[number]]))
+
+        client = dataclasses.replace(self._client, retries=0) if self._failed else self._client
         try:
-            connection.connect()
-            # A socket's timeout begins anew with every byte; this one ends a server that sends a byte now and then.
-            limit = threading.Timer(self.timeout, _hang_up, (connection.sock, late))
-            limit.daemon = True
-            limit.start()
-            try:
-                connection.request("POST", self.path, body, {"Content-Type": "application/octet-stream"})
-                response = connection.getresponse()
-                answer = response.read(LARGEST + 1)
-            finally:
-                limit.cancel()
-        except (OSError, http.client.HTTPException) as error:
-            if not late.is_set() and not isinstance(error, TimeoutError):
-                raise _Failed(f"cannot be asked ({type(error).__name__}: {one_line(error)})") from error
-            late.set()
-        finally:
-            connection.close()
-        if late.is_set():
-            raise _Failed(f"did not answer within {self.timeout:g} s")
-        if response.status != http.client.OK:
-            lines = answer[-2000:].decode("utf-8", "replace").strip().splitlines()
-            said = f" ({short(lines[-1].strip(), 300)})" if lines else ""
-            raise _Failed(f"answered with status {response.status}{said}", again=response.status >= 500)
-        if len(answer) > LARGEST:
-            raise _Failed(f"answered with more than {LARGEST >> 20} MB, which are no judgements")
-        return answer
-
-
-def parse_address(address: str) -> tuple[str, int, str, bool]:
-    """Return host, port, path, and whether it is https. Raises UserError for an address of another form."""
-    remedy = "give an address such as http://127.0.0.1:18085"
-    try:
-        parts = urlsplit(address)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise UserError(KEY, f"{address!r} is not an address ({error})", remedy) from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise UserError(KEY, f"{address!r} is not an address of http or https", remedy)
-    secure = parts.scheme == "https"
-    return host, port or (443 if secure else 80), parts.path or "/", secure
+            found = client.ask_all("", len(parts), body, read)
+        except ServerError as error:
+            self._failed = True
+            raise UserError(KEY, str(error), REMEDY) from error
+        self._failed = False
+        return [judgement for part in found for judgement in part]
 
 
 def encode_request(images: np.ndarray[Any, Any], records: Sequence[Mapping[str, Any]]) -> bytes:
@@ -178,18 +108,19 @@ def encode_request(images: np.ndarray[Any, Any], records: Sequence[Mapping[str, 
 
 
 def decode_answer(answer: bytes, count: int) -> list[Judgement]:
-    """Return the judgements of `count` images. Raises _Failed for anything but a dict with three lists of so many."""
+    """Return the judgements of `count` images. Raises RetryableError for anything but a dict with three
+    lists of that length."""
     try:
         found = _unpickle(answer)
     except Exception as error:  # what garbage raises is not documented
-        raise _Failed(f"answered something other than judgements ({short(one_line(error), 200)})") from error
+        raise RetryableError(f"answered something other than judgements ({short(one_line(error), 200)})") from error
     columns = []
     for name in ("scores", "strict_rewards", "rewards"):
         values = found.get(name) if isinstance(found, dict) else None
         if not isinstance(values, list) or len(values) != count:
-            raise _Failed(f"answered without {count} {name}")
+            raise RetryableError(f"answered without {count} {name}")
         if not all(isinstance(value, (int, float)) and abs(value) < 1e6 for value in values):  # NaN is not less
-            raise _Failed(f"answered with {name} that are not numbers")
+            raise RetryableError(f"answered with {name} that are not numbers")
         columns.append([float(value) for value in values])
     return [Judgement(*row) for row in zip(*columns, strict=True)]
 
@@ -218,9 +149,3 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def _hang_up(sock: socket.socket, late: threading.Event) -> None:
-    late.set()
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)  # close() would not wake a thread that reads

@@ -7,6 +7,7 @@ ADDRESS/score with the JSON {"images": [PNG in base64, ...], "prompts": [text, .
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError, short
-from opd_fast.rewards.judge import ServerReward
-from opd_fast.rewards.judge_client import SHOWN, JudgeClient, RefusedError, ServerError, to_base64, to_pixels
+from opd_fast.rewards.judge import ServerReward, read_json, to_base64, to_pixels
+from opd_fast.rewards.server_client import SHOWN, ServerClient, ServerError
 
 KEY = "reward_models.hps3_server"
 START = "python hpsv3_server.py (docs/judges.md has the file)"
@@ -26,9 +27,9 @@ START = "python hpsv3_server.py (docs/judges.md has the file)"
 class HPSv3(ServerReward):
     """The mean of the score that the model predicts, mu of the published inference, unscaled; it may be negative."""
 
-    def client(self) -> JudgeClient:
+    def client(self) -> ServerClient:
         """Return what asks the server. Raises UserError for an address that is missing or of another form."""
-        return JudgeClient.of(KEY, self.models.hps3_server, self.models, START)
+        return ServerClient.of(KEY, self.models.hps3_server, self.models, START)
 
     def check(self) -> None:
         super().check()
@@ -36,9 +37,8 @@ class HPSv3(ServerReward):
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         """Ask the server about no images. Raises UserError where it does not answer as described above."""
-        client = self.client()
         try:
-            _scores(client, client.reach("/score", {"images": [], "prompts": []}), 0)
+            self.client().reach("/score", lambda answer: _scores(answer, 0), _body([], []))
         except ServerError as error:
             remedy = f"give the address of a server that was started by {START}"
             raise UserError(KEY, str(error), remedy) from error
@@ -47,15 +47,13 @@ class HPSv3(ServerReward):
         pixels, client, size = to_pixels(images), self.client(), self.models.batch
         starts = range(0, len(pixels), size)
 
-        def body(number: int) -> dict[str, Any]:
+        def body(number: int) -> bytes:
             part = slice(starts[number], starts[number] + size)
-            return {"images": [to_base64(one) for one in pixels[part]], "prompts": [one.text for one in prompts[part]]}
+            return _body([to_base64(one) for one in pixels[part]], [one.text for one in prompts[part]])
 
-        def read(number: int, answer: Any) -> list[float]:
-            if isinstance(answer, RefusedError):
-                raise answer
+        def read(number: int, answer: bytes) -> list[float]:
             start = starts[number]
-            values = _scores(client, answer, min(size, len(pixels) - start))
+            values = _scores(answer, min(size, len(pixels) - start))
             for index, value in enumerate(values, start):
                 if not math.isfinite(value):
                     self.missing(index, f"{client.address} has no score for {short(prompts[index].text, SHOWN)!r}")
@@ -68,13 +66,18 @@ class HPSv3(ServerReward):
         return {"server": self.models.hps3_server}
 
 
-def _scores(client: JudgeClient, answer: Any, count: int) -> list[float]:
+def _body(images: list[str], prompts: list[str]) -> bytes:
+    return json.dumps({"images": images, "prompts": prompts}).encode()
+
+
+def _scores(answer: bytes, count: int) -> list[float]:
     """Return `count` scores; null is NaN. Raises ServerError for another answer."""
-    scores = answer.get("scores") if isinstance(answer, dict) else None
+    found = read_json(answer)
+    scores = found.get("scores") if isinstance(found, dict) else None
     if not isinstance(scores, list) or not all(one is None or _is_number(one) for one in scores):
-        raise ServerError(f"{client.address}/score answered no list of scores: {short(str(answer), SHOWN)}")
+        raise ServerError(f"answered no list of scores: {short(str(found), SHOWN)}")
     if len(scores) != count:
-        raise ServerError(f"{client.address}/score answered {len(scores)} scores for {count} images")
+        raise ServerError(f"answered {len(scores)} scores for {count} images")
     return [math.nan if one is None else float(one) for one in scores]
 
 

@@ -21,7 +21,7 @@ def find_model(
         fetch: whether it may be downloaded. Without it None stands for what is neither here nor in the hub's cache.
         patterns: which files of a repository are wanted; None: all.
         needs: patterns of which each must match a file before a repository in the cache counts as whole; `a|b` is met
-            by either. Another library may have put a part of it there.
+            by either, and of a file in shards every one is needed. Another library may have put a part of it there.
 
     Raises:
         UserError: a path that does not exist, or a repository that can be neither found nor fetched.
@@ -66,4 +66,10 @@ def _resolve(name: str) -> Source:
 
 
 def _has(folder: Path, need: str) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in need.split("|"))
+    return any(_whole([file.name for file in folder.glob(pattern)]) for pattern in need.split("|"))
+
+
+def _whole(names: list[str]) -> bool:
+    """Return whether there is a file, or, of one in shards such as model-00001-of-00003.safetensors, every shard."""
+    totals = [int(found[1]) for name in names if (found := re.search(r"-\d+-of-(\d+)\.", name))]
+    return len(totals) >= max(totals, default=1) or len(names) > len(totals)

@@ -302,6 +302,33 @@ def test_a_repository_of_which_a_part_is_cached_is_not_there(folder: Path, cache
     assert torch.equal(reward(pictures(1, 64, 64), PROMPTS[:1]), wanted)
 
 
+def test_half_of_a_tokenizer_is_not_one(folder: Path, cache: Path) -> None:
+    """Without tokenizer.json both vocab.json and merges.txt are wanted, whichever another library fetched."""
+    whole = [file for file in folder.iterdir() if file.name not in ("tokenizer.json", "vocab.json", "merges.txt")]
+    for file in whole:
+        shutil.copy(file, cache)
+    for name, absent in (("merges.txt", "vocab.json"), ("vocab.json", "merges.txt")):
+        (cache / name).write_text("{}")
+        PickScore(settings(folder, pickscore="owner/name")).check()  # what is absent may still be fetched
+        with pytest.raises(UserError, match=rf"lacks tokenizer\.json or {absent}.*hf download owner/name"):
+            load_clip("pickscore", "owner/name", torch.device("cpu"), torch.float32)
+        (cache / name).unlink()
+
+
+def test_weights_of_which_a_shard_is_absent_are_not_there(cache: Path) -> None:
+    needs = ("config.json", "model*.safetensors|pytorch_model*.bin")
+    (cache / "config.json").write_text("{}")
+    for number in (1, 3, 2):
+        assert find_model("detector", "owner/name", fetch=False, needs=needs) is None
+        (cache / f"model-0000{number}-of-00003.safetensors").write_bytes(b"")
+    assert find_model("detector", "owner/name", fetch=False, needs=needs) == cache
+    (cache / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"lacks model\*\.safetensors or .*hf download owner/name"):
+        find_model("detector", "owner/name", needs=needs)
+    (cache / "model.safetensors").write_bytes(b"")
+    assert find_model("detector", "owner/name", needs=needs) == cache
+
+
 @pytest.mark.parametrize("file", ["HPS_v2.1_compressed.pt", "sac+logos.pth", "weights.bin", "model.safetensors"])
 def test_one_file_of_a_repository(cache: Path, file: str) -> None:
     with pytest.raises(UserError, match="hf download owner/name"):

@@ -20,7 +20,7 @@ from opd_fast.config import RewardModelsConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError
 from opd_fast.rewards import get_reward
-from opd_fast.rewards.judge_client import to_pixels
+from opd_fast.rewards.judge import to_pixels
 from opd_fast.rewards.runner import call_reward
 from opd_fast.train import main
 from tests import judge_server as fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import os
@@ -24,11 +25,12 @@ from PIL import Image
 from opd_fast.config import RewardModelsConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError
-from opd_fast.rewards import geneval_server, get_reward
+from opd_fast.rewards import geneval_server, get_reward, server_client
 from opd_fast.rewards.geneval import GenEval
 from opd_fast.rewards.geneval_rules import Judgement
-from opd_fast.rewards.geneval_server import GenEvalServer, parse_address
+from opd_fast.rewards.geneval_server import KEY, REMEDY, GenEvalServer
 from opd_fast.rewards.runner import RewardRunner
+from opd_fast.rewards.server_client import API_KEY, ServerClient
 
 RECORD = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]}
 
@@ -78,7 +80,7 @@ def serving(answer: Callable[[bytes, Any], tuple[int, bytes] | None]) -> Iterato
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(geneval_server, "PAUSE", 0.01)
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
 
 
 def grey(*levels: int) -> np.ndarray[Any, Any]:
@@ -142,12 +144,12 @@ def test_a_server_that_fails_is_quoted() -> None:
     traceback = b"Traceback (most recent call last):\n  File ...\nKeyError: 'tag'\n"
     with serving(lambda body, _: (500, traceback)) as (address, bodies):
         client = GenEvalServer(address, retries=2)
-        assert refused(client) == f"{address} answered with status 500 (KeyError: 'tag') after 3 tries"
+        assert refused(client) == f"{address} answered status 500: KeyError: 'tag' (3 attempts)"
         assert len(bodies) == 3
-        assert refused(client) == f"{address} answered with status 500 (KeyError: 'tag')"
+        assert refused(client) == f"{address} answered status 500: KeyError: 'tag'"
         assert len(bodies) == 4  # a single try, since the last request failed
     with serving(lambda body, _: (404, b"")) as (address, bodies):
-        assert refused(GenEvalServer(address)) == f"{address} answered with status 404"
+        assert refused(GenEvalServer(address)) == f"{address} answered status 404"
         assert len(bodies) == 1  # another try would not help
 
 
@@ -156,7 +158,7 @@ def test_a_server_that_is_not_there() -> None:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
         said = refused(GenEvalServer(address, retries=1))
-    assert said == f"{address} cannot be asked (ConnectionRefusedError: [Errno 111] Connection refused) after 2 tries"
+    assert said == f"{address} does not answer: ConnectionRefusedError: [Errno 111] Connection refused (2 attempts)"
 
 
 def drip(body: bytes, handler: Any) -> None:
@@ -183,7 +185,7 @@ def test_a_server_that_is_too_slow(answer: Any) -> None:
         start = time.monotonic()
         said = refused(GenEvalServer(address, retries=9, timeout=0.3))
         assert time.monotonic() - start < 2
-        assert said == f"{address} did not answer within 0.3 s after 2 tries"
+        assert said == f"{address} took longer than 0.3 s (2 attempts)"
         assert len(bodies) == 2
 
 
@@ -203,9 +205,9 @@ def speaks_another_language(body: bytes, handler: Any) -> None:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (dies, "cannot be asked ("),
-        (hangs_up, "answered something other than judgements ("),
-        (speaks_another_language, "cannot be asked (BadStatusLine: 220 mail.example.org ESMTP"),
+        (dies, "does not answer: "),
+        (hangs_up, "does not answer: IncompleteRead(20 bytes read, 9979 more expected) (2 attempts)"),
+        (speaks_another_language, "does not answer: BadStatusLine: 220 mail.example.org ESMTP"),
     ],
 )
 def test_a_server_that_dies(answer: Any, said: str) -> None:
@@ -240,7 +242,7 @@ def judgements(**changes: Any) -> bytes:
             "answered something other than judgements (it holds the pickle step LONG_BINPUT",
         ),
         (b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.", "answered something other than judgements"),
-        (b"]" * 5_000_000, "answered with more than 4 MB"),
+        (b"]" * 5_000_000, "answered more than 4 MiB"),
     ],
 )
 def test_garbage(answer: bytes, said: str) -> None:
@@ -284,16 +286,19 @@ def test_answers_of_any_newer_protocol_are_read(protocol: int) -> None:
         ("http://[::1]:80", ("::1", 80, "/", False)),
     ],
 )
-def test_addresses(address: str, expected: Any) -> None:
-    assert parse_address(address) == expected
+def test_addresses(address: str, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    connection, target, _ = ServerClient(KEY, address, REMEDY)._connection(address)
+    secure = isinstance(connection, http.client.HTTPSConnection)
+    assert (connection.host, connection.port, target, secure) == expected
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1:18085", "ftp://a", "http://", "http://a:b", "http://a:99999", "", "http://[1"]
+    "address", ["127.0.0.1:18085", "ftp://a", "http://", "http://a:b", "http://a:99999", "http://a:0", "", "http://[1"]
 )
 def test_what_is_no_address_is_refused_before_anything_is_asked(address: str) -> None:
     reward = GenEval(RewardModelsConfig(geneval_server=address))
-    with pytest.raises(UserError, match=r"give an address such as http://127\.0\.0\.1:18085") as caught:
+    with pytest.raises(UserError, match="is not the address of a server; write http://HOST:PORT") as caught:
         reward.check()
     assert caught.value.key == "reward_models.geneval_server"
 
@@ -317,6 +322,25 @@ def test_the_rewards_ask_the_server_once_for_each_image() -> None:
     assert json.dumps(get_reward("geneval", models).identity())  # type: ignore[attr-defined]
 
 
+def test_the_settings_of_requests_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit is `request_timeout`, and the judges' API key is not sent to this server."""
+    monkeypatch.setenv(API_KEY, "secret")
+    sent: list[Any] = []
+
+    def asleep(body: bytes, handler: Any) -> None:
+        sent.append(handler.headers)
+        time.sleep(0.8)
+
+    images, prompts = torch.full((1, 3, 16, 16), 0.2), [Prompt("two dogs", RECORD)]
+    with serving(asleep) as (address, _):
+        models = RewardModelsConfig(geneval_server=address, request_timeout=0.3, retries=0)
+        with pytest.raises(UserError, match=r"took longer than 0\.3 s; start the server"):
+            get_reward("geneval", models)(images, prompts)
+    assert [(headers["Authorization"], headers["Content-Type"]) for headers in sent] == [
+        (None, "application/octet-stream")
+    ]
+
+
 def test_a_failure_is_a_missing_value_and_is_not_kept() -> None:
     down = [True]
 
@@ -329,8 +353,6 @@ def test_a_failure_is_a_missing_value_and_is_not_kept() -> None:
         assert runner("geneval", images, prompts).isnan().all()
         assert runner.failures == {("geneval", "unavailable"): 1}
         (message,) = runner.messages.values()
-        assert (
-            f"reward_models.geneval_server: {address} answered with status 503 (busy) after 2 tries; start" in message
-        )
+        assert f"reward_models.geneval_server: {address} answered status 503: busy (2 attempts); start" in message
         down[0] = False
         assert runner("geneval", images, prompts).tolist() == pytest.approx([0.2])

@@ -180,6 +180,13 @@ def test_the_hub_has_what_the_settings_name(models: RewardModelsConfig, monkeypa
     }
 
 
+def test_a_tokenizer_of_which_a_part_is_cached_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(importlib.import_module("huggingface_hub"), "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(UserError, match=r"^reward_models\.bert: owner/name .* lacks tokenizer\.json or vocab\.txt"):
+        load_tokenizer("owner/name", 30524)
+
+
 def test_what_is_not_on_this_machine_is_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(*args: Any, **kwargs: Any) -> str:
         raise OSError("no network")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from opd_fast.config import RewardModelsConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.reporting.telemetry import read_metrics
-from opd_fast.rewards import judge_client
+from opd_fast.rewards import server_client
 from opd_fast.rewards.runner import RewardRunner
 from opd_fast.train import main
 from opd_fast.training.evaluation import EvalTask, Evaluation, evaluate
@@ -35,7 +35,7 @@ REPO = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture(scope="module")

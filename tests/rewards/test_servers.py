@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import threading
@@ -19,10 +18,10 @@ from PIL import Image
 from opd_fast.config import RewardModelsConfig
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError
-from opd_fast.rewards import get_reward, judge_client
-from opd_fast.rewards.judge import Judge
-from opd_fast.rewards.judge_client import KEY, JudgeClient, ServerError, to_pixels
+from opd_fast.rewards import get_reward, server_client
+from opd_fast.rewards.judge import Judge, read_json, to_pixels
 from opd_fast.rewards.runner import RewardFailure, RewardRunner
+from opd_fast.rewards.server_client import API_KEY, ServerClient, ServerError
 from tests import judge_server as fake
 from tests.judge_server import Answer, Handler, Server, chat, serving
 
@@ -38,8 +37,8 @@ PUBLISHED = "d68ab1dcf4dc3a39ec5dfab963d17fe30a6e5f713eb49f743ed88a4c8ce4317f"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_client, "FIRST_PAUSE", 0.01)
-    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.delenv(API_KEY, raising=False)
 
 
 def settings(server: Server | None = None, **options: Any) -> RewardModelsConfig:
@@ -167,7 +166,7 @@ def test_the_key_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
             'answered status 401: {"error": "Unauthorized"}; put the server\'s key into $OPD_FAST_JUDGE_KEY'
             in message(runner)
         )
-        monkeypatch.setenv(KEY, "secret")
+        monkeypatch.setenv(API_KEY, "secret")
         assert runner("unified_reward", IMAGES, PROMPTS).tolist() == pytest.approx([score / 5 for score in SCORES])
 
 
@@ -195,9 +194,10 @@ def test_a_server_that_is_not_named(name: str, key: str, start: str) -> None:
             UserError, match=rf"^reward_models\.{key}: .* is not the address of a server; write http://"
         ):
             get_reward(name, settings(**{key: address})).check()  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match="user or password") as error:
-        get_reward(name, settings(**{key: "http://me:secret@host/v1"})).check()  # type: ignore[attr-defined]
-    assert "secret" not in str(error.value)
+    for address in ("http://me:secret@host/v1", "http://me:secret@host:port/v1", "http://me:secret@host/v1?model=a"):
+        with pytest.raises(UserError, match="user or password") as error:
+            get_reward(name, settings(**{key: address})).check()  # type: ignore[attr-defined]
+        assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "key"), [("unified_reward", "judge_server"), ("hpsv3", "hps3_server")])
@@ -290,10 +290,11 @@ BROKEN = {
     "not JSON": (r"/chat/completions answered what is not JSON: <html>busy</html> \(3 attempts\)", 3),
     "slow": (r"/chat/completions took longer than 0\.3 s \(3 attempts\)", 3),
     "dribbles": (r"/chat/completions took longer than 0\.3 s \(3 attempts\)", 3),
+    "dribbles headers": (r"/chat/completions took longer than 0\.3 s \(3 attempts\)", 3),
     "404": (r"/chat/completions answered status 404: no such model", 1),
     "redirect": (r"/chat/completions answered status 307", 1),
-    "no choices": (r" answered no chat completion: \{'error': 'no'\}", 1),
-    "a list": (r" answered no chat completion: \[1, 2\]", 1),
+    "no choices": (r"/chat/completions answered no chat completion: \{'error': 'no'\}", 1),
+    "a list": (r"/chat/completions answered no chat completion: \[1, 2\]", 1),
     "endless": (r"/chat/completions answered more than 16 MiB", 1),
 }
 
@@ -308,8 +309,11 @@ def broken(how: str) -> Answer:
             time.sleep(1)
         if "cut" in how:
             return handler.cut(b'{"choices": [' if how == "cut within" else b"")
-        if how == "dribbles":
-            handler.answer(b"", Content_Length="1000")
+        if "dribbles" in how:
+            if how == "dribbles":
+                handler.answer(b"", Content_Length="1000")
+            else:
+                handler.wfile.write(b"HTTP/1.1 200 OK\r\na: ")
             for _ in range(10):
                 time.sleep(0.1)
                 handler.wfile.write(b" ")
@@ -326,7 +330,7 @@ def broken(how: str) -> Answer:
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_server_is_one_line(how: str) -> None:
     said, attempts = BROKEN[how]
-    with judged(broken(how), requests=1, request_timeout=0.3 if how in ("slow", "dribbles") else 20.0) as (
+    with judged(broken(how), requests=1, request_timeout=0.3 if how.startswith(("slow", "dribbles")) else 20.0) as (
         server,
         runner,
     ):
@@ -416,27 +420,25 @@ def test_a_server_that_dies_in_the_middle_and_comes_back() -> None:
 
 def test_pauses_grow_and_heed_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(judge_client, "FIRST_PAUSE", 0.5)
-    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: pauses.append(seconds))
-    client = JudgeClient("key", "http://127.0.0.1:9", "start it", retries=8)
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.5)
+    stop = threading.Event()
+    monkeypatch.setattr(stop, "wait", lambda seconds: pauses.append(seconds))
+    client = ServerClient("key", "http://127.0.0.1:9", "start it", retries=8)
     with pytest.raises(ServerError, match=r"does not answer: .* \(9 attempts\)"):
-        client.ask("/x", {})
+        client._ask("/x", b"{}", read_json, stop)
     assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]
-    monkeypatch.undo()
-    waits = iter(["7", "soon", "3600"])
+    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.01)
+    waits = iter(["7", "soon", "\u00b2", "3600", "later"])
 
     def later(handler: Handler, asked: Any) -> Any:
         return handler.answer({}, 429, Retry_After=next(waits))
 
     with serving(later) as server:
-        client = JudgeClient("key", server.address, "start it", retries=2)
-        stop = threading.Event()
-        monkeypatch.setattr(stop, "wait", lambda seconds: pauses.append(seconds))
+        client = ServerClient("key", server.address, "start it", retries=4)
         pauses.clear()
         with pytest.raises(ServerError, match="status 429"):
-            client._ask("/x", b"{}", stop)
-    assert pauses == [7.0, 1.0]
-    assert math.isfinite(sum(pauses))
+            client._ask("/x", b"{}", read_json, stop)
+    assert pauses == [7.0, 0.02, 0.04, 30.0]
 
 
 def test_proxies_do_not_stand_before_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,3 +449,29 @@ def test_proxies_do_not_stand_before_this_machine(monkeypatch: pytest.MonkeyPatc
     with serving(fake.judge) as server:
         assert len(get_reward("unified_reward", settings(server))(IMAGES, PROMPTS)) == 12
     assert "http_proxy" in os.environ
+
+
+def test_other_machines_are_asked_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy is asked for the whole URL, or for a tunnel where the server speaks https, with its user and password."""
+    seen = []
+
+    class Proxy(Handler):
+        def do_CONNECT(self) -> None:
+            seen.append((self.path, self.headers["Proxy-Authorization"]))
+            self.answer({}, 502)
+
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("REQUEST_METHOD", raising=False)
+    with serving(fake.judge) as server:
+        server.RequestHandlerClass = Proxy
+        proxy = server.address.replace("//", "//me:p%40ss@")
+        monkeypatch.setenv("http_proxy", proxy)
+        monkeypatch.setenv("https_proxy", proxy)
+        models = settings(judge_server="http://judge.invalid/v1")
+        assert len(get_reward("unified_reward", models)(IMAGES[:1], PROMPTS[:1])) == 1
+        [(path, _, _)] = server.asked
+        assert path == "http://judge.invalid/v1/chat/completions"
+        with pytest.raises(UserError, match="does not answer: OSError: Tunnel connection failed: 502"):
+            get_reward("unified_reward", settings(judge_server="https://judge.invalid/v1"))(IMAGES[:1], PROMPTS[:1])
+    assert seen == [("judge.invalid:443", "Basic bWU6cEBzcw==")]
