@@ -19,9 +19,9 @@ from opd_fast.config import StudentConfig, TeacherConfig
 from opd_fast.config.command_line import parse
 from opd_fast.config.serialize import to_yaml
 from opd_fast.errors import UserError
+from opd_fast.models import load_model
 from opd_fast.models.base import DiffusionModel
 from opd_fast.models.lora.files import delta, find_lora, read_lora
-from opd_fast.models import load_model
 from opd_fast.training.loop import train
 from opd_fast.training.merging import MergedDifference
 from opd_fast.training.student import Student
