@@ -189,13 +189,14 @@ def test_gains_of_merging() -> None:
         for task, share in run["recovered"].items():
             found = gain_recovered(rows["base"][task], rows[f"teacher:{task}"][task], rows["student"][task])
             assert found == pytest.approx(share)
-    (total,) = (run for run in runs if run["name"] == "sum, coefficient 1")
-    (ties,) = (run for run in runs if run["name"].startswith("ties"))
-    (third,) = (run for run in runs if run["name"] == "mean, coefficient 1/3")
+    named = {run["name"].partition(", density")[0]: run for run in runs}
+    kept = {name: f"{100 * run['kept']:.2f} %" for name, run in named.items() if "kept" in run}
+    assert kept["mean, coefficient 1/3"] == kept["sum, coefficient 2/3"]  # a factor changes no share
     states(
         page("docs/merging.md"),
-        f"recovers {percents(total['recovered'])} of the teachers' gains",
-        f"the cut to rank 32 keeps {third['kept']:.2%} of the square of the sum, and {ties['kept']:.2%} of that of TIES",
+        f"recovers {percents(named['sum, coefficient 1']['recovered'])} of the teachers' gains",
+        f"the cut to rank 32 keeps {kept['sum, coefficient 2/3']} of the square of the sum, {kept['ties']} of that of TIES, "
+        f"and {kept['dare_linear']} of that of `dare_linear`",
     )
 
 
