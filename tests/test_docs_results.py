@@ -195,8 +195,8 @@ def test_gains_of_merging() -> None:
     states(
         page("docs/merging.md"),
         f"recovers {percents(named['sum, coefficient 1']['recovered'])} of the teachers' gains",
-        f"the cut to rank 32 keeps {kept['sum, coefficient 2/3']} of the square of the sum, {kept['ties']} of that of TIES, "
-        f"and {kept['dare_linear']} of that of `dare_linear`",
+        f"the cut to rank 32 keeps {kept['sum, coefficient 2/3']} of the square of the sum, "
+        f"{kept['ties']} of that of TIES, and {kept['dare_linear']} of that of `dare_linear`",
     )
 
 
