@@ -36,6 +36,8 @@ class Stream(IntEnum):
     """The noise levels at which DiffusionNFT trains an image. The path goes on with the rollout."""
     SFT_NOISE = 7
     """What fine-tuning noises an image with. The path goes on with draw and task."""
+    MERGE = 8
+    """The random masks of DARE. The path goes on with a hash of the parameter's name."""
     TASK_SCHEDULE = 2**32 - 1
     """Which tasks a round takes. NumPy's generator is seeded by it, as by the task's index for the order of prompts."""
 

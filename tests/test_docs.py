@@ -65,6 +65,7 @@ RUN: dict[str, str] = {
     "evaluation.md: python -m opd_fast.evaluate\n": "evaluation.test_page:test_the_bundled_world",
     "evaluation.md: python -m opd_fast.evaluate runs/mine\n": "evaluation.test_page:test_a_run",
     "evaluation.md: python -m opd_fast.evaluate --model": "evaluation.test_page:test_any_pipeline",
+    "merging.md: python -m opd_fast.train bundled --student.start merged": "training.test_merging:test_the_page",
     "judges.md: # hpsv3_server.py": "rewards.test_documented_judges:test_the_server_of_hpsv3",
     "judges.md: # judged.yaml": "rewards.test_documented_judges:test_the_settings_of_a_run",
     "judges.md: # my_judges.py": "rewards.test_documented_judges:test_a_judge_of_ones_own",

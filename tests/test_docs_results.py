@@ -167,6 +167,39 @@ def test_gains_of_reinforcement_learning() -> None:
     )
 
 
+def merges(runs: list[dict[str, Any]]) -> str:
+    """Markdown: a row for the base, for each task's own teacher together, and for each merge."""
+    rows = runs[0]["rows"]
+    lines = ["| student | composition | text | colour |", "|---|---|---|---|"]
+    base, teachers = ([rows[row.format(task)][task] for task in TASKS] for row in ("base", "teacher:{}"))
+    for name, means in (("base", base), ("each task's teacher", teachers)):
+        lines.append(f"| {name} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    for run in runs:
+        cells = [f"{run['rows']['student'][task]:.3f} ({100 * run['recovered'][task]:.0f} %)" for task in TASKS]
+        lines.append(f"| {run['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_gains_of_merging() -> None:
+    """The page's table, and each run's shares follow from its rows."""
+    text, runs = (DOCS / "merging.md").read_text(encoding="utf-8"), result("merging")["runs"]
+    assert f"<!-- merges: begin -->\n{merges(runs)}\n<!-- merges: end -->" in text
+    for run in runs:
+        rows = run["rows"]
+        for task, share in run["recovered"].items():
+            found = gain_recovered(rows["base"][task], rows[f"teacher:{task}"][task], rows["student"][task])
+            assert found == pytest.approx(share)
+    named = {run["name"].partition(", density")[0]: run for run in runs}
+    kept = {name: f"{100 * run['kept']:.2f} %" for name, run in named.items() if "kept" in run}
+    assert kept["mean, coefficient 1/3"] == kept["sum, coefficient 2/3"]  # a factor changes no share
+    states(
+        page("docs/merging.md"),
+        f"recovers {percents(named['sum, coefficient 1']['recovered'])} of the teachers' gains",
+        f"the cut to rank 32 keeps {kept['sum, coefficient 2/3']} of the square of the sum, "
+        f"{kept['ties']} of that of TIES, and {kept['dare_linear']} of that of `dare_linear`",
+    )
+
+
 def test_two_processes_and_a_world_of_one() -> None:
     text = page("docs/scaling.md")
     rows = {row["name"]: row for row in result("weak-scaling")["rows"]}

@@ -18,6 +18,7 @@ NUMBERS = {
     "NFT_NOISE": 5,
     "NFT_LEVELS": 6,
     "SFT_NOISE": 7,
+    "MERGE": 8,
     "TASK_SCHEDULE": 2**32 - 1,
 }
 

@@ -89,8 +89,21 @@ class StudentConfig:
         "LoRA targets: attention, all, or a list of module name endings such as [attn.to_q]", "attention"
     )
     start: str | None = option(
-        "weights to start from, in any form a teacher can have; merged: the mean of the teachers' weight differences "
-        "by teachers[].weight, cut to the rank (a folder of that name is ./merged); null: the base",
+        "weights to start from, in any form a teacher can have; merged: the teachers' weight differences merged, by "
+        "default their mean by teachers[].weight, cut to the rank (a folder of that name is ./merged); null: the base",
+        None,
+    )
+    merge: Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"] = option(
+        "of start merged: how the teachers' weight differences become one, see docs/merging.md", "linear"
+    )
+    merge_density: float | None = option(
+        "of every merge but linear: share of each difference's entries that is kept; TIES published 0.2",
+        None,
+        positive=True,
+    )
+    merge_coefficients: float | list[float] | None = option(
+        "of start merged: factor on the teachers' differences, a number for all or a list with one for each; null: "
+        "their shares of the sum of teachers[].weight",
         None,
     )
     guidance: float | None = option(
@@ -193,7 +206,7 @@ class TrainConfig:
         "on images that the teachers draw, a start for opd",
         "opd",
     )
-    rounds: int = option("optimizer steps", 80, least=1)
+    rounds: int = option("optimizer steps; 0: the student is judged and exported as it starts", 80, least=0)
     samples_per_task: int = option("rollouts of each task in a round", 8, least=1)
     tasks: list[str] | None = option("names of the tasks that are trained; all are judged; null: all", None)
     tasks_per_round: int | None = option("tasks that a round takes; null: as many as are trained", None, least=1)

@@ -146,7 +146,7 @@ def describe(hint: Any) -> str:
     if origin is tuple:
         return f"a list of {len(args)} numbers"
     if origin is list:
-        return "a list of " + {"text": "texts"}.get(describe(args[0]), describe(args[0]))
+        return "a list of " + {"text": "texts", "a number": "numbers"}.get(describe(args[0]), describe(args[0]))
     return " or ".join(describe(arg) for arg in args)
 
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from opd_fast.config import DETERMINISTIC, Config
 from opd_fast.config.methods.spec import method_spec, refuse_set, refuse_unread_settings
-from opd_fast.config.paths import ASSETS, is_bundled
+from opd_fast.config.paths import ASSETS, MERGED, is_bundled
 from opd_fast.config.serialize import flatten, sections
 from opd_fast.errors import UserError, did_you_mean
 
@@ -25,6 +25,7 @@ def validate(config: Config) -> None:
     _check_sampler(config)
     _check_objective(config)
     _check_teachers(config)
+    _check_merging(config)
     _check_bundled(config)
     refuse_unread_settings(config)
     method_spec(config).check(config)
@@ -71,7 +72,7 @@ def _check_ranges(config: Config) -> None:
     for key, share in (("train.ema", t.ema), ("train.betas[0]", t.betas[0]), ("train.betas[1]", t.betas[1])):
         if not 0 <= share < 1:
             raise UserError(key, f"{share} is not in [0, 1)", "give a decay below 1")
-    if t.warmup >= t.rounds:
+    if t.warmup >= max(t.rounds, 1):
         raise UserError("train.warmup", f"{t.warmup} is not below train.rounds = {t.rounds}", "shorten the warm-up")
     if not config.model.text_cache:
         raise UserError("model.text_cache", "is empty", "name a folder, or give auto or off")
@@ -146,6 +147,28 @@ def _check_teachers(config: Config) -> None:
         if teacher.share != 1 and config.train.task_schedule != "weighted":
             why = f"{teacher.share} is read by the weighted schedule alone"
             raise UserError(f"teachers[{i}].share", why, "set train.task_schedule weighted, or give weight instead")
+
+
+def _check_merging(config: Config) -> None:
+    """Raise for settings of a merge that no merge reads, or that do not fit the teachers."""
+    s, teachers = config.student, len(config.teachers)
+    if s.start != MERGED:
+        given = ("merge", s.merge, "linear"), ("merge_density", s.merge_density, None)
+        for key, value, default in (*given, ("merge_coefficients", s.merge_coefficients, None)):
+            if value != default:
+                why = f"is read with student.start {MERGED} alone"
+                raise UserError(f"student.{key}", why, f"set student.start {MERGED}, or leave it out")
+        return
+    if s.merge == "linear" and s.merge_density is not None:
+        why = f"{s.merge_density} is not read by merge linear, which prunes nothing"
+        raise UserError("student.merge_density", why, "leave it out, or set student.merge magnitude_prune or another")
+    if s.merge != "linear" and s.merge_density is None:
+        raise UserError("student.merge_density", f"is missing, and merge {s.merge} prunes", "give it, such as 0.2")
+    if s.merge_density is not None and s.merge_density > 1:
+        raise UserError("student.merge_density", f"{s.merge_density} is above 1", "give a share in (0, 1]")
+    if isinstance(s.merge_coefficients, list) and len(s.merge_coefficients) != teachers:
+        why = f"are {len(s.merge_coefficients)} for {teachers} teachers"
+        raise UserError("student.merge_coefficients", why, "give one for each teacher, in their order, or one number")
 
 
 def no_held_out(key: str, prompts: str) -> UserError:

@@ -300,7 +300,8 @@ def _evaluation(config: Config, model: DiffusionModel) -> tuple[int, int]:
         images += e.images(prompts)
     if not images:
         return 0, 0
-    started = config.student.start is not None  # else it is the base at first
+    # Without a start it is the base at first, and without rounds its first evaluation is its last.
+    started = config.student.start is not None and config.train.rounds > 0
     student = started + len(range(e.every, config.train.rounds, e.every)) + 1  # and at the end
     guidance = config.student.guidance if e.guidance is None else e.guidance
     models = student + 1 + (len(config.teachers) if method_spec(config).has_teachers else 0)

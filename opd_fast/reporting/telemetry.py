@@ -35,10 +35,15 @@ class Telemetry:
         rounds: the number of rounds in the whole run.
         start_round: rounds done before. Lines about later rounds are dropped from the file, so that a resumed run's
             record reads as if it had never stopped; the evaluation after exactly `start_round` rounds stays.
+        resumed: whether the run goes on from a checkpoint, which may be that of a run without rounds. Else it begins
+            anew, and nothing stays.
     """
 
-    def __init__(self, run_dir: Path, config: LoggingConfig, *, rounds: int, start_round: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path, config: LoggingConfig, *, rounds: int, start_round: int = 0, resumed: bool = False
+    ) -> None:
         self.run_dir, self.config, self.rounds, self.start_round = Path(run_dir), config, rounds, start_round
+        self._resumed = resumed or start_round > 0
         self._metrics: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -49,7 +54,7 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         path = self.run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["round"] < self.start_round + ("evaluation" in line)]
-        if self.start_round == 0:
+        if not self._resumed:
             kept = []
         self._time_before = kept[-1]["time"] if kept else 0.0
         replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -36,9 +36,10 @@ def float8_loss_check(
     """Measure the losses before anything is quantised.
 
     Returns a function that measures them again and gives a line for the log. It raises UserError where a step's loss
-    moved by more than is accepted. None for a run in which nothing will be quantised.
+    moved by more than is accepted. None for a run in which nothing will be quantised, or that has no round.
     """
-    if config.engine.precision != "fp8" or supported(model.device) is not None or not len(teachers):
+    quantised = config.engine.precision == "fp8" and supported(model.device) is None
+    if not quantised or not len(teachers) or config.train.rounds == 0:
         return None
     count = SAMPLES * len(prompts)
     batch = RoundBatch(

@@ -45,7 +45,7 @@ class Judging:
         again = f" again, since {self.judged_again}" if self.judged_again else ""
         telemetry.message(f"judging the base and the teachers{again}")
         self._judge_frozen()
-        if again:
+        if again or self.setup.config.train.rounds == 0:  # a run without rounds judges its student at the end alone
             return
         if self.setup.config.student.start is None:  # the student is the base
             telemetry.evaluation(0, self._by_task(self.rows["base"]))

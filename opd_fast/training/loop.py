@@ -85,7 +85,8 @@ def train(
         print(f"no checkpoint in {run_dir} yet: starting from round 0", file=sys.stderr, flush=True)
     telemetry: Telemetry | NullTelemetry = NullTelemetry()
     if world.is_main:
-        telemetry = Telemetry(run_dir, config.logging, rounds=config.train.rounds, start_round=run.rounds)
+        rounds, resumed = config.train.rounds, saved is not None
+        telemetry = Telemetry(run_dir, config.logging, rounds=rounds, start_round=run.rounds, resumed=resumed)
     with telemetry, RoundProfiler(run_dir, log=telemetry.message) if profile and world.is_main else nullcontext() as p:
         try:
             run.go(telemetry, p.round if p is not None else nullcontext)

@@ -28,7 +28,7 @@ from opd_fast.rewards import evaluated_rewards
 from opd_fast.solvers import SolverTable, solver_table
 from opd_fast.training.evaluation import EvalTask
 from opd_fast.training.problems import problems
-from opd_fast.training.student_init import check_mean, check_start
+from opd_fast.training.student_init import check_merged, check_start
 from opd_fast.training.teacher_loading import check_teachers
 
 ANCHOR = "the anchor"
@@ -70,7 +70,7 @@ def _model_checks(config: Config, meta: DiffusionModel, passed_over: set[str]) -
     for teacher in frozen:
         yield partial(check_teachers, meta, [teacher], config.engine.placement)
     if start == MERGED and "student.start" not in passed_over and len(there) == len(teachers):
-        yield partial(_check_mean, config, meta)
+        yield partial(_check_merged, config, meta)
     elif start is not None and start != MERGED and not passed_over & {"student.start", start}:
         yield partial(_check_start, config, meta, start)
 
@@ -141,11 +141,11 @@ def _check_start(config: Config, meta: DiffusionModel, start: str) -> None:
         check_start(meta, config.student, _targets(config, meta))
 
 
-def _check_mean(config: Config, meta: DiffusionModel) -> None:
+def _check_merged(config: Config, meta: DiffusionModel) -> None:
     weights = [teacher.weights for teacher in frozen_teachers(config)]
     if config.student.kind == "lora" and all(find_lora(name) is not None for name in weights):
         changed = {module for name in weights for module in read_lora(name, meta).tensors}
-        check_mean(config.student, bool(changed & set(_targets(config, meta))))
+        check_merged(config.student, bool(changed & set(_targets(config, meta))))
 
 
 # --- what settings come to -------------------------------------------------------------------------------------------

@@ -53,6 +53,9 @@ def train_stages(
         if number > 0:
             config = copy.deepcopy(config)
             config.student.start = str(folders[number - 1] / "student")
+            # The first stage alone merges its teachers.
+            config.student.merge, config.student.merge_density = "linear", None
+            config.student.merge_coefficients = None
         results = world.on_first(partial(read_results, folder)) if resume else {}
         if not results:
             if world.is_main:

@@ -21,8 +21,9 @@ from opd_fast.models.guidance import Conditioning, Velocities, predict_velocitie
 from opd_fast.models.lora.adapters import use_adapter
 from opd_fast.models.lora.load import load_transformer
 from opd_fast.training.ema import WeightAverage
+from opd_fast.training.merging import MergedDifference, merge_in_words
 from opd_fast.training.step_graphs import GradientBuffers
-from opd_fast.training.student_init import MERGED, MeanTaskVector, add_mean, start_from_lora, start_from_mean
+from opd_fast.training.student_init import MERGED, add_merged, start_from_lora, start_from_merged
 from opd_fast.training.teachers import TeacherBank
 
 ADAPTER = "student"
@@ -54,33 +55,33 @@ class Student:
     def build(
         cls, model: DiffusionModel, config: StudentConfig, *, seed: int = 0, teachers: TeacherBank | None = None
     ) -> Student:
-        """Make a student on `model` that starts from the base or from `config.start`; `merged` there is the mean of
-        `teachers`.
+        """Make a student on `model` that starts from the base or from `config.start`; `merged` there is what
+        `config.merge` makes of `teachers`, with random masks drawn from `seed`.
 
         LoRA is injected into `model.transformer` itself; A is Gaussian with standard deviation 1 / rank and B zero, as
         published, drawn from `seed`. Raises ValueError where `config.start` does not fit.
         """
-        mean = None
+        merged = None
         if config.start == MERGED:
             if teachers is None:
                 raise ValueError(f"student.start {MERGED} is the teachers' mean, and there are none; give weights")
-            mean = MeanTaskVector(model, teachers)
+            merged = MergedDifference(model, teachers, config, seed)
         if config.kind == "full":
-            transformer = load_transformer(model, None if mean else config.start, what="student.start").float()
-            if mean is not None:
-                add_mean(transformer, mean)
+            transformer = load_transformer(model, None if merged else config.start, what="student.start").float()
+            if merged is not None:
+                add_merged(transformer, merged)
             student = cls(model, transformer.requires_grad_(True), config)
             share = 1.0
         else:
             _inject(model, config, seed)
-            if mean is not None:
-                share = start_from_mean(model.transformer, ADAPTER, config, mean)
+            if merged is not None:
+                share = start_from_merged(model.transformer, ADAPTER, config, merged)
             elif config.start is not None:
                 start_from_lora(model, ADAPTER, config)
             student = cls(model, model.transformer, config)
-        if mean is not None:
+        if merged is not None:
             unread = f" (the folder {MERGED} is not read; write ./{MERGED} for it)" if Path(MERGED).exists() else ""
-            student.began = f"the mean of its teachers{unread}, {share:.2%} of its square in what is trained"
+            student.began = f"{merge_in_words(config)}{unread}, {share:.2%} of its square in what is trained"
         return student
 
     def _hold(self) -> None:

@@ -137,7 +137,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"sampler": {"eta": 1.5, "solver": "ddim"}}, "sampler.eta", "(0, 1]"),
     ({"sampler": {"steps": 1}}, "sampler.steps", "2 or more"),
     ({"sampler": {"steps": 0, "train_last": True}}, "sampler.steps", "1 or more"),
-    ({"train": {"rounds": 0}}, "train.rounds", "1 or more"),
+    ({"train": {"rounds": -1}}, "train.rounds", "0 or more"),
     ({"train": {"samples_per_task": 0}}, "train.samples_per_task", "1 or more"),
     ({"train": {"micro_batch": 0}}, "train.micro_batch", "1 or more"),
     ({"train": {"lr": 0.0}}, "train.lr", "positive"),

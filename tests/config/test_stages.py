@@ -158,7 +158,7 @@ def test_its_settings_are_read_again_as_they_were(world: Path, tmp_path: Path) -
         ([{"name": "a"}, {"name": "a"}], r"stages\[1\].name: 'a' is used twice"),
         ([{"name": "a"}, {"name": "b", "student": {"rank": 2}}], r"stages\[1\].student.rank: 2 differs from the .* 4"),
         ([{"name": "a"}, {"name": "b", "student": {"start": "c"}}], r"stages\[1\].student.start: is the student of"),
-        ([{"name": "a"}, {"name": "b", "train": {"rounds": 0}}], "stage b: train.rounds: 0 is below 1"),
+        ([{"name": "a"}, {"name": "b", "train": {"rounds": -1}}], "stage b: train.rounds: -1 is below 0"),
         ([{"name": "a", "train": {"round": 1}}], "train.round: unknown key"),
         (
             [{"name": "a", "train": {"tasks": ["wrods"]}}],
