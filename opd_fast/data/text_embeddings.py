@@ -79,6 +79,9 @@ class EmbeddingCache:
         """Return the number of distinct texts, "" among them."""
         return len(self._index)
 
+    def __contains__(self, prompt: object) -> bool:
+        return prompt in self._index
+
     def rows(self, prompts: Sequence[str]) -> TextEmbeds:
         """Return one row per prompt, in order, on the model's device.  Raises KeyError for a prompt without one."""
         missing = [text for text in prompts if text not in self._index]

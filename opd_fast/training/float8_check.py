@@ -43,7 +43,7 @@ def float8_loss_check(
         return None
     count = SAMPLES * len(prompts)
     batch = RoundBatch(
-        text=text.rows([own[i % len(own)].text for own in prompts for i in range(SAMPLES)]),
+        text=text.rows([line for own in prompts for line in _encoded(own, text)]),
         negative=text.negative,
         tasks=tuple((i, slice(i * SAMPLES, (i + 1) * SAMPLES)) for i in range(len(prompts))),
         keys=noise_keys(config.train.seed, Stream.FLOAT8_CHECK, samples=count).to(model.device),
@@ -64,3 +64,11 @@ def float8_loss_check(
         )
 
     return lambda: check_losses(losses, again(), limit=config.engine.fp8_tolerance)
+
+
+def _encoded(prompts: Sequence[Prompt], text: EmbeddingCache) -> list[str]:
+    """Return `SAMPLES` texts of a task, the first of those that the run encodes: a long file has many that it never
+    meets. A task that the run only judges may have none; the empty prompt stands for its own.
+    """
+    found = [prompt.text for prompt in prompts if prompt.text in text][:SAMPLES] or [""]
+    return [found[i % len(found)] for i in range(SAMPLES)]
