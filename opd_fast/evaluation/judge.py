@@ -94,14 +94,17 @@ class _Work:
         self.sampler: Sampler | None = None
         self.drawn = 0
         self.waiting: deque[tuple[Judgements, list[int], Tensor, Pending]] = deque()
-        shares = [self._share(row.name, task) for row in request.rows for task in request.tasks]
-        self.total, self.done = sum(len(share) for share in shares), 0
+        self.shares = {
+            (row.name, task.name): self._share(row.name, task) for row in request.rows for task in request.tasks
+        }
+        """The images that this process has to judge, by row and task; found once, before any value is added."""
+        self.total, self.done = sum(len(share) for share in self.shares.values()), 0
 
     def run(self, runner: RewardRunner) -> None:
         for row in self.request.rows:
             judged = {task.name: self._judge_kept(row.name, task, runner) for task in self.request.tasks}
             left = {
-                task.name: [i for i in self._share(row.name, task) if i not in judged[task.name]]
+                task.name: [i for i in self.shares[row.name, task.name] if i not in judged[task.name]]
                 for task in self.request.tasks
             }
             if any(left.values()):
@@ -123,7 +126,7 @@ class _Work:
 
     def _judge_kept(self, row: str, task: EvalTask, runner: RewardRunner) -> set[int]:
         """Judge what an earlier attempt drew; returns which images these are."""
-        table, share = self.tables[row][task.name], set(self._share(row, task))
+        table, share = self.tables[row][task.name], set(self.shares[row, task.name])
         found: set[int] = set()
         for indices, images in table.drawn():
             places = [place for place, index in enumerate(indices) if index in share]

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from opd_fast import evaluate
+from opd_fast.distributed.world import World
 from opd_fast.evaluation import judge as judging
 from opd_fast.evaluation.judgements import Judgements, read_scores
+from opd_fast.evaluation.request import of_run
 from opd_fast.evaluation.samplers import FamilySampler
+from opd_fast.rewards.runner import RewardRunner
 from opd_fast.training.evaluation import ImageSampler
 from opd_fast.training.loop import train
 from tests.runs import PROMPTS, settings, write_world
@@ -299,3 +305,38 @@ def test_scores_of_all_processes_are_read(tmp_path: Path) -> None:
     assert again.lacking(0) == ["colour"]
     assert Judgements(tmp_path / "t", "others", {"text": "t"}, 4).clear_others()
     assert read_scores(tmp_path / "t") == {}
+
+
+def test_shares_stay_apart_while_kept_images_are_judged(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes go on where one stopped with images that it had drawn: each image is judged by one of them."""
+    request = replace(of_run(run, batch=1, judgement_cache="off"), out=tmp_path / "out")
+    keep = Judgements.keep_drawn
+    kept: list[int] = []
+
+    def keep_two(table: Judgements, indices: list[int], images: torch.Tensor) -> None:
+        keep(table, indices, images)
+        kept.extend(indices)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RewardRunner, "submit", lambda *a: SimpleNamespace(result=lambda: pytest.fail("judged")))
+    monkeypatch.setattr(Judgements, "keep_drawn", keep_two)
+    with pytest.raises(KeyboardInterrupt):
+        judging.judge(request)
+    monkeypatch.undo()
+    tables = judging._judgements(request, World())
+    shared = [{row: {task: copy.deepcopy(t) for task, t in of.items()} for row, of in tables.items()} for _ in range(2)]
+    for rank, own in enumerate(shared):
+        for of_row in own.values():
+            for table in of_row.values():
+                table.rank = rank
+                table.read()
+    for rank, own in enumerate(shared):
+        with RewardRunner("record", ahead=0) as runner:
+            judging._Work(request, own, World(rank, 2), None).run(runner)
+    for row in request.rows:
+        for task in request.tasks:
+            by_rank = [set(own[row.name][task.name].scores) for own in shared]
+            assert by_rank == [set(range(0, task.count, 2)), set(range(1, task.count, 2))]
