@@ -161,13 +161,8 @@ def _shown(guidance: float | None) -> str:
 
 def _changes(settings: SimpleNamespace) -> dict[str, Any]:
     """What the command line says in place of a run's own settings."""
-    given = {
-        name: getattr(settings, name.replace("-", "_")) for name in settings.given & {"steps", "resolution", "seed"}
-    }
-    given |= {
-        name.replace("-", "_"): getattr(settings, name.replace("-", "_"))
-        for name in settings.given & {"batch", "text-cache", "reward-timeout"}
-    }
+    names = settings.given & {"steps", "resolution", "seed", "batch", "text-cache", "reward-timeout"}
+    given = {name: getattr(settings, name) for name in (option.replace("-", "_") for option in names)}
     if "guidance" in settings.given:
         given["guidance"] = settings.guidances[0]
     given |= {name: getattr(settings, name) for name in ("judgement_cache", "save_images", "grid")}

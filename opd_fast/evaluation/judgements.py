@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from opd_fast.files import put_in_place, replace_text, replacing
+from opd_fast.reporting.image_grid import to_picture
 
 THUMB = 192
 """Pixels of a thumbnail's longer side; a smaller image is kept as it is."""
@@ -200,14 +201,6 @@ def read_scores(folder: Path) -> dict[int, dict[str, float]]:
 def thumb(folder: Path, index: int) -> Path | None:
     """Return the thumbnail of an image; None where there is none."""
     return next((folder / "thumbs").glob(f"{index:06d}.*"), None)
-
-
-def to_picture(image: Tensor) -> Any:
-    """Return a PIL image of (3, H, W) in 0..1, rounded to 8 bits."""
-    from PIL import Image
-
-    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels)
 
 
 def hashed(*parts: Any) -> str:

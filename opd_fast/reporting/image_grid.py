@@ -47,12 +47,19 @@ def image_grid(rows: dict[str, Tensor], prompts: list[str], path: Path, scale: i
     for row, (label, images) in enumerate(rows.items()):
         y = top + row * (cell_h + gap)
         draw.text((10, y + cell_h // 2), label, fill="#111111", font=font, anchor="lm")
-        pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
         for column in range(count):
-            tile = Image.fromarray(pixels[column]).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            tile = to_picture(images[column]).resize((cell_w, cell_h), Image.Resampling.NEAREST)
             canvas.paste(tile, (left + column * (cell_w + gap), y))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path, optimize=True)
+
+
+def to_picture(image: Tensor) -> Any:
+    """Return a PIL image of (3, H, W) float in 0..1, rounded to 8 bits; what is not a number is black."""
+    from PIL import Image
+
+    levels = (image.detach().float() * 255).round().nan_to_num(0).clamp(0, 255).byte()
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().contiguous().numpy())
 
 
 def _wrap(text: str, width: float, measure: Any, lines: int = 4) -> list[str]:

@@ -16,13 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from opd_fast.data.prompt_files import Prompt
 from opd_fast.errors import UserError, one_line
 from opd_fast.files import replacing
+from opd_fast.reporting.image_grid import to_picture
 
 
 def image_record(prompt: Prompt) -> dict[str, Any]:
@@ -55,13 +54,12 @@ def save_image(folder: str | Path, index: int, sample: int, image: Tensor, recor
         raise ValueError(f"a prompt's and an image's number begin at 0, not at {min(index, sample)}")
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"an image is (3, H, W), not {tuple(image.shape)}")
-    levels = (image.detach().float() * 255).round().nan_to_num(0).clamp(0, 255).byte()
     path = image_file(folder, index, sample)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_record(path.parent.parent / "metadata.jsonl", record)
         with replacing(path, shared=True) as part:
-            Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).cpu().numpy())).save(part, format="PNG")
+            to_picture(image).save(part, format="PNG")
     except OSError as error:
         raise UserError(
             str(path), f"cannot be written ({one_line(error)})", "give a folder that you may write to"
