@@ -26,6 +26,24 @@ def tiny_tokenizer() -> Any:
     return tokenizer
 
 
+def tiny_clip_config(tokenizer: Any) -> Any:
+    """The configuration of a CLIP text encoder of width 16 for a tokenizer."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=CLIP_TOKENS,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def tiny_transformer(seed: int = 0, layers: int = 2, **overrides: Any) -> Any:
     """A small SD3Transformer2DModel, float32, eval mode, weights of a size that makes outputs of order one."""
     from diffusers import SD3Transformer2DModel
@@ -76,22 +94,11 @@ def tiny_pipeline(seed: int = 0, *, t5: bool = False, layers: int = 2, **overrid
     ``overrides``: of the transformer's configuration.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextModelWithProjection
 
     transformer = tiny_transformer(seed, layers, **overrides)
     tokenizer = tiny_tokenizer()
-    clip = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        max_position_embeddings=CLIP_TOKENS,
-        projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    clip = tiny_clip_config(tokenizer)
     vae = tiny_vae()
     encoder_3, tokenizer_3 = _tiny_t5() if t5 else (None, None)
     return StableDiffusion3Pipeline(

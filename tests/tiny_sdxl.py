@@ -6,28 +6,17 @@ from pathlib import Path
 
 import torch
 
-from tests.tiny import CLIP_TOKENS, tiny_tokenizer, tiny_vae
+from tests.tiny import tiny_clip_config, tiny_tokenizer, tiny_vae
 
 
 def save_tiny_sdxl(folder: Path) -> Path:
     """Save the pipeline, float32, images of 32 pixels by default; returns `folder`."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        max_position_embeddings=CLIP_TOKENS,
-        projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text = tiny_clip_config(tokenizer)
     unet = UNet2DConditionModel(
         sample_size=4,
         block_out_channels=(8, 16),
